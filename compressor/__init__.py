@@ -1,0 +1,27 @@
+"""Post-training compression of language models.
+
+    import compressor
+    compressor.quantize("model/", bits=4, out="model-int4")
+    compressor.run("recipe.yaml", "model/", "out/")
+    compressor.evaluate("out/", reference="model/")
+    model = compressor.load("out/")
+
+Importing the package is cheap: torch and transformers are imported with the first function that is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compressor.api import Forecast, evaluate, forecast, quantize, quantize_recipe, run
+    from compressor.runtime.load import generate, load
+
+__all__ = ["Forecast", "evaluate", "forecast", "generate", "load", "quantize", "quantize_recipe", "run"]
+_HOME = {"generate": "compressor.runtime.load", "load": "compressor.runtime.load"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module `compressor` has no attribute `{name}`")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME.get(name, "compressor.api")), name)

@@ -1,0 +1,39 @@
+"""The command line: parse, call one function, print. Results go to stdout, everything else to stderr.
+
+One file per verb, each with a function of the verb's name (`eval` is `eval_`). Heavy imports happen inside the commands, so
+that `--help` answers at once. Exit status: 0 done, 1 a check failed, 2 could not run.
+"""
+
+import sys
+
+import typer
+
+from compressor.cli.demo import demo
+from compressor.cli.eval import eval_
+from compressor.cli.generate import generate
+from compressor.cli.inspect import inspect
+from compressor.cli.quantize import quantize
+from compressor.cli.run import run
+from compressor.errors import CompressorError
+
+app = typer.Typer(
+    help="Post-training compression of language models: a Hugging Face model directory in, a smaller one out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for verb in (quantize, run, eval_, inspect, generate, demo):
+    app.command(verb.__name__.rstrip("_"))(verb)
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except CompressorError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; finished blocks are kept, --resume goes on from there\n")
+        raise SystemExit(130) from None

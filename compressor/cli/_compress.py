@@ -1,0 +1,47 @@
+"""What `run` and the shorthands have in common once there is a recipe."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compressor.cli._show import print_forecast, print_json, print_report, progress
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+
+
+def compress(
+    recipe: "Recipe",
+    model: Path,
+    out: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    """Run a recipe, or say what it would do, and print the result."""
+    from compressor import api
+    from compressor.cli._quiet import quiet
+    from compressor.distributed import Ranks
+
+    quiet()
+    if dry_run:
+        forecast = api.forecast(recipe, model, out, device=device, dtype=dtype)
+        print_json(forecast.to_dict()) if as_json else print_forecast(forecast)
+        return
+    first = Ranks.from_environment(device).first
+    with progress() as tell:
+        report = api.run(
+            recipe,
+            model,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            dtype=dtype,
+            tell=tell if first else api.silent,
+        )
+    if first:
+        print_json(report.to_dict()) if as_json else print_report(report, report.path)

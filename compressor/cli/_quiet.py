@@ -1,0 +1,11 @@
+"""Keep libraries from writing to the terminal of somebody who did not ask."""
+
+
+def quiet() -> None:
+    """Errors of transformers and datasets only: what matters is raised, the rest is chatter about lengths and dtypes."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()

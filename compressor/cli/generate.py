@@ -1,0 +1,34 @@
+"""`compress generate`: let a model write."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli import _arguments as a
+from compressor.cli._show import print_json
+
+
+def generate(
+    model: a.Model = Path(),
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of a conversation.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Sample with this seed. [default: the likeliest token each time]")] = None,
+    as_json: a.Json = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Continue a prompt with MODEL, dense or compressed.
+
+    Example: `compress generate model-int4 --chat --prompt "What is a list?"`
+    """
+    from compressor.cli._quiet import quiet
+    from compressor.runtime.load import generate as continue_prompt
+
+    quiet()
+    text = continue_prompt(model, prompt, max_new_tokens=max_new_tokens, chat=chat, device=device, seed=seed)
+    if as_json:
+        print_json({"prompt": prompt, "text": text})
+    else:
+        sys.stdout.write(text + "\n")

@@ -1,0 +1,77 @@
+"""`compress quantize`: a recipe with one rounding pass, from a few options."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli import _arguments as a
+from compressor.cli._compress import compress
+
+
+def quantize(
+    model: a.Model = Path(),
+    bits: Annotated[int, typer.Option(help="Bits of a weight, 2 to 8.")] = 4,
+    method: Annotated[str, typer.Option(help="gptq (calibrated) or rtn (rounding only, no data).")] = "gptq",
+    group_size: Annotated[int, typer.Option(help="Adjacent input channels that share a scale; -1 for a whole row.")] = 128,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="Store zero points too. Then only compressor.load reads the result.")
+    ] = False,
+    calibration: Annotated[
+        str, typer.Option(help="builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].")
+    ] = "builtin",
+    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a sample. [default: the model's maximum, at most 2048]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Order of the calibration documents.")] = 0,
+    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave as they are; repeatable.")] = None,
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Compare the result with the original.")] = True,
+    out: a.Out = None,
+    changes: a.Changes = None,
+    resume: a.Resume = False,
+    overwrite: a.Overwrite = False,
+    dry_run: a.DryRun = False,
+    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe this stands for, and stop.")] = False,
+    as_json: a.Json = False,
+    device: a.Device = None,
+    dtype: a.Dtype = None,
+) -> None:
+    """Quantize the weights of MODEL to integers.
+
+    The result loads in stock transformers and vLLM (compressed-tensors layout), and comes with its quality against the
+    original.
+
+    Example: `compress quantize --bits 4 model/`
+    """
+    from compressor.api import quantize_recipe
+    from compressor.recipe import to_yaml
+
+    recipe = quantize_recipe(
+        bits,
+        method=method,
+        group_size=group_size,
+        symmetric=not asymmetric,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        ignore=("lm_head", *(ignore or ())),
+        evaluate=evaluate,
+        changes=changes or (),
+    )
+    if print_recipe:
+        sys.stdout.write(to_yaml(recipe))
+        return
+    compress(
+        recipe,
+        model,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        as_json=as_json,
+        device=device,
+        dtype=dtype,
+    )

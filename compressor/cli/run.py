@@ -1,0 +1,48 @@
+"""`compress run`: do what a recipe file says."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli import _arguments as a
+from compressor.cli._compress import compress
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file, YAML. The shipped ones are in recipes/.")],
+    model: a.Model = Path(),
+    out: a.Out = None,
+    changes: a.Changes = None,
+    resume: a.Resume = False,
+    overwrite: a.Overwrite = False,
+    dry_run: a.DryRun = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the recipe with all defaults, and stop.")
+    ] = False,
+    as_json: a.Json = False,
+    device: a.Device = None,
+    dtype: a.Dtype = None,
+) -> None:
+    """Compress MODEL as RECIPE says.
+
+    Example: `compress run recipes/int4-gptq.yaml model/ --out model-int4 --set passes.0.damp=0.1`
+    """
+    from compressor.recipe import load_recipe, to_yaml
+
+    loaded = load_recipe(recipe, changes or ())
+    if print_recipe:
+        sys.stdout.write(to_yaml(loaded))
+        return
+    compress(
+        loaded,
+        model,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        as_json=as_json,
+        device=device,
+        dtype=dtype,
+    )

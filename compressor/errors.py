@@ -1,0 +1,24 @@
+"""Errors a user can cause and fix. Anything else is a bug and stays an assert or a plain exception.
+
+* CompressorError
+  x RecipeError        the recipe or the command line does not describe a run
+  x SourceError        the checkpoint cannot be read, or holds what cannot be compressed
+  x CalibrationError   the data does not determine the statistics a pass needs
+  x OutputError        the result cannot be written where it was asked for
+"""
+
+
+class CompressorError(Exception):
+    """Base class; the CLI prints its message without a traceback and exits with status 2."""
+
+
+class RecipeError(CompressorError): ...
+
+
+class SourceError(CompressorError): ...
+
+
+class CalibrationError(CompressorError): ...
+
+
+class OutputError(CompressorError): ...

@@ -1,0 +1,340 @@
+"""A model directory, read one decoder block at a time.
+
+The model is built by transformers on the meta device, so it costs no memory, and a block's parameters are read when the
+block's turn comes. Everything that depends on the architecture (masks, positions, embedding scale, final norm, logit
+capping) runs through the model's own forward, with the blocks' forwards replaced for its duration:
+
+* `first_inputs` runs the decoder on tokens and keeps what the first block would have received;
+* `arguments` keeps, for each block, what it is called with besides the hidden states;
+* `logits` runs the whole model and hands it finished hidden states in place of the last block's output.
+
+Shape suffixes: B samples of a batch, S sequence, D hidden, V vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from compressor.errors import SourceError
+from compressor.model import quantization_config
+from compressor.model.architecture import check_config, decoder_blocks, linear_layers
+from compressor.model.checkpoint import Checkpoint, read_config
+from compressor.types import Arguments, Block, Format, QuantizedTensor
+
+
+class ModelSource:
+    """Yields resident blocks; every other parameter stays on the meta device until it is asked for."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.path, self.device, self.dtype = path, device, dtype
+        self.raw_config = read_config(path)
+        check_config(self.raw_config, str(path))
+        self.checkpoint = Checkpoint(path)
+        self.model = skeleton(path, dtype)
+        self.prefix, self.layers = decoder_blocks(self.model)
+        quantized = "quantization_config" in self.raw_config
+        self._format_of = quantization_config.reader(self.raw_config, str(path)) if quantized else None
+        self.names = checkpoint_names(self.model, self.checkpoint)
+        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+        self._check_complete()
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the input embedding knows."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence the model was made for; a large number if its config does not say."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20)
+
+    def packed(self) -> dict[str, Format]:
+        """The layers that lie packed in the checkpoint, by full module name."""
+        found = [m for m, name in self.names.items() if m.endswith(".weight") and _is_packed(name, self.checkpoint)]
+        assert not found or self._format_of is not None
+        return {m.removesuffix(".weight"): self._format(m.removesuffix(".weight")) for m in found}
+
+    def block(self, index: int, load: bool = True) -> Block:
+        """One block; without `load`, on the meta device, for its names and shapes. `release` it when done."""
+        prefix, module = f"{self.prefix}.{index}", self.layers[index]
+        if load:
+            self._load(module, prefix)
+        return Block(index, prefix, module, linear_layers(module), lambda shape: self.arguments(shape)[index])
+
+    def release(self, block: Block) -> None:
+        """Drop a block's parameters."""
+        for module in block.module.modules():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    _assign(module, leaf, parameter.to("meta"))
+
+    def blocks(self) -> Iterator[Block]:
+        """Each block in order, resident until the next one is requested."""
+        for index in range(len(self.layers)):
+            block = self.block(index)
+            yield block
+            self.release(block)
+
+    def whole(self) -> PreTrainedModel:
+        """The model with every parameter in memory, dense. The source must not be used afterwards."""
+        for index in range(len(self.layers)):
+            self.block(index)
+        self._load_outside(lambda name: True)
+        self.model.tie_weights()
+        return self.model
+
+    def read(self, name: str) -> Tensor:
+        """One parameter or buffer by module name: dense, as stored if it is not packed."""
+        stored = self.names[name]
+        if not _is_packed(stored, self.checkpoint):
+            return self.checkpoint.read(stored)
+        return self.read_packed(name.removesuffix(".weight")).dequantize()
+
+    def read_packed(self, layer: str) -> QuantizedTensor:
+        """A packed layer by full module name."""
+        base, fmt = self.names[f"{layer}.weight"].removesuffix(".weight"), self._format(layer)
+        rows, columns = (int(n) for n in self.checkpoint.read(f"{base}.weight_shape"))
+        parts = {}
+        for part, (_, shape) in fmt.checkpoint_parts((rows, columns)).items():
+            if f"{base}.{part}" not in self.checkpoint:
+                raise SourceError(f"{self.path}: {base}.{part} is missing; the checkpoint is not complete")
+            parts[part] = self.checkpoint.read(f"{base}.{part}")
+            if parts[part].shape != shape:
+                raise SourceError(
+                    f"{self.path}: {base}.{part} has shape {list(parts[part].shape)} where {fmt.label} of a "
+                    f"[{rows}, {columns}] weight needs {list(shape)}; the config and the weights do not belong together"
+                )
+        return QuantizedTensor(fmt, (rows, columns), parts)
+
+    @torch.no_grad()
+    def first_inputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """What the first block receives: hidden states [B, S, D], on the CPU, for each batch of tokens [B, S]."""
+        received: list[Tensor] = []
+
+        def keep(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+            if index == 0:
+                received.append(hidden.cpu())
+            return hidden
+
+        with self._resident(lambda name: not self._is_head(name)), _replaced(self.layers, keep):
+            for tokens in batches:
+                self.model.base_model(tokens.to(self.device), use_cache=False)
+        return received
+
+    @torch.no_grad()
+    def arguments(self, shape: tuple[int, int]) -> list[Arguments]:
+        """What each block is called with besides the hidden states, for tokens of a shape (B, S) without padding."""
+        if shape not in self._arguments:
+            recorded: list[Arguments] = []
+
+            def keep(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+                recorded.append((args, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
+                return hidden
+
+            with self._resident(lambda name: not self._is_head(name)), _replaced(self.layers, keep):
+                self.model.base_model(torch.zeros(shape, dtype=torch.long, device=self.device), use_cache=False)
+            self._arguments[shape] = recorded
+        return self._arguments[shape]
+
+    @torch.no_grad()
+    def logits(self, batches: Iterator[Tensor] | Sequence[Tensor]) -> Iterator[Tensor]:
+        """Final norm and head on the last block's outputs [B, S, D]: logits [B, S, V], one batch at a time."""
+        last = len(self.layers) - 1
+        embedding = self.model.get_input_embeddings()
+        with self._resident(lambda name: True):
+            for finished in batches:
+
+                def give(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+                    return finished.to(self.device) if index == last else hidden  # noqa: B023 - called in this turn only
+
+                with _replaced(self.layers, give):
+                    start = torch.zeros(*finished.shape[:2], embedding.weight.shape[1], dtype=self.dtype, device=self.device)
+                    yield self.model(inputs_embeds=start, use_cache=False).logits
+
+    def _format(self, layer: str) -> Format:
+        if self._format_of is None:
+            raise SourceError(f"{self.path}: layer {layer} is packed but config.json has no quantization_config")
+        return self._format_of(layer)
+
+    def _is_head(self, name: str) -> bool:
+        """Whether a parameter outside the blocks belongs to an output head that is not tied to the embedding."""
+        head = self.model.get_output_embeddings()
+        return head is not None and any(name == f"{n}.weight" for n, m in self.model.named_modules() if m is head)
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Read a module's parameters and persistent buffers, check them, and move everything to the device."""
+        state = {}
+        for name in module.state_dict():
+            tensor = self.read(f"{prefix}.{name}" if prefix else name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise SourceError(
+                    f"{self.path}: {prefix}.{name} holds {bad} NaN or infinite values of {tensor.numel()}; "
+                    "such a model cannot be compressed, get a sound copy"
+                )
+            state[name] = tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+        for name, layer in linear_layers(module).items():
+            if _is_packed(self.names[f"{prefix}.{name}.weight"], self.checkpoint):
+                state[f"{name}.weight"] = layer.parameter(state[f"{name}.weight"])
+        module.load_state_dict(state, assign=True, strict=True)
+        module.requires_grad_(False)
+        _move_buffers(module, self.device)
+
+    @contextlib.contextmanager
+    def _resident(self, wanted: Callable[[str], bool]) -> Iterator[None]:
+        """Keep the wanted parameters outside the blocks in memory while the context is open."""
+        before = self._load_outside(wanted)
+        try:
+            yield
+        finally:
+            for module, leaf, tensor in before:
+                _assign(module, leaf, tensor)
+
+    def _load_outside(self, wanted: Callable[[str], bool]) -> list[tuple[nn.Module, str, Tensor]]:
+        """Read the wanted parameters outside the blocks, tied ones once; returns what stood in their places."""
+        tied = self._tied()
+        inside = f"{self.prefix}."
+        before: list[tuple[nn.Module, str, Tensor]] = []
+        loaded: dict[str, Tensor] = {}
+        for name in list(self.model.state_dict()):
+            if name.startswith(inside) or not (wanted(name) or name in tied.values()):
+                continue
+            owner = tied.get(name, name)
+            if owner not in loaded:
+                tensor = self.read(owner)
+                loaded[owner] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+            parent, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(parent)
+            before.append((module, leaf, getattr(module, leaf)))
+            _assign(module, leaf, loaded[owner])
+        for name, child in self.model.named_modules():
+            if not f"{name}.".startswith(inside):
+                _move_buffers(child, self.device, recurse=False)
+        return before
+
+    def _tied(self) -> dict[str, str]:
+        """Parameters that are another one under a second name: name -> the name it is read by."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    def _check_complete(self) -> None:
+        tied = self._tied()
+        missing = [name for name in self.model.state_dict() if name not in self.names and name not in tied]
+        if missing:
+            raise SourceError(
+                f"{self.path}: the checkpoint has no tensor for {missing[0]} ({len(missing)} missing); "
+                "weights and config.json do not belong together, or this architecture is not supported"
+            )
+        for name, parameter in self.model.state_dict().items():
+            stored = self.names.get(name)
+            if stored is None or _is_packed(stored, self.checkpoint):
+                continue
+            shape = self.checkpoint.headers[stored].shape
+            if shape != tuple(parameter.shape):
+                raise SourceError(
+                    f"{self.path}: {stored} has shape {list(shape)} where config.json needs {list(parameter.shape)}; "
+                    "weights and config.json do not belong together"
+                )
+
+
+def skeleton(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that transformers builds from a directory's config: parameters on the meta device, buffers real."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise SourceError(f"{path}: transformers cannot build a causal language model from config.json: {reason}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model.eval().requires_grad_(False)
+
+
+def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Module name -> checkpoint name, a packed layer under the name its dense weight would have.
+
+    The one place that leans on transformers' internal renaming rules (5.x).
+
+    Raises:
+        SourceError: the checkpoint stores a parameter in several pieces that loading would have to merge.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    names: dict[str, str] = {}
+    for key in checkpoint:
+        base, _, part = key.rpartition(".")
+        stored = f"{base}.weight" if part.startswith("weight_") else key  # a part of a packed layer
+        renamed, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+        if converted is not None:
+            raise SourceError(
+                f"{checkpoint.path}: {stored} is merged with others when loaded into {renamed}; "
+                f"such checkpoints (`{model.config.model_type}`) are not supported yet"
+            )
+        if renamed in state:
+            names[renamed] = stored
+    return names
+
+
+def _is_packed(stored: str, checkpoint: Checkpoint) -> bool:
+    return stored not in checkpoint and stored.removesuffix(".weight") + quantization_config.PACKED_SUFFIX in checkpoint
+
+
+def _assign(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _move_buffers(module: nn.Module, device: torch.device, recurse: bool = True) -> None:
+    for child in module.modules() if recurse else [module]:
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.device != device and buffer.device.type != "meta":
+                child._buffers[name] = buffer.to(device)
+
+
+@contextlib.contextmanager
+def _replaced(
+    layers: nn.ModuleList, call: Callable[[int, Tensor, tuple[Any, ...], Mapping[str, Any]], Tensor]
+) -> Iterator[None]:
+    """Have `call(index, hidden, other args, kwargs)` stand in for every block's forward.
+
+    Raises:
+        SourceError: the model does not hand one block's output, untouched, to the next; it cannot be streamed.
+    """
+    given: list[Tensor] = []
+
+    def stand_in(index: int) -> Callable[..., Tensor]:
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index != len(given) or (given and hidden is not given[-1]):
+                raise SourceError(
+                    f"{type(layers[0]).__name__}: block {index} is not called on the output of block {index - 1}; "
+                    "this architecture cannot be streamed block by block"
+                )
+            given.append(call(index, hidden, args, kwargs))
+            if index == len(layers) - 1:
+                result = given[-1]
+                given.clear()
+                return result
+            return given[-1]
+
+        return forward
+
+    for index, layer in enumerate(layers):
+        layer.forward = stand_in(index)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

@@ -1,0 +1,204 @@
+"""Where a run writes: finished parts and a journal while it works, a whole model directory in one step at its end.
+
+    OUT.partial/work/    lock, journal.jsonl, and one safetensors file per finished part (a block, or a tensor outside them)
+    OUT.partial/model/   the directory as it will be
+    OUT                  appears by renaming the latter, and only then
+
+The journal's first line is the run's fingerprint: what must be the same for another run to go on from here. Each further
+line names a part that is safely on disk, with what the report needs of it. A line cut short by a kill does not count.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.errors import OutputError
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt",
+                "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite")  # fmt: skip
+
+
+class Workspace:
+    """The unfinished output of one run. Use as a context manager: it holds the lock."""
+
+    def __init__(self, out: Path, fingerprint: Mapping[str, str], *, resume: bool = False, overwrite: bool = False) -> None:
+        self.out, self.fingerprint, self.resume, self.overwrite = out, dict(fingerprint), resume, overwrite
+        self.partial = out.with_name(out.name + ".partial")
+        self.work, self.model = self.partial / "work", self.partial / "model"
+        self.finished: dict[str, dict[str, Any]] = {}  # part -> its line of the journal
+        self._lock: TextIO | None = None
+
+    def __enter__(self) -> "Workspace":
+        with writing(self.partial):
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.work / "lock").open("w")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self._lock.close()
+                raise OutputError(
+                    f"{self.partial}: another run is writing here; wait for it or choose another --out"
+                ) from error
+            try:
+                self._open_journal()
+            except BaseException:
+                self._lock.close()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._lock is not None
+        self._lock.close()
+
+    def _open_journal(self) -> None:
+        journal = self.work / "journal.jsonl"
+        if self.out.exists() and not self.overwrite:
+            if not journal.exists():
+                shutil.rmtree(self.partial)
+            raise OutputError(f"{self.out}: exists already; give --overwrite to replace it or choose another --out")
+        lines = read_journal(journal)
+        if len(lines) > 1 and not self.resume and not self.overwrite:
+            raise OutputError(
+                f"{self.partial}: holds {len(lines) - 1} finished parts of an interrupted run; "
+                "give --resume to go on from there or --overwrite to start again"
+            )
+        if lines and self.resume:
+            check_fingerprint(lines[0], self.fingerprint, self.partial)
+            for line in lines[1:]:
+                if not (self.work / f"{line['part']}.safetensors").is_file():
+                    break
+                self.finished[line["part"]] = line
+        else:
+            for file in self.work.iterdir():
+                if file.name != "lock":
+                    file.unlink()
+        shutil.rmtree(self.model, ignore_errors=True)
+        self.model.mkdir()
+        whole = [self.fingerprint, *self.finished.values()]
+        _replace_text(journal, "".join(json.dumps(line) + "\n" for line in whole))
+
+    def add(self, part: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
+        """Put a finished part on disk, then its record in the journal."""
+        path = self.part(part)
+        unfinished = path.with_suffix(".unfinished")
+        with writing(path):
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
+            _sync(unfinished)
+            unfinished.rename(path)
+            with (self.work / "journal.jsonl").open("a") as journal:
+                journal.write(json.dumps({"part": part, **record}) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+        self.finished[part] = {"part": part, **record}
+
+    def read(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a finished part."""
+        tensors: dict[str, Tensor] = load_file(self.part(part))
+        return tensors
+
+    def part(self, part: str) -> Path:
+        """The file of a part."""
+        return self.work / f"{part}.safetensors"
+
+    def write_text(self, name: str, text: str) -> None:
+        """A text file of the model directory."""
+        with writing(self.model / name):
+            (self.model / name).write_text(text, encoding="utf-8")
+
+    def publish(self) -> None:
+        """Let OUT appear, replacing what was there if that was agreed to, and clear up."""
+        with writing(self.out):
+            for file in self.model.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            old = self.partial / "replaced"
+            if self.out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                self.out.rename(old)
+            self.model.rename(self.out)
+            shutil.rmtree(self.partial)
+
+
+def copy_other_files(source: Path, to: Path, except_for: Path) -> list[str]:
+    """Copy every file of a model directory that holds no weights, verbatim; a README under another name.
+
+    Returns: the names copied.
+    """
+    copied = []
+    skipped = {path.resolve() for path in (except_for, except_for.with_name(except_for.name + ".partial"))}
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if not file.is_file() or hidden or any(file.match(pattern) for pattern in WEIGHT_FILES):
+            continue
+        if skipped.intersection(file.resolve().parents) or relative.as_posix() == "config.json":
+            continue
+        target = to / ("README.source.md" if relative.as_posix() == "README.md" else relative)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        copied.append(relative.as_posix())
+    return copied
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse a run whose result, written once as parts and once as shards, cannot fit on the disk."""
+    place = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < 2 * needed:
+        raise OutputError(
+            f"{out}: {2 * needed / 1e9:.2f} GB are needed while writing, {free / 1e9:.2f} GB are free; "
+            "make room or choose --out on another disk"
+        )
+
+
+def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, str], where: Path) -> None:
+    """Refuse to go on from another run's results, naming what differs."""
+    differing = [key for key in expected if found.get(key) != expected[key]]
+    if differing:
+        raise OutputError(
+            f"{where}: cannot resume, {' and '.join(differing)} changed since the interrupted run; "
+            "restore it, or give --overwrite to start again"
+        )
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; none if there is no journal."""
+    lines: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break  # the kill came in the middle of this line
+    return lines
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path}: cannot be written ({error}); make room or choose another --out") from error
+
+
+def _replace_text(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(text)
+    _sync(unfinished)
+    unfinished.rename(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

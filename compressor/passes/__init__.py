@@ -1,0 +1,1 @@
+"""One file per algorithm; a recipe names it by the file: `pass: gptq`."""

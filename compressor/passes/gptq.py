@@ -1,0 +1,182 @@
+"""GPTQ: round a weight column by column, pushing each rounding error onto the columns not yet rounded.
+
+Source: Frantar et al., "GPTQ", ICLR 2023, algorithm 1. What differs:
+
+* Rounding `step` columns jointly is the same elimination on blocks of the Cholesky factor, so vector formats need no code
+  of their own.
+* Grids are fitted once, to the original weight with the Hessian's diagonal as importance, and stay fixed while columns are
+  visited in the order of that diagonal ("static" act-order): nothing about the order has to be stored.
+* A channel that no calibration token used is rounded to nearest. The original zeroes it, which changes the model on other
+  text.
+* The Hessian is factorised in fp32, and again in fp64 if the factor shows it to be ill-conditioned.
+
+Shape suffixes: O out_features, I in_features.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compressor.calibration.stats import Hessian
+from compressor.errors import CalibrationError
+from compressor.passes._rounding import WeightRounding
+from compressor.registry import node
+from compressor.types import Accumulator, Block, Format, Grid, Outcome, Stats, Stored
+
+CONDITION_FP32 = 1e3  # largest to smallest pivot of a factor that fp32 is trusted with
+MAX_DAMP = 1.0
+
+
+class SingularHessianError(ArithmeticError):
+    """No damping that was tried makes the Hessian positive definite."""
+
+
+@node
+class GPTQ(WeightRounding):
+    """Round every layer with error feedback.
+
+    Args:
+        damp: Added to the diagonal of the Hessian, as a fraction of its mean. Raised, with a warning, until the
+            Hessian can be factorised.
+        act_order: Round the input channels with the largest second moment first.
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+    needs: ClassVar[tuple[type[Accumulator], ...]] = (Hessian,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.damp <= MAX_DAMP:
+            raise ValueError(f"damp: {self.damp} is not in 0 … {MAX_DAMP:g}")
+
+    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
+        units = self.units(block)
+        option_of = {name: option for unit, option in choice.items() for name in units[unit]}
+        edits: dict[str, Stored] = {}
+        errors: dict[str, float] = {}
+        warnings: list[str] = []
+        for layers in stats.taps(option_of):
+            where = f"{block.prefix}.{layers[0]}"
+            hessian: Hessian = stats[layers[0], Hessian]
+            h_II = hessian.value
+            try:
+                factor = factorise(h_II, damp=self.damp, act_order=self.act_order)
+            except SingularHessianError as error:
+                raise CalibrationError(
+                    f"{where}: the Hessian of {hessian.count} calibration tokens cannot be factorised even with damp "
+                    f"{MAX_DAMP:g}; calibrate on more, or on other, text"
+                ) from error
+            if factor.damp > self.damp:
+                warnings.append(f"{where}: damp raised from {self.damp:g} to {factor.damp:g} to factorise the Hessian")
+            for name in layers:
+                weight = block.weight(name).float()
+                grid = option_of[name].fit(weight, h_II.diagonal(), search=self.search)
+                codes, loss = gptq(weight, factor, grid)
+                edits[name] = grid.pack(codes)
+                errors[name] = loss / max(output_energy(weight, h_II), 1e-30)
+        return Outcome(edits, errors, tuple(warnings))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A Hessian made ready for elimination."""
+
+    u_II: Tensor  # fp32, upper: inverse(H + damping) = UᵀU, rows and columns in visiting order
+    order_I: Tensor  # the input channels in visiting order
+    damp: float  # the damping that was needed
+
+
+@torch.no_grad()
+def factorise(h_II: Tensor, *, damp: float = 0.01, act_order: bool = True, step: int = 1) -> Factor:
+    """Upper Cholesky factor of the inverse of a damped Hessian.
+
+    Args:
+        h_II: Second moment of the layer's input, fp32; not modified.
+        damp: Added to the diagonal, as a fraction of its mean; raised tenfold as often as needed, up to 1.
+        act_order: Visit channels with the largest second moment first, in runs of `step`.
+        step: Adjacent channels that stay together.
+
+    Raises:
+        SingularHessianError: not positive definite with any damping tried.
+    """
+    diagonal = h_II.diagonal()
+    dead = diagonal <= 0
+    mean = float(diagonal.mean()) or 1.0
+    order = torch.arange(len(h_II), device=h_II.device).view(-1, step)
+    if act_order:
+        order = order[diagonal.view(-1, step).sum(1).argsort(descending=True, stable=True)]
+    order = order.flatten()
+    h = h_II[order][:, order]
+    h.diagonal()[dead[order]] += mean
+    tried = max(damp, 1e-12)
+    while True:
+        for dtype in (torch.float32, torch.float64):
+            u, sound = _inverse_factor(h, tried * mean, dtype)
+            if sound:
+                return Factor(u.float(), order, damp if tried == max(damp, 1e-12) else tried)
+        if tried >= MAX_DAMP:
+            raise SingularHessianError
+        tried = min(max(10 * tried, 1e-4), MAX_DAMP)
+
+
+def _inverse_factor(h_II: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """The upper factor, and whether arithmetic in this dtype was good enough for it."""
+    damped = h_II.to(dtype, copy=True)
+    damped.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
+    pivots = lower.diagonal().square()
+    if failed or (dtype is torch.float32 and bool(pivots.max() > CONDITION_FP32 * pivots.min())):
+        return lower, False
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return upper, not failed and bool(torch.isfinite(upper).all())
+
+
+@torch.no_grad()
+def gptq(w_OI: Tensor, factor: Factor, grid: Grid, *, lazy: int = 128) -> tuple[Tensor, float]:
+    """Codes on `grid` whose values Q keep tr((W - Q) H (W - Q)ᵀ) small, H being the damped Hessian of `factor`.
+
+    Args:
+        w_OI: Weight, any float dtype; not modified.
+        factor: Of the Hessian of the layer's input.
+        grid: The format fitted to `w_OI`.
+        lazy: Columns whose errors are collected before the rest of W is updated; affects speed only.
+
+    Returns:
+        Codes [O, I / grid.step] in the original column order, and the loss above: the squared errors, each in units of
+        its pivot, add up to it exactly.
+    """
+    order, step = factor.order_I, grid.step
+    w_IO = w_OI.float().T[order].contiguous()  # a column of W is then contiguous
+    n_in, lazy, u = len(w_IO), max(lazy // step, 1) * step, factor.u_II
+    columns = order[::step].tolist()
+    codes: list[Tensor] = [torch.empty(0)] * len(columns)
+    loss = torch.zeros((), dtype=torch.float64, device=w_IO.device)
+    for lo in range(0, n_in, lazy):
+        hi = min(lo + lazy, n_in)
+        errors_CO = torch.empty(hi - lo, w_IO.shape[1], device=w_IO.device)
+        for c in range(lo, hi, step):
+            now, column = slice(c, c + step), columns[c // step]
+            code = grid.round(w_IO[now].T, column)
+            missed = w_IO[now] - grid.decode(code, column).T
+            error = torch.linalg.solve_triangular(u[now, now].T, missed, upper=False) if step > 1 else missed / u[c, c]
+            w_IO[c + step : hi].addmm_(u[now, c + step : hi].T, error, alpha=-1)
+            errors_CO[c - lo : c - lo + step] = error
+            codes[column // step] = code
+        w_IO[hi:].addmm_(u[lo:hi, hi:].T, errors_CO, alpha=-1)
+        loss += errors_CO.double().square().sum()
+    return torch.cat(codes, dim=1), float(loss)
+
+
+def output_energy(w_OI: Tensor, h_II: Tensor) -> float:
+    """tr(W H Wᵀ), the mean squared norm of the layer's output: what a loss is relative to."""
+    return float((w_OI @ h_II).mul_(w_OI).sum(dtype=torch.float64))
+
+
+EXPORT = GPTQ

@@ -1,0 +1,122 @@
+"""What will be done, as data, before a weight is read: every unit's option, every output tensor, the memory it takes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compressor import registry
+from compressor.errors import RecipeError
+from compressor.model.checkpoint import Header
+from compressor.model.source import ModelSource
+from compressor.types import Block, Format, Option, Pass, Plan
+
+
+def make_plan(source: ModelSource, passes: Sequence[Pass]) -> Plan:
+    """The option of every unit.
+
+    Raises:
+        RecipeError: a layer's shape does not fit its format, nothing chooses among options, or no layer matches.
+    """
+    plan: dict[str, Option] = {}
+    for step in passes:
+        labels = [option.label for option in step.options]
+        if len(labels) > 1:
+            raise RecipeError(
+                f"passes: {len(labels)} options ({', '.join(labels)}) and nothing that chooses among them; name one"
+            )
+        for index in range(len(source.layers)):
+            block = source.block(index, load=False)
+            for unit, layers in step.units(block).items():
+                for name in layers:
+                    _check_fit(step.options[0], block, name)
+                if plan.setdefault(f"{block.prefix}.{unit}", step.options[0]) is not step.options[0]:
+                    raise RecipeError(f"passes: two of them work on {block.prefix}.{unit}; keep them apart with `layers`")
+    if not plan:
+        known = ", ".join(source.block(0, load=False).layers)
+        raise RecipeError(f"passes: their `layers` and `ignore` leave no layer to work on; a block has {known}")
+    return plan
+
+
+def _check_fit(option: Option, block: Block, name: str) -> None:
+    if isinstance(option, Format):
+        try:
+            option.stored_bits(block.shape(name))
+        except ValueError as error:
+            raise RecipeError(f"{block.prefix}.{name}: {error}") from error
+
+
+def choose(step: Pass, block: Block, plan: Plan) -> Mapping[str, Any]:
+    """The plan's option for each unit of a block that a pass works on."""
+    return {unit: plan[f"{block.prefix}.{unit}"] for unit in step.units(block)}
+
+
+def layer_formats(passes: Sequence[Pass], block: Block, plan: Plan) -> dict[str, Format]:
+    """The format in which each layer of a block ends up, for those that are packed."""
+    formats: dict[str, Format] = {}
+    for step in passes:
+        for unit, option in choose(step, block, plan).items():
+            if isinstance(option, Format):
+                formats |= dict.fromkeys(step.units(block)[unit], option)
+    return formats
+
+
+def model_formats(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> dict[str, Format]:
+    """The same for the whole model, by full layer name."""
+    blocks = [source.block(index, load=False) for index in range(len(source.layers))]
+    return {f"{b.prefix}.{name}": fmt for b in blocks for name, fmt in layer_formats(passes, b, plan).items()}
+
+
+def output_headers(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> dict[str, Header]:
+    """Name, dtype and shape of every tensor of the result, in the order of writing."""
+    headers: dict[str, Header] = {}
+    for index in range(len(source.layers)):
+        block = source.block(index, load=False)
+        formats = layer_formats(passes, block, plan)
+        for name, stored in block_names(source, block).items():
+            layer = name.removesuffix(".weight")
+            if name.endswith(".weight") and layer in formats:
+                base = stored.removesuffix(".weight")
+                for part, (dtype, shape) in formats[layer].checkpoint_parts(block.shape(layer)).items():
+                    headers[f"{base}.{part}"] = Header(dtype, shape)
+            else:
+                headers[stored] = source.checkpoint.headers[stored]
+    return headers | {name: source.checkpoint.headers[name] for name in rest_names(source)}
+
+
+def block_names(source: ModelSource, block: Block) -> dict[str, str]:
+    """Parameters of a block: name inside it -> name in the checkpoint, in the checkpoint's order."""
+    prefix = f"{block.prefix}."
+    return {m.removeprefix(prefix): stored for m, stored in source.names.items() if m.startswith(prefix)}
+
+
+def rest_names(source: ModelSource) -> list[str]:
+    """Tensors of the checkpoint outside the blocks, and those that the model does not know."""
+    inside = {stored for m, stored in source.names.items() if m.startswith(f"{source.prefix}.")}
+    return [name for name in source.checkpoint if name not in inside]
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    """The plan as plan.yaml holds it."""
+    return {unit: registry.describe(option) for unit, option in plan.items()}
+
+
+def expected_memory(source: ModelSource, passes: Sequence[Pass], tokens: int) -> int:
+    """Estimate of the peak resident bytes of a run, beyond the interpreter and its libraries.
+
+    One dense block in the dtype of computation, each distinct input's statistics in fp64 with four copies of the largest
+    while it is factorised, the hidden states, and the largest tensor outside the blocks.
+
+    Args:
+        source: The model.
+        passes: Of the recipe.
+        tokens: That calibration sends through; 0 without.
+    """
+    block = source.block(0, load=False)
+    size = source.dtype.itemsize
+    weights = sum(p.numel() for p in block.module.parameters()) * size
+    widths = {layers[0]: block.shape(layers[0])[1] for step in passes if step.needs for layers in step.units(block).values()}
+    statistics = sum(8 * width**2 for width in widths.values())
+    solving = 4 * 4 * max((width**2 for width in widths.values()), default=0)
+    largest = max(rows * columns for rows, columns in map(block.shape, block.layers))
+    hidden = int(source.model.config.get_text_config().hidden_size)
+    outside = max((source.checkpoint.headers[name].nbytes for name in rest_names(source)), default=0)
+    return max(weights + statistics + solving + 4 * 3 * largest, outside * 2) + tokens * hidden * size

@@ -1,0 +1,119 @@
+"""Names in a recipe are module names: `pass: gptq` is `compressor.passes.gptq`, and a name with a dot is imported as is.
+
+The directory is the registry. A module exports the class that a recipe builds as `EXPORT`.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+
+from compressor.errors import RecipeError
+
+T = TypeVar("T")
+PACKAGES = {"pass": "passes", "format": "formats"}  # the key that names a thing in a recipe -> where it lives
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def node(cls: type[T]) -> type[T]:
+    """A frozen, keyword-only dataclass that rejects unknown keys: anything a recipe can describe."""
+    made = dataclass(frozen=True, kw_only=True)(cls)
+    made.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)  # type: ignore[attr-defined]
+    return made
+
+
+def available(kind: str) -> list[str]:
+    """Names that `kind: NAME` may take in a recipe, found without importing them."""
+    path = importlib.import_module(f"compressor.{PACKAGES[kind]}").__path__
+    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
+
+
+def suggestion(name: str, known: list[str]) -> str:
+    """The end of an error message about an unknown name."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+
+
+def build(kind: str, spec: Any) -> Any:
+    """Turn `{kind: NAME, field: value, …}` into an instance of that module's `EXPORT`; pass instances through.
+
+    Raises:
+        RecipeError: no such name, or a field that does not fit.
+    """
+    if hasattr(type(spec), "__pydantic_config__"):
+        return spec
+    if not isinstance(spec, Mapping) or kind not in spec:
+        raise RecipeError(
+            f"expected a mapping with the key `{kind}`, got {spec!r}; write for example `{kind}: {available(kind)[0]}`"
+        )
+    name = str(spec[kind])
+    if "." not in name and name not in available(kind):
+        raise RecipeError(f"no {kind} named `{name}`; {suggestion(name, available(kind))}")
+    try:
+        module = importlib.import_module(name if "." in name else f"compressor.{PACKAGES[kind]}.{name}")
+        made = module.EXPORT
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"{kind} `{name}`: {error}; the module must be importable and define EXPORT") from error
+    return validate(made, {key: value for key, value in spec.items() if key != kind}, where=name)
+
+
+def validate(cls: type[T], values: Any, where: str) -> T:
+    """An instance of a `node` from plain data.
+
+    Raises:
+        RecipeError: the first thing that is wrong, named by its path.
+    """
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{where}: expected a mapping of keys to values, got {values!r}")
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join([where, *(str(part) for part in first["loc"])])
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            hint = suggestion(str(first["loc"][-1]), _keys_at(cls, first["loc"]))
+            raise RecipeError(f"{path}: no such key; {hint}") from error
+        if first["type"] in ("missing", "missing_argument"):
+            raise RecipeError(f"{path}: this key is required") from error
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first.get("ctx", {}).get("error"), ValueError) else f", got {first['input']!r}"
+        raise RecipeError(f"{path}: {message}{got}") from error
+
+
+def _keys_at(cls: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The keys that are allowed where an unknown one was found."""
+    for part in location[:-1]:
+        cls = next((f.type for f in fields(cls) if f.name == part), cls) if hasattr(cls, "__dataclass_fields__") else cls
+    return sorted(f.name for f in fields(cls)) if hasattr(cls, "__dataclass_fields__") else []
+
+
+def describe(thing: Any) -> Any:
+    """Inverse of `build`: plain data that would rebuild it, defaults written out."""
+    if isinstance(thing, tuple | list):
+        return [describe(item) for item in thing]
+    if not hasattr(type(thing), "__pydantic_config__"):
+        return thing
+    own = {f.name: describe(getattr(thing, f.name)) for f in fields(thing)}
+    module = type(thing).__module__
+    for kind, package in PACKAGES.items():
+        if module.startswith(f"compressor.{package}."):
+            return {kind: module.split(".")[2], **own}
+        if getattr(thing, "kind", None) == kind:
+            return {kind: module, **own}
+    return own
+
+
+def named(kind: str) -> BeforeValidator:
+    """Field annotation: `Annotated[Format, named("format")]` accepts `{format: int_group, bits: 4}`."""
+
+    def convert(spec: Any) -> Any:
+        try:
+            return build(kind, spec)
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
+
+    return BeforeValidator(convert)

@@ -1,0 +1,1 @@
+"""Running models that were compressed."""

@@ -1,0 +1,63 @@
+"""Load a model directory, dense or packed in any layout that we read, as a transformers model."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from compressor.model.source import ModelSource
+
+
+def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model with dense weights: packed layers are dequantised here, once.
+
+    Args:
+        path: Model directory.
+        device: Where to put it.
+        dtype: Of all floating-point parameters.
+
+    Raises:
+        SourceError: the directory cannot be read.
+    """
+    return ModelSource(Path(path), torch.device(device), dtype).whole()
+
+
+def generate(
+    path: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    device: str = "cpu",
+    seed: int | None = None,
+) -> str:
+    """A continuation of a prompt, greedy, or sampled if there is a seed.
+
+    Args:
+        path: Model directory.
+        prompt: Text, or with `chat` the user's turn of a conversation.
+        max_new_tokens: At most so many.
+        chat: Put the prompt into the tokenizer's chat template.
+        device: Where to run.
+        seed: Sample from the model's distribution with this seed.
+
+    Raises:
+        CompressorError: no model or tokenizer that can be read, or no chat template.
+    """
+    from compressor.calibration.data import encode_prompt, load_tokenizer
+
+    tokenizer = load_tokenizer(Path(path))
+    model = load(path, device)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt, chat)], device=device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=seed is not None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
