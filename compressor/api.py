@@ -25,7 +25,7 @@ from compressor.model import quantization_config, shards
 from compressor.model.architecture import LinearKind, linear_layers
 from compressor.model.checkpoint import read_config
 from compressor.model.source import ModelSource
-from compressor.model.writer import Workspace, check_space, copy_other_files, writing
+from compressor.model.writer import Workspace, check_space, check_target, clear_up, copy_other_files, writing
 from compressor.pipeline import Event, Job, Tell
 from compressor.plan import describe_plan, expected_memory, make_plan, model_formats, output_headers
 from compressor.recipe import Recipe, load_recipe, make_recipe, to_yaml
@@ -90,6 +90,7 @@ def run(
     ranks = Ranks.from_environment(device)
     source, plan = prepare(recipe, Path(model), ranks.device, dtype)
     out = default_out(Path(model), plan) if out is None else Path(out)
+    check_target(out, Path(model), resume=resume, overwrite=overwrite)
     calibration, evaluation = load_data(recipe, source)
     fingerprint = {
         "recipe": _sha256(to_yaml(recipe)),
@@ -227,6 +228,8 @@ def evaluate(
         dtype: Of the computation; None takes float32.
         tell: Called with progress.
     """
+    if samples < 1:
+        raise RecipeError(f"samples {samples}: not a positive number; raise --samples")
     place = Ranks.from_environment(device).device
     judged = ModelSource(Path(model), place, computation_dtype(place, dtype or "float32", Path(model)))
     original = ModelSource(Path(reference), place, judged.dtype) if reference is not None else None
@@ -260,8 +263,10 @@ def sample_length(wanted: int | None, source: ModelSource) -> int:
     """Tokens of a sample.
 
     Raises:
-        RecipeError: more than the model was made for.
+        RecipeError: more than the model was made for, or too few to predict one from another.
     """
+    if wanted is not None and wanted < 2:
+        raise RecipeError(f"seq_len {wanted}: a sample needs at least 2 tokens; raise --seq-len")
     if wanted is not None and wanted > source.max_positions:
         raise RecipeError(f"seq_len {wanted}: the model was made for at most {source.max_positions} tokens; lower --seq-len")
     return wanted or min(LONGEST, source.max_positions)
@@ -422,6 +427,7 @@ def finished_report(out: Path, report: Report) -> Report:
         same = False
     if not same:
         raise OutputError(f"{out}: exists and is not the result of this run; give --overwrite or choose another --out")
+    clear_up(out, report.fingerprint)
     known = {key: found[key] for key in vars(report) if key in found and key != "rows"}
     return replace(report, **known, rows=[Row(**row) for row in found["rows"]])
 

@@ -4,17 +4,25 @@ Started by `torchrun --nproc-per-node N -m compressor …`. With one rank every 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from compressor.errors import CompressorError, RecipeError
 from compressor.types import Edits, Outcome, QuantizedTensor, Stored
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # that ranks wait for each other: the first one writes and evaluates alone
+
+
+class LostRankError(CompressorError):
+    """Another rank has ended. If it could say why, it has."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +35,16 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, device: str | None = None) -> "Ranks":
-        """Join the group that torchrun describes in the environment, or run alone; `device` None takes a GPU if any."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        """Join the group that torchrun describes in the environment, or run alone; `device` as in compute_device."""
+        world, place = _world(), compute_device(device)
         if world == 1:
-            return cls(device=torch.device(kind))
-        if kind == "cuda":
-            kind = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(kind)
+            return cls(device=place)
+        if place.type == "cuda":
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(place)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind.startswith("cuda") else "gloo")
-        return cls(dist.get_rank(), world, torch.device(kind))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+        return cls(dist.get_rank(), world, place)
 
     @property
     def first(self) -> bool:
@@ -55,15 +62,17 @@ class Ranks:
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over ranks, in place."""
         if self.world > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+            with _together():
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
 
     def gather(self, mine: Outcome) -> Outcome:
         """Every rank's outcome in one, edits in name order. Packed parts travel as tensors."""
         if self.world == 1:
             return mine
         everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, replace(mine, edits={n: _on_meta(new) for n, new in mine.edits.items()}))
+        with _together():
+            dist.all_gather_object(everyone, replace(mine, edits={n: _on_meta(new) for n, new in mine.edits.items()}))
         edits: dict[str, Stored] = {}
         for owner, outcome in enumerate(everyone):
             for name in sorted(outcome.edits):
@@ -76,14 +85,16 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
 
     def agree(self, value: T) -> T:
         """Rank 0's value, everywhere."""
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box)
+        with _together():
+            dist.broadcast_object_list(box)
         return box[0]
 
     def _owners(self, costs: Mapping[str, int]) -> dict[str, int]:
@@ -99,7 +110,8 @@ class Ranks:
 
         def send(like: Tensor, tensor: Tensor | None) -> Tensor:
             here = torch.empty_like(like, device=self.device) if tensor is None else tensor.to(self.device).contiguous()
-            dist.broadcast(here.view(torch.uint8), owner)
+            with _together():
+                dist.broadcast(here.view(torch.uint8), owner)
             return here
 
         if isinstance(shape, QuantizedTensor):
@@ -107,6 +119,52 @@ class Ranks:
             parts = {name: send(like, given.get(name)) for name, like in shape.parts.items()}
             return replace(shape, parts=parts)
         return send(shape, own if isinstance(own, Tensor) else None)
+
+
+def compute_device(name: str | None) -> torch.device:
+    """The device of a name; None takes a GPU if there is one.
+
+    Raises:
+        RecipeError: neither `cpu` nor `cuda`, or a GPU that is not there.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if found else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name}: not one of cpu, cuda")
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise RecipeError(f"device {name}: torch finds {found} CUDA devices here; use another, or cpu")
+    return device
+
+
+def first_to_fail() -> bool:
+    """Whether this process should say what went wrong: of several ranks, only the first to fail does."""
+    if _world() == 1:
+        return True
+    if not dist.is_initialized():
+        return os.environ["RANK"] == "0"  # what fails before the ranks join fails on all of them
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("failed", 1) == 1)
+    except RuntimeError:
+        return False  # the rank that kept the count was the first
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Something that every rank takes part in."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(
+            f"rank {dist.get_rank()}: lost the connection to another rank; "
+            "see what that one has printed, --resume goes on from the last finished block"
+        ) from error
 
 
 def _on_meta(new: Stored) -> Stored:

@@ -112,13 +112,14 @@ def _set(data: Any, change: str) -> None:
     *parents, last = path.split(".")
     try:
         value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {change}: the value is not valid YAML; put it in quotes") from error
+    try:
         here = data
         for key in parents:
             if isinstance(here, dict) and here.get(key) is None:
                 here[key] = {}
             here = here[int(key)] if isinstance(here, list) else here[key]
         here[int(last) if isinstance(here, list) else last] = value
-    except (LookupError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"--set {change}: the recipe has no place `{path}` ({error!r}); --print-recipe shows its keys"
-        ) from error
+    except (LookupError, ValueError, TypeError) as error:
+        raise RecipeError(f"--set {change}: the recipe has no place `{path}`; --print-recipe shows its keys") from error

@@ -7,8 +7,8 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar, dataclass_transform
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
@@ -87,8 +87,9 @@ def validate(cls: type[T], values: Any, where: str) -> T:
 def _keys_at(cls: Any, location: tuple[int | str, ...]) -> list[str]:
     """The keys that are allowed where an unknown one was found."""
     for part in location[:-1]:
-        cls = next((f.type for f in fields(cls) if f.name == part), cls) if hasattr(cls, "__dataclass_fields__") else cls
-    return sorted(f.name for f in fields(cls)) if hasattr(cls, "__dataclass_fields__") else []
+        kind = next((f.type for f in fields(cls) if f.name == part), None)
+        cls = next((one for one in (kind, *get_args(kind)) if is_dataclass(one)), cls)
+    return sorted(f.name for f in fields(cls))
 
 
 def describe(thing: Any) -> Any:

@@ -3,6 +3,8 @@
 Shape suffixes: T tokens, I in_features.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ class Hessian:
     """Second moment of a layer's input, XᵀX / T: the Hessian of its squared output error, up to a factor.
 
     Products of a batch are fp32, their sum fp64: the order of summation, and so the number of ranks, then hardly matters,
-    and millions of tokens lose nothing. Only the upper triangle is kept up while summing.
+    and millions of tokens lose nothing. Only the upper triangle is kept up while summing, a strip of rows at a time, so that
+    no second matrix of this size is ever in memory.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -20,7 +23,9 @@ class Hessian:
 
     def update(self, x_TI: Tensor) -> None:
         """Add the inputs of T tokens."""
-        self.total += upper_gram(x_TI.float())
+        x = x_TI.float()
+        for rows in strips(len(self.total)):
+            self.total[rows, rows.start :] += x[:, rows].T @ x[:, rows.start :]
         self.tokens += len(x_TI)
 
     def tensors(self) -> list[Tensor]:
@@ -34,15 +39,17 @@ class Hessian:
     @property
     def value(self) -> Tensor:
         """fp32 [I, I]; zero if no token was seen."""
-        mean = self.total.div(self.tokens.clamp(min=1)).float().triu_()
-        return mean + mean.triu(1).T
+        mean = torch.empty_like(self.total, dtype=torch.float32)
+        for rows in strips(len(mean)):
+            mean[rows, rows.start :] = self.total[rows, rows.start :] / self.tokens.clamp(min=1)
+            square = mean[rows, rows]
+            square.copy_(square.triu() + square.triu(1).T)
+            mean[rows.stop :, rows] = mean[rows, rows.stop :].T
+        return mean
 
 
-def upper_gram(x_TI: Tensor) -> Tensor:
-    """XᵀX in fp32, of which only the upper triangle is meaningful: each strip of rows starts at its own first column."""
-    width = x_TI.shape[1]
-    gram = torch.zeros(width, width, device=x_TI.device)
-    strip = max(128, -(-width // 4))
-    for lo in range(0, width, strip):
-        gram[lo : lo + strip, lo:] = x_TI[:, lo : lo + strip].T @ x_TI[:, lo:]
-    return gram
+def strips(width: int) -> Iterator[slice]:
+    """Rows of the upper triangle of a matrix that are worked on together, starting at column `rows.start` each."""
+    size = max(128, -(-width // 8))
+    for start in range(0, width, size):
+        yield slice(start, min(start + size, width))

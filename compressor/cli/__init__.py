@@ -4,6 +4,7 @@ One file per verb, each with a function of the verb's name (`eval` is `eval_`). 
 that `--help` answers at once. Exit status: 0 done, 1 a check failed, 2 could not run.
 """
 
+import os
 import sys
 
 import typer
@@ -32,8 +33,12 @@ def main() -> None:
     try:
         app()
     except CompressorError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if "WORLD_SIZE" not in os.environ or _first_to_fail():
+            sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; finished blocks are kept, --resume goes on from there\n")
-        raise SystemExit(130) from None
+
+
+def _first_to_fail() -> bool:
+    from compressor.distributed import first_to_fail
+
+    return first_to_fail()

@@ -7,7 +7,7 @@ import typer
 
 Model = Annotated[
     Path,
-    typer.Argument(help="Hugging Face model directory with safetensors weights.", metavar="[MODEL]", show_default="."),
+    typer.Argument(help="Hugging Face model directory with safetensors weights.", metavar="MODEL", show_default="."),
 ]
 Out = Annotated[Path | None, typer.Option(help="Directory to create. [default: MODEL with what was done appended]")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run of the same command.")]

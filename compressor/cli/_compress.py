@@ -1,5 +1,7 @@
 """What `run` and the shorthands have in common once there is a recipe."""
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,16 +34,12 @@ def compress(
         print_json(forecast.to_dict()) if as_json else print_forecast(forecast)
         return
     first = Ranks.from_environment(device).first
-    with progress() as tell:
-        report = api.run(
-            recipe,
-            model,
-            out,
-            resume=resume,
-            overwrite=overwrite,
-            device=device,
-            dtype=dtype,
-            tell=tell if first else api.silent,
-        )
+    try:
+        with progress() if first else nullcontext(api.silent) as tell:
+            report = api.run(recipe, model, out, resume=resume, overwrite=overwrite, device=device, dtype=dtype, tell=tell)
+    except KeyboardInterrupt:
+        if first:
+            sys.stderr.write("interrupted; finished blocks are kept, --resume goes on from there\n")
+        raise SystemExit(130) from None
     if first:
         print_json(report.to_dict()) if as_json else print_report(report, report.path)

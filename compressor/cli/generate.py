@@ -24,10 +24,12 @@ def generate(
     Example: `compress generate model-int4 --chat --prompt "What is a list?"`
     """
     from compressor.cli._quiet import quiet
+    from compressor.distributed import compute_device
     from compressor.runtime.load import generate as continue_prompt
 
     quiet()
-    text = continue_prompt(model, prompt, max_new_tokens=max_new_tokens, chat=chat, device=device, seed=seed)
+    place = str(compute_device(device))
+    text = continue_prompt(model, prompt, max_new_tokens=max_new_tokens, chat=chat, device=place, seed=seed)
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:

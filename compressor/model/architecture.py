@@ -51,9 +51,9 @@ class Conv1DKind(LinearKind):
 
 
 def linear_layers(module: nn.Module) -> dict[str, LinearLike]:
-    """The linear layers below a module, by name, in module order."""
+    """The linear layers below a module, by name, in module order; subclasses count, as they do in compressed-tensors."""
     kinds: dict[type[nn.Module], LinearLike] = {nn.Linear: LinearKind(), Conv1D: Conv1DKind()}
-    return {name: kinds[type(child)] for name, child in module.named_modules() if type(child) in kinds}
+    return {name: kinds[kind] for name, child in module.named_modules() for kind in kinds if isinstance(child, kind)}
 
 
 def fused_groups(layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -85,14 +85,12 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         SourceError: there is no such list, or its blocks hold what no pass can handle.
     """
-    kind = model.config.model_type
-    if model.config.is_encoder_decoder:
-        raise SourceError(f"model type `{kind}`: encoder-decoder models are not supported, only decoders of causal models")
+    kind, count = model.config.model_type, getattr(model.config.get_text_config(), "num_hidden_layers", None)
     decoder = model.get_decoder() or model.base_model
-    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(lists) != 1:
         raise SourceError(
-            f"model type `{kind}`: found {len(lists)} lists of {model.config.num_hidden_layers} decoder blocks in "
+            f"model type `{kind}`: found {len(lists)} lists of {count} decoder blocks in "
             f"{type(decoder).__name__} where one is needed; this architecture is not supported"
         )
     blocks = lists[0]
@@ -109,12 +107,14 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what could only be read by running code from the checkpoint."""
+    """Refuse what is no decoder, and what could only be read by running code from the checkpoint."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         raise SourceError(f"{where}: config.json names no model_type; is this a transformers checkpoint?")
     if kind not in CONFIG_MAPPING:
         remote = " without running code from the checkpoint, which compress never does" if "auto_map" in config else ""
         raise SourceError(f"{where}: the installed transformers does not know model type `{kind}`{remote}; a newer one may")
+    if config.get("is_encoder_decoder"):
+        raise SourceError(f"{where}: model type `{kind}` is an encoder-decoder; only decoders of causal models are supported")

@@ -1,6 +1,7 @@
 """The safetensors files of a model directory: every tensor by name, none of them in memory until it is asked for."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +74,10 @@ class Checkpoint:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model directory's config.json as it stands.
+    """The model directory's config.json as it stands; one that is quantized, and only that, has a `quantization_config`.
 
     Raises:
-        SourceError: not a model directory, or not JSON.
+        SourceError: not a model directory, or not a JSON object.
     """
     if not path.exists():
         raise SourceError(f"{path}: no such directory; MODEL is a local Hugging Face model directory, download it first")
@@ -87,20 +88,26 @@ def read_config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(file.read_text())
     except ValueError as error:
         raise SourceError(f"{file}: not valid JSON ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise SourceError(f"{file}: holds a JSON {type(config).__name__} where an object is needed; download it again")
+    if config.get("quantization_config", ...) is None:
+        del config["quantization_config"]  # some write null for a dense model
     return config
 
 
 def find_shards(path: Path) -> Mapping[str, str]:
-    """Tensor name -> shard file name, from the index or the only shard's header.
+    """Tensor name -> shard file name, from the only shard's header or the index; of both, transformers takes the former.
 
     Raises:
         SourceError: no safetensors here, or an index that is damaged or points elsewhere.
     """
+    if (path / SINGLE).is_file():
+        return dict.fromkeys(read_header(path / SINGLE), SINGLE)
     index = path / INDEX
     if index.exists():
         try:
             weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            shards = sorted(set(weight_map.values()))
+            shards = sorted({os.fspath(shard) for shard in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{index}: not a safetensors index ({error!r}); download it again") from error
         for shard in shards:
@@ -109,8 +116,6 @@ def find_shards(path: Path) -> Mapping[str, str]:
             if not (path / shard).is_file():
                 raise SourceError(f"{path}: shard {shard} is named in the index but missing; download it")
         return weight_map
-    if (path / SINGLE).is_file():
-        return dict.fromkeys(read_header(path / SINGLE), SINGLE)
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     if pickled:
         raise SourceError(
@@ -137,6 +142,9 @@ def read_header(shard: Path) -> dict[str, Header]:
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if size != 8 + length + end:
             raise ValueError(f"it holds {size} bytes where its header promises {8 + length + end}")
+        unknown = sorted({entry["dtype"] for entry in entries.values()} - set(DTYPES))
+        if unknown:
+            raise SourceError(f"{shard}: tensors of dtype {', '.join(unknown)}, which cannot be read; use the original model")
         return {name: Header(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SourceError(f"{shard}: not a whole safetensors file ({error}); download it again") from error

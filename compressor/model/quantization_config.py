@@ -69,11 +69,14 @@ def reader(config: Mapping[str, Any], where: str) -> Callable[[str], Format]:
             raise SourceError(f"{where}: quantization_config cannot be read ({error})") from error
         return lambda layer: _found(formats.get(layer), layer, where)
     if method == COMPRESSED_TENSORS:
-        groups = [
-            (group.get("targets", []), _from_scheme(group.get("weights") or {}, where))
-            for group in quantization.get("config_groups", {}).values()
-            if isinstance(group, Mapping)
-        ]
+        try:
+            groups = [
+                (group.get("targets", []), _from_scheme(group.get("weights") or {}, where))
+                for group in quantization.get("config_groups", {}).values()
+                if isinstance(group, Mapping)
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(f"{where}: quantization_config cannot be read ({error})") from error
         return lambda layer: _found(
             next((fmt for targets, fmt in groups if any(_targets(t, layer) for t in targets)), None), layer, where
         )

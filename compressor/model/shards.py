@@ -37,10 +37,10 @@ class Shard:
 
 
 def layout(headers: Mapping[str, Header], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Which tensors go into which file: in the given order, a new file when one would grow beyond `shard_bytes`."""
+    """Which tensors go into which file: in name order, a new file when one would grow beyond `shard_bytes`."""
     groups: list[list[str]] = [[]]
     size = 0
-    for name, header in headers.items():
+    for name, header in sorted(headers.items()):
         if groups[-1] and size + header.nbytes > shard_bytes:
             groups.append([])
             size = 0

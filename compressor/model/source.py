@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -43,8 +43,9 @@ class ModelSource:
         quantized = "quantization_config" in self.raw_config
         self._format_of = quantization_config.reader(self.raw_config, str(path)) if quantized else None
         self.names = checkpoint_names(self.model, self.checkpoint)
-        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+        self._tied = self._tie()
         self._check_complete()
+        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -88,7 +89,7 @@ class ModelSource:
         for index in range(len(self.layers)):
             self.block(index)
         self._load_outside(lambda name: True)
-        self.model.tie_weights()
+        self.model.tie_weights(recompute_mapping=False)
         return self.model
 
     def read(self, name: str) -> Tensor:
@@ -101,9 +102,17 @@ class ModelSource:
     def read_packed(self, layer: str) -> QuantizedTensor:
         """A packed layer by full module name."""
         base, fmt = self.names[f"{layer}.weight"].removesuffix(".weight"), self._format(layer)
-        rows, columns = (int(n) for n in self.checkpoint.read(f"{base}.weight_shape"))
+        module = self.model.get_submodule(layer)
+        linear = linear_layers(module).get("")
+        if linear is None:
+            raise SourceError(f"{self.path}: {layer} is packed but no linear layer; such checkpoints cannot be read")
+        rows, columns = linear.weight(module).shape
+        try:
+            expected = fmt.checkpoint_parts((rows, columns))
+        except ValueError as error:
+            raise SourceError(f"{self.path}: {layer} cannot be packed as config.json has it: {error}") from error
         parts = {}
-        for part, (_, shape) in fmt.checkpoint_parts((rows, columns)).items():
+        for part, (_, shape) in expected.items():
             if f"{base}.{part}" not in self.checkpoint:
                 raise SourceError(f"{self.path}: {base}.{part} is missing; the checkpoint is not complete")
             parts[part] = self.checkpoint.read(f"{base}.{part}")
@@ -170,23 +179,34 @@ class ModelSource:
         return head is not None and any(name == f"{n}.weight" for n, m in self.model.named_modules() if m is head)
 
     def _load(self, module: nn.Module, prefix: str) -> None:
-        """Read a module's parameters and persistent buffers, check them, and move everything to the device."""
+        """Read a module's parameters and persistent buffers, and move everything to the device."""
         state = {}
         for name in module.state_dict():
-            tensor = self.read(f"{prefix}.{name}" if prefix else name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise SourceError(
-                    f"{self.path}: {prefix}.{name} holds {bad} NaN or infinite values of {tensor.numel()}; "
-                    "such a model cannot be compressed, get a sound copy"
-                )
-            state[name] = tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+            state[name] = self._read_sound(f"{prefix}.{name}")
         for name, layer in linear_layers(module).items():
             if _is_packed(self.names[f"{prefix}.{name}.weight"], self.checkpoint):
                 state[f"{name}.weight"] = layer.parameter(state[f"{name}.weight"])
         module.load_state_dict(state, assign=True, strict=True)
         module.requires_grad_(False)
         _move_buffers(module, self.device)
+
+    def _read_sound(self, name: str) -> Tensor:
+        """What `read` gives, on the device and in the dtype of computation.
+
+        Raises:
+            SourceError: it holds NaN or infinite values.
+        """
+        tensor = self.read(name)
+        if not tensor.is_floating_point():
+            return tensor.to(self.device)
+        tensor = tensor.to(self.device, self.dtype)
+        if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # unlike a mask of the tensor, takes no memory
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise SourceError(
+                f"{self.path}: {name} holds {bad} NaN or infinite values of {tensor.numel()}; "
+                "such a model cannot be compressed, get a sound copy"
+            )
+        return tensor
 
     @contextlib.contextmanager
     def _resident(self, wanted: Callable[[str], bool]) -> Iterator[None]:
@@ -200,17 +220,15 @@ class ModelSource:
 
     def _load_outside(self, wanted: Callable[[str], bool]) -> list[tuple[nn.Module, str, Tensor]]:
         """Read the wanted parameters outside the blocks, tied ones once; returns what stood in their places."""
-        tied = self._tied()
         inside = f"{self.prefix}."
         before: list[tuple[nn.Module, str, Tensor]] = []
         loaded: dict[str, Tensor] = {}
         for name in list(self.model.state_dict()):
-            if name.startswith(inside) or not (wanted(name) or name in tied.values()):
+            if name.startswith(inside) or not (wanted(name) or name in self._tied.values()):
                 continue
-            owner = tied.get(name, name)
+            owner = self._tied.get(name, name)
             if owner not in loaded:
-                tensor = self.read(owner)
-                loaded[owner] = tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+                loaded[owner] = self._read_sound(owner)
             parent, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(parent)
             before.append((module, leaf, getattr(module, leaf)))
@@ -220,13 +238,26 @@ class ModelSource:
                 _move_buffers(child, self.device, recurse=False)
         return before
 
-    def _tied(self) -> dict[str, str]:
-        """Parameters that are another one under a second name: name -> the name it is read by."""
-        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+    def _tie(self) -> dict[str, str]:
+        """Parameters that are another one under a second name: name -> the name it is read by.
+
+        As transformers has it: of a pair the one that is stored is read, and two that are stored and differ are not tied.
+        """
+        pairs: dict[str, str] = self.model.all_tied_weights_keys
+        tied = {}
+        for name, owner in list(pairs.items()):
+            if name not in self.names:
+                tied[name] = owner
+            elif owner not in self.names:
+                tied[owner] = name
+            elif _equal(self.read(name), self.read(owner)):
+                tied[name] = owner
+            else:
+                del pairs[name]
+        return tied
 
     def _check_complete(self) -> None:
-        tied = self._tied()
-        missing = [name for name in self.model.state_dict() if name not in self.names and name not in tied]
+        missing = [name for name in self.model.state_dict() if self._tied.get(name, name) not in self.names]
         if missing:
             raise SourceError(
                 f"{self.path}: the checkpoint has no tensor for {missing[0]} ({len(missing)} missing); "
@@ -245,15 +276,17 @@ class ModelSource:
 
 
 def skeleton(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that transformers builds from a directory's config: parameters on the meta device, buffers real."""
+    """The model that transformers builds from a directory's configs: parameters on the meta device, buffers real."""
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
+        if (path / "generation_config.json").is_file():  # end tokens above all
+            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # a config can be wrong in as many ways as there are models
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(f"{path}: transformers cannot build a causal language model from config.json: {reason}") from error
     assert isinstance(model, PreTrainedModel)
     return model.eval().requires_grad_(False)
@@ -288,6 +321,10 @@ def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str
 
 def _is_packed(stored: str, checkpoint: Checkpoint) -> bool:
     return stored not in checkpoint and stored.removesuffix(".weight") + quantization_config.PACKED_SUFFIX in checkpoint
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _assign(module: nn.Module, leaf: str, tensor: Tensor) -> None:

@@ -64,7 +64,7 @@ class Workspace:
         if self.out.exists() and not self.overwrite:
             if not journal.exists():
                 shutil.rmtree(self.partial)
-            raise OutputError(f"{self.out}: exists already; give --overwrite to replace it or choose another --out")
+            raise _exists(self.out)
         lines = read_journal(journal)
         if len(lines) > 1 and not self.resume and not self.overwrite:
             raise OutputError(
@@ -150,13 +150,46 @@ def copy_other_files(source: Path, to: Path, except_for: Path) -> list[str]:
     return copied
 
 
+def check_target(out: Path, model: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before any work, a place that must not be written to.
+
+    Raises:
+        OutputError: there is something already, the original, or something that is no model directory.
+    """
+    if out.resolve() in (model.resolve(), *model.resolve().parents):
+        raise OutputError(f"{out}: holds the original model; choose another --out")
+    if not out.exists():
+        return
+    if not (resume or overwrite):
+        raise _exists(out)
+    if overwrite and not (out / "config.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out}: is not a model directory, which --overwrite does not replace; choose another --out")
+
+
+def _exists(out: Path) -> OutputError:
+    return OutputError(f"{out}: exists already; give --overwrite to replace it or choose another --out")
+
+
+def clear_up(out: Path, fingerprint: Mapping[str, str]) -> None:
+    """Remove what a run that was killed right after publishing has left behind; another run's work stays."""
+    partial = out.with_name(out.name + ".partial")
+    found = read_journal(partial / "work" / "journal.jsonl")
+    if found and found[0] != fingerprint:
+        return
+    with contextlib.suppress(OSError):  # nothing is left, or a run is at work there
+        (partial / "work").mkdir(exist_ok=True)
+        with (partial / "work" / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(partial)
+
+
 def check_space(out: Path, needed: int) -> None:
     """Refuse a run whose result, written once as parts and once as shards, cannot fit on the disk."""
     place = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
     free = shutil.disk_usage(place).free
     if free < 2 * needed:
         raise OutputError(
-            f"{out}: {2 * needed / 1e9:.2f} GB are needed while writing, {free / 1e9:.2f} GB are free; "
+            f"{out}: {2 * needed:,} bytes are needed while writing, {free:,} are free; "
             "make room or choose --out on another disk"
         )
 

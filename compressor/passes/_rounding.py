@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated
 
+import torch
 from torch import Tensor
 
 from compressor.model.architecture import fused_groups, matches
@@ -40,5 +41,5 @@ class WeightRounding:
 
 def relative(missed: Tensor, weight: Tensor) -> float:
     """Squared norm of an error over that of what it is an error of; zero for an all-zero weight."""
-    whole = float(weight.double().square().sum())
-    return float(missed.double().square().sum()) / whole if whole else 0.0
+    part, whole = (float(torch.linalg.vector_norm(rows, dim=1).double().square().sum()) for rows in (missed, weight))
+    return part / whole if whole else 0.0

@@ -78,6 +78,7 @@ class GPTQ(WeightRounding):
                 codes, loss = gptq(weight, factor, grid)
                 edits[name] = grid.pack(codes)
                 errors[name] = loss / max(output_energy(weight, h_II), 1e-30)
+            del h_II, factor, weight, grid, codes  # the next tap may be the widest
         return Outcome(edits, errors, tuple(warnings))
 
 
@@ -125,17 +126,17 @@ def factorise(h_II: Tensor, *, damp: float = 0.01, act_order: bool = True, step:
 
 def _inverse_factor(h_II: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, bool]:
     """The upper factor, and whether arithmetic in this dtype was good enough for it."""
-    damped = h_II.to(dtype, copy=True)
-    damped.diagonal().add_(damping)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped
-    pivots = lower.diagonal().square()
+    work_II = h_II.to(dtype, copy=True)
+    work_II.diagonal().add_(damping)
+    work_II = work_II.T  # symmetric, and now in LAPACK's column order: each step below replaces its argument
+    failed = torch.empty((), dtype=torch.int32, device=work_II.device)
+    torch.linalg.cholesky_ex(work_II, out=(work_II, failed))
+    pivots = work_II.diagonal().square()
     if failed or (dtype is torch.float32 and bool(pivots.max() > CONDITION_FP32 * pivots.min())):
-        return lower, False
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return upper, not failed and bool(torch.isfinite(upper).all())
+        return work_II, False
+    torch.cholesky_inverse(work_II, out=work_II)
+    torch.linalg.cholesky_ex(work_II, upper=True, out=(work_II, failed))
+    return work_II, not failed and bool(torch.isfinite(work_II).all())
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ weighting, the sign and the refinement around the best step are ours.
 Shape suffixes: O out_features, I in_features, G groups in a row, E elements of a group, C adjacent columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,12 +178,16 @@ class IntGrid:
     step: int = 1
 
     def round(self, w_OC: Tensor, column: int) -> Tensor:
-        scale, zero = self._columns(w_OC.shape[1], column)
-        return (w_OC / scale).add_(zero).round_().clamp_(0, 2**self.format.bits - 1).to(torch.uint8)
+        codes = torch.empty(w_OC.shape, dtype=torch.uint8, device=w_OC.device)
+        for part, scale, zero in self._groups(column, w_OC.shape[1]):
+            codes[:, part] = (w_OC[:, part] / scale).add_(zero).round_().clamp_(0, 2**self.format.bits - 1)
+        return codes
 
     def decode(self, codes: Tensor, column: int) -> Tensor:
-        scale, zero = self._columns(codes.shape[1], column)
-        return (codes - zero).mul_(scale)
+        values = torch.empty(codes.shape, device=codes.device)
+        for part, scale, zero in self._groups(column, codes.shape[1]):
+            values[:, part] = (codes[:, part] - zero).mul_(scale)
+        return values
 
     def pack(self, codes: Tensor) -> QuantizedTensor:
         rows, columns = codes.shape
@@ -196,14 +200,12 @@ class IntGrid:
             parts["weight_zero_point"] = _bits.pack(self.zero_OG.T.to(torch.uint8), self.format.bits).T.contiguous()
         return QuantizedTensor(self.format, (rows, columns), parts)
 
-    def _columns(self, count: int, column: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero point [O, count] (or [O, 1]) of adjacent columns."""
-        size = self.format.group_size
-        if size == -1 or column // size == (column + count - 1) // size:
-            group = 0 if size == -1 else column // size
-            return self.scale_OG[:, group : group + 1], self.zero_OG[:, group : group + 1]
-        groups = torch.arange(column, column + count, device=self.scale_OG.device) // size
-        return self.scale_OG[:, groups], self.zero_OG[:, groups]
+    def _groups(self, column: int, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The groups that adjacent columns lie in: which of them, and the group's scale and zero point [O, 1]."""
+        size = column + count if self.format.group_size == -1 else self.format.group_size
+        for group in range(column // size, (column + count - 1) // size + 1):
+            part = slice(max(group * size - column, 0), min((group + 1) * size - column, count))
+            yield part, self.scale_OG[:, group, None], self.zero_OG[:, group, None]
 
 
 def _stored(scale: Tensor) -> Tensor:

@@ -1,0 +1,73 @@
+"""What every format promises, tested on every format that a shipped recipe uses."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from compressor import registry
+from compressor.recipe import load_recipe
+from compressor.types import Format
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+FORMATS = sorted(
+    {o for path in RECIPES for step in load_recipe(path).passes for o in step.options if isinstance(o, Format)},
+    key=lambda o: o.label,
+)
+SHAPE = (24, 256)
+
+
+@pytest.fixture(params=FORMATS, ids=lambda fmt: fmt.label)
+def fmt(request):
+    return request.param
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_format_and_every_pass_has_a_recipe():
+    used = {type(step).__module__ for path in RECIPES for step in load_recipe(path).passes}
+    used |= {type(fmt).__module__ for fmt in FORMATS}
+    there = {
+        f"compressor.{registry.PACKAGES[kind]}.{name}" for kind in registry.PACKAGES for name in registry.available(kind)
+    }
+    assert there <= used
+
+
+def test_packing_loses_nothing(fmt, weight):
+    grid = fmt.fit(weight)
+    codes = grid.round(weight, 0)
+    assert torch.equal(grid.pack(codes).dequantize(), grid.decode(codes, 0))
+
+
+def test_columns_one_at_a_time_give_the_same_codes_as_all_at_once(fmt, weight):
+    grid = fmt.fit(weight)
+    single = [grid.round(weight[:, c : c + grid.step], c) for c in range(0, SHAPE[1], grid.step)]
+    assert torch.equal(torch.cat(single, 1), grid.round(weight, 0))
+
+
+def test_values_on_the_grid_round_to_themselves(fmt, weight):
+    grid = fmt.fit(weight)
+    values = grid.decode(grid.round(weight, 0), 0)
+    assert torch.equal(grid.decode(grid.round(values, 0), 0), values)
+
+
+def test_stored_bits_are_the_bits_of_the_parts(fmt, weight):
+    packed = fmt.fit(weight)
+    packed = packed.pack(packed.round(weight, 0))
+    assert sum(8 * part.nbytes for part in packed.parts.values()) == fmt.stored_bits(SHAPE)
+    assert {n: (p.dtype, tuple(p.shape)) for n, p in packed.parts.items()} == dict(fmt.checkpoint_parts(SHAPE))
+
+
+def test_fitting_leaves_the_weight_alone_and_repeats_itself(fmt, weight):
+    before = weight.clone()
+    first, second = (fmt.fit(weight).pack(fmt.fit(weight).round(weight, 0)) for _ in range(2))
+    assert torch.equal(weight, before)
+    assert all(torch.equal(first.parts[n], second.parts[n]) for n in first.parts)
+
+
+def test_the_recipe_entry_rebuilds_the_format(fmt):
+    assert registry.build("format", registry.describe(fmt)) == fmt

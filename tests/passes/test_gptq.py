@@ -1,0 +1,142 @@
+import pytest
+import torch
+
+from compressor.formats.int_group import IntGroup
+from compressor.passes.gptq import MAX_DAMP, SingularHessianError, factorise, gptq, output_energy
+
+
+def problem(rows=32, columns=64, tokens=256, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=g) @ torch.randn(columns, columns, generator=g)
+    return torch.randn(rows, columns, generator=g), x.T @ x / tokens
+
+
+def damped(h, damp=0.01):
+    return h.double() + damp * h.diagonal().double().mean() * torch.eye(len(h), dtype=torch.float64)
+
+
+def loss(w, grid, codes, h):
+    missed = (w - grid.pack(codes).dequantize()).double()
+    return float(((missed @ h) * missed).sum())
+
+
+def optimal_brain_surgeon(w, h, grid, order):
+    """The textbook update: round one weight of each row, move the others by the inverse Hessian, remove it, repeat."""
+    work, codes = w.double().clone(), torch.zeros(w.shape, dtype=torch.uint8)
+    left = list(range(w.shape[1]))
+    for c in order:
+        inverse = h[left][:, left].inverse()
+        at = left.index(c)
+        codes[:, c] = grid.round(work[:, c : c + 1].float(), c)[:, 0]
+        missed = work[:, c] - grid.decode(codes[:, c : c + 1], c)[:, 0]
+        work[:, left] -= torch.outer(missed / inverse[at, at], inverse[at])
+        left.remove(c)
+    return codes
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codes_are_those_of_explicit_optimal_brain_surgeon_updates(bits, act_order):
+    w, h = problem(rows=8, columns=32)
+    grid = IntGroup(bits=bits, group_size=16).fit(w, h.diagonal())
+    factor = factorise(h, act_order=act_order)
+    codes, _ = gptq(w, factor, grid)
+    assert torch.equal(codes, optimal_brain_surgeon(w, damped(h), grid, factor.order_I.tolist()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_returned_loss_is_the_exact_damped_loss(bits):
+    w, h = problem()
+    grid = IntGroup(bits=bits, group_size=32).fit(w, h.diagonal())
+    codes, found = gptq(w, factorise(h), grid)
+    assert found == pytest.approx(loss(w, grid, codes, damped(h)), rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_error_feedback_beats_rounding_on_the_calibrated_objective(bits):
+    w, h = problem()
+    grid = IntGroup(bits=bits, group_size=32).fit(w, h.diagonal())
+    codes, _ = gptq(w, factorise(h), grid)
+    assert loss(w, grid, codes, h.double()) < 0.7 * loss(w, grid, grid.round(w, 0), h.double())
+
+
+def test_the_size_of_lazy_batches_changes_nothing():
+    w, h = problem(columns=192)
+    grid = IntGroup(bits=3, group_size=32).fit(w)
+    factor = factorise(h)
+    assert torch.equal(gptq(w, factor, grid, lazy=16)[0], gptq(w, factor, grid, lazy=192)[0])
+
+
+def test_uncorrelated_inputs_leave_nothing_but_rounding():
+    w, _ = problem()
+    grid = IntGroup(bits=3, group_size=32).fit(w)
+    codes, _ = gptq(w, factorise(torch.diag(torch.rand(64) + 0.1)), grid)
+    assert torch.equal(codes, grid.round(w, 0))
+
+
+def test_scaling_the_hessian_changes_nothing():
+    w, h = problem()
+    grid = IntGroup(bits=3, group_size=32).fit(w)
+    assert torch.equal(gptq(w, factorise(h), grid)[0], gptq(w, factorise(1024 * h), grid)[0])
+
+
+def test_the_order_follows_the_second_moment():
+    _, h = problem()
+    moments = h.diagonal()[factorise(h, act_order=True).order_I]
+    assert torch.equal(moments, moments.sort(descending=True).values)
+    assert torch.equal(factorise(h, act_order=False).order_I, torch.arange(64))
+
+
+def test_a_channel_without_tokens_is_rounded_and_disturbs_no_other():
+    w, h = problem()
+    h[5], h[:, 5] = 0, 0
+    grid = IntGroup(bits=3, group_size=32).fit(w)
+    codes, _ = gptq(w, factorise(h), grid)
+    changed = w.clone()
+    changed[:, 5] = grid.decode(grid.round(-w, 0), 0)[:, 5]
+    again, _ = gptq(changed, factorise(h), grid)
+    keep = torch.arange(64) != 5
+    assert torch.equal(codes[:, 5], grid.round(w, 0)[:, 5])
+    assert torch.equal(codes[:, keep], again[:, keep])
+
+
+def test_all_channels_without_tokens_are_rounded():
+    w, h = problem()
+    grid = IntGroup(bits=3, group_size=32).fit(w)
+    assert torch.equal(gptq(w, factorise(torch.zeros_like(h)), grid)[0], grid.round(w, 0))
+
+
+def test_damping_is_raised_until_the_hessian_can_be_factorised():
+    h = torch.eye(16) - 0.2 * torch.ones(16, 16)  # one negative eigenvalue, 1 - 3.2 = -2.2
+    factor = factorise(0.4 * h + 0.6 * torch.eye(16), damp=1e-3)
+    assert 1e-3 < factor.damp <= MAX_DAMP
+
+
+def test_a_hopeless_hessian_is_refused():
+    with pytest.raises(SingularHessianError):
+        factorise(torch.full((4, 4), float("nan")).fill_diagonal_(1.0))
+
+
+def test_an_ill_conditioned_hessian_gets_double_precision():
+    """Two inputs that differ by one part in 10^4: fp32 alone loses the difference."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 8, dtype=torch.float64, generator=g)
+    x[:, 1] = x[:, 0] + 1e-4 * x[:, 1]
+    h = (x.T @ x / 512).float()
+    factor = factorise(h, damp=1e-7, act_order=False)
+    exact = torch.linalg.cholesky(damped(h, 1e-7).inverse(), upper=True)
+    torch.testing.assert_close(factor.u_II.double(), exact, rtol=1e-4, atol=1e-6 * float(exact.abs().max()))
+
+
+def test_inputs_are_not_modified():
+    w, h = problem()
+    before = w.clone(), h.clone()
+    gptq(w, factorise(h), IntGroup(bits=3, group_size=32).fit(w))
+    assert torch.equal(w, before[0])
+    assert torch.equal(h, before[1])
+
+
+def test_output_energy_is_the_mean_square_of_outputs():
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(100, 8, generator=g), torch.randn(4, 8, generator=g)
+    assert output_energy(w, x.T @ x / 100) == pytest.approx(float((x @ w.T).square().sum() / 100), rel=1e-5)

@@ -1,0 +1,86 @@
+"""Imports go one way, and importing the package is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compressor
+
+ROOT = Path(compressor.__file__).parent
+
+# From the ground up. A module imports from its own floor and from those below.
+FLOORS = (
+    ("types", "errors", "assets"),
+    ("registry", "report", "distributed"),
+    ("recipe", "card"),
+    ("formats",),
+    ("model", "calibration"),
+    ("passes",),
+    ("plan", "pipeline", "evaluation"),
+    ("api",),
+    ("cli", "__main__"),
+)
+BESIDE = {"runtime", "inspection"}  # stand on the model's floor and know nothing of compressing; only the top uses them
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+    for file in sorted(ROOT.rglob("*.py"))
+    if file != ROOT / "__init__.py"
+}
+
+
+def imported(file: Path) -> set[str]:
+    """First names below `compressor.` that a module imports, anywhere in it but for type checkers."""
+    tree = ast.parse(file.read_text())
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("compressor.")}
+    return found
+
+
+def top(module: str) -> str:
+    return module.split(".", maxsplit=1)[0]
+
+
+def upto(floor: int) -> set[str]:
+    return {name for name, number in FLOOR.items() if number <= floor}
+
+
+def test_every_module_has_its_floor() -> None:
+    assert {top(module) for module in MODULES} <= FLOOR.keys() | BESIDE
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if top(name) in FLOOR])
+def test_no_module_imports_from_a_floor_above(module: str) -> None:
+    floor = FLOOR[top(module)]
+    assert imported(MODULES[module]) <= upto(floor) | (BESIDE if floor == FLOOR["cli"] else set())
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if top(name) in BESIDE])
+def test_the_runtime_imports_nothing_that_compresses(module: str) -> None:
+    assert imported(MODULES[module]) <= upto(FLOOR["model"]) | {top(module)}
+
+
+@pytest.mark.parametrize("statement", ["import compressor", "import compressor.cli", "import compressor.errors"])
+def test_importing_is_cheap(statement: str) -> None:
+    code = f"import sys; {statement}; print({{'torch', 'transformers', 'datasets'}} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from compressor import api
+from compressor.assets import DEMO_MODEL
+from compressor.errors import RecipeError
+from compressor.recipe import load_recipe, make_recipe, to_yaml
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+QUICK = ["calibration.samples=4", "calibration.seq_len=32", "evaluation.samples=2"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_runs(path, tmp_path):
+    report = api.run(load_recipe(path, QUICK), DEMO_MODEL, tmp_path / "out", device="cpu")
+    assert len(report.rows) == 4 * 7
+    assert report.quality["kl"] > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_resolved_recipe_is_the_same_recipe(path):
+    recipe = load_recipe(path)
+    assert make_recipe(yaml.safe_load(to_yaml(recipe))) == recipe
+
+
+def test_set_changes_a_key():
+    recipe = make_recipe(base(), ["passes.0.damp=0.1", "passes.0.options.0.bits=3", "calibration.seed=7"])
+    assert recipe.passes[0].damp == 0.1
+    assert recipe.passes[0].options[0].bits == 3
+    assert recipe.calibration.seed == 7
+
+
+def test_set_can_switch_evaluation_off():
+    assert make_recipe(base(), ["evaluation=null"]).evaluation is None
+
+
+def base():
+    return {"passes": [{"pass": "gptq", "options": [{"format": "int_group", "bits": 4}]}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"passses": []}, "did you mean `passes`"),
+        ({"passes": []}, "passes: empty"),
+        ({"passes": [{"pass": "gptqq"}]}, "no pass named `gptqq`; did you mean `gptq`"),
+        ({"passes": [{"pass": "gptq", "dampp": 1, "options": [{"format": "int_group"}]}]}, "did you mean `damp`"),
+        ({"passes": [{"pass": "gptq", "options": [{"format": "int_grup"}]}]}, "did you mean `int_group`"),
+        ({"passes": [{"pass": "gptq", "options": [{"format": "int_group", "bits": 12}]}]}, "12 is not in 2 … 8"),
+        ({"passes": [{"pass": "gptq", "options": [{"format": "int_group", "bits": "four"}]}]}, "valid integer"),
+        ({"passes": [{"pass": "gptq", "options": []}]}, "options: empty"),
+        ({"passes": [{"pass": "gptq", "damp": 2, "options": [{"format": "int_group"}]}]}, "damp: 2.0 is not in 0 … 1"),
+        ({"passes": [{"options": []}]}, "the key `pass`"),
+        ({"calibration": {"samples": 0}}, "samples: 0 is not a positive number"),
+        ({"calibration": {"sample": 8}}, "did you mean `samples`"),
+    ],
+)
+def test_what_is_wrong_is_named_with_a_remedy(change, message):
+    with pytest.raises(RecipeError) as caught:
+        make_recipe({**base(), **change})
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["passes.3.damp=1", "passes.damp=1", "nothing", "=1"])
+def test_a_set_that_does_not_fit_is_refused(change):
+    with pytest.raises(RecipeError, match="--set"):
+        make_recipe(base(), [change])
