@@ -101,7 +101,8 @@ def compress_block(job: Job, block: Block, stream: CalibrationStream | None, tel
     for step in job.passes:
         outcome = apply_shared(job, step, block, stream)
         labels = {n: job.plan[f"{block.prefix}.{unit}"].label for unit, names in step.units(block).items() for n in names}
-        for name, stored in outcome.edits.items():
+        for name in (layer for layer in block.layers if layer in outcome.edits):  # the same order for any number of ranks
+            stored = outcome.edits[name]
             bits = stored_bits(stored) / block.weight(name).numel()
             rows.append(Row(f"{block.prefix}.{name}", labels[name], bits, outcome.errors[name]))
             tell(Event("compress", block.index, len(job.source.layers), rows[-1].layer, rows[-1].error))

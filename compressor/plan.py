@@ -94,6 +94,16 @@ def rest_names(source: ModelSource) -> list[str]:
     return [name for name in source.checkpoint if name not in inside]
 
 
+def planned_bits(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> tuple[int, int]:
+    """Stored bits and number of weights of the layers that get packed."""
+    bits = weights = 0
+    for layer, fmt in model_formats(source, passes, plan).items():
+        index, _, name = layer.removeprefix(f"{source.prefix}.").partition(".")
+        shape = source.block(int(index), load=False).shape(name)
+        bits, weights = bits + fmt.stored_bits(shape), weights + shape[0] * shape[1]
+    return bits, weights
+
+
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """The plan as plan.yaml holds it."""
     return {unit: registry.describe(option) for unit, option in plan.items()}

@@ -16,8 +16,9 @@ import math
 import platform
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -86,14 +87,14 @@ def rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) -> tor
     return torch.tensor(stream[: count * LENGTH + 1]).unfold(0, LENGTH + 1, LENGTH)
 
 
-def loss_on(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+def loss_on(model: Callable[..., Any], batch: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(batch[:, :-1]).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
 @torch.no_grad()
-def perplexity(model: torch.nn.Module, data: torch.Tensor) -> float:
+def perplexity(model: Callable[..., Any], data: torch.Tensor) -> float:
     return math.exp(sum(loss_on(model, batch).item() * len(batch) for batch in data.split(BATCH)) / len(data))
 
 

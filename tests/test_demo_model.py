@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -77,5 +78,5 @@ def test_reported_sizes_are_those_on_disk(outputs):
 
 def test_the_error_of_each_layer_falls_with_bits(outputs):
     by_bits = [{row.layer: row.error for row in outputs["gptq", bits][0].rows} for bits in (8, 4, 3, 2)]
-    for finer, coarser in zip(by_bits, by_bits[1:], strict=False):
+    for finer, coarser in pairwise(by_bits):
         assert all(finer[layer] < coarser[layer] for layer in finer)

@@ -1,6 +1,7 @@
 """Calibration and evaluation tokens: from where the text comes, and how it is cut into samples.
 
-A source is `builtin` (the standard library's files), a `.txt`, `.jsonl` or `.parquet` file, or `hf:NAME[:CONFIG][:SPLIT][:COLUMN]`.
+A source is `builtin` (the standard library's files), a `.txt`, `.jsonl` or `.parquet` file, or a data set of the hub,
+`hf:NAME[:CONFIG][:SPLIT][:COLUMN]`.
 Every source yields documents; a document belongs to the held-out split by the hash of its text (the built-in ones: of
 their path), so calibration and evaluation never share one. Documents are visited in a seeded order, tokenised only
 until there are enough tokens, joined (with the end token between them, if the tokenizer has one) and cut into samples of
@@ -166,8 +167,7 @@ def _file(path: Path) -> Iterable[str | list[dict[str, str]]]:
         if path.suffix == ".txt":
             return list(_chunks(path.read_text(encoding="utf-8")))
         if path.suffix in (".jsonl", ".json"):
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [content(json.loads(line), None, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()]
+            return list(_lines(path))
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
@@ -176,6 +176,16 @@ def _file(path: Path) -> Iterable[str | list[dict[str, str]]]:
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{path}: cannot be read as {path.suffix} ({error}); check the file") from error
     raise CalibrationError(f"{path}: unknown kind of file; calibration data is .txt, .jsonl or .parquet")
+
+
+def _lines(path: Path) -> Iterator[str | list[dict[str, str]]]:
+    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            raise CalibrationError(f"{path}:{n}: cannot be read as JSON ({error}); correct this line") from error
+        if row is not None:
+            yield content(row, None, f"{path}:{n}")
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -203,6 +213,8 @@ def content(row: Any, column: str | None, where: str) -> str | list[dict[str, st
             value = row.get(name)
             if isinstance(value, str):
                 return value
+            if name in row and value is None:
+                raise CalibrationError(f"{where}: `{name}` is null where text is needed; leave the row out")
             if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
                 return [_turn(turn) for turn in value]
     named = f"column `{column}`" if column else f"one of the columns {', '.join((*TEXT_COLUMNS, *CHAT_COLUMNS))}"

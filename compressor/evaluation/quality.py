@@ -19,6 +19,7 @@ from torch import Tensor
 from compressor.errors import SourceError
 from compressor.model.source import ModelSource
 
+LARGEST = 700.0  # exponent that still gives a finite perplexity
 POSITIONS_AT_ONCE = 512  # compared together: bounds the fp64 copies of their logits
 
 
@@ -74,11 +75,11 @@ def measure(
     for tokens, logits in zip(batches, predictions, strict=True):
         sums.add(logits, tokens.to(logits.device), next(targets) if targets is not None else None)
     return Quality(
-        perplexity=math.exp(sums.nll / sums.count) if sums.nll / sums.count < 700 else math.inf,
+        perplexity=math.exp(min(sums.nll / sums.count, LARGEST)),
         tokens=sums.count,
         seq_len=batches[0].shape[1],
         source=what,
-        reference_perplexity=math.exp(sums.reference_nll / sums.count) if reference is not None else None,
+        reference_perplexity=math.exp(min(sums.reference_nll / sums.count, LARGEST)) if reference is not None else None,
         kl=sums.kl / sums.count if reference is not None else None,
         top1_agreement=sums.agree / sums.count if reference is not None else None,
     )

@@ -1,15 +1,15 @@
 """Dense packing of unsigned codes of 1 to 8 bits into 32-bit words, least significant bit first.
 
 Code j of a row occupies bits j * bits … (j + 1) * bits of the row's bit stream; word k holds bits 32k … 32k + 31. A code may
-straddle two words. 8 codes fill exactly `bits` bytes and fit one 64-bit integer, so both directions go through the first
-`bits` bytes of little-endian integers that hold 8 codes each.
+straddle two words. 32 codes fill exactly `bits` words, so both directions walk the 32 positions of such a run and
+handle all runs of all rows at once.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-RUN = 8
+RUN = 32
 
 
 def words(n: int, bits: int) -> int:
@@ -28,21 +28,28 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         int32, [..., ceil(n * bits / 32)]; unused high bits of the last word are zero.
     """
     n = codes.shape[-1]
-    runs = pad(codes, (0, -n % 32)).unflatten(-1, (-1, RUN))  # 32 codes fill whole words
-    eight = runs[..., 0].long()
-    for j in range(1, RUN):
-        eight |= runs[..., j].long() << (j * bits)
-    packed: Tensor = eight.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2).contiguous().view(torch.int32)
-    return packed[..., : words(n, bits)].contiguous()
+    runs = pad(codes, (0, -n % RUN)).unflatten(-1, (-1, RUN))
+    packed = torch.zeros(*runs.shape[:-1], bits, dtype=torch.int32, device=codes.device)
+    for j in range(RUN):
+        word, shift = divmod(j * bits, 32)
+        code = runs[..., j].int()
+        packed[..., word] |= code << shift
+        if shift + bits > 32:
+            packed[..., word + 1] |= code >> (32 - shift)
+    return packed.flatten(-2)[..., : words(n, bits)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """Inverse of `pack`; returns uint8, [..., n]."""
-    missing = -(-n // 32) * bits - packed.shape[-1]
-    runs = pad(packed, (0, missing)).contiguous().view(torch.uint8).unflatten(-1, (-1, bits))
-    eight = pad(runs, (0, 8 - bits)).contiguous().view(torch.int64)
+    missing = -(-n // RUN) * bits - packed.shape[-1]
+    runs = pad(packed, (0, missing)).unflatten(-1, (-1, bits))
     codes = torch.empty(*runs.shape[:-1], RUN, dtype=torch.uint8, device=packed.device)
     mask = 2**bits - 1
     for j in range(RUN):
-        codes[..., j : j + 1] = (eight >> (j * bits)) & mask  # arithmetic: the sign bits it drags in are masked off
+        word, shift = divmod(j * bits, 32)
+        code = runs[..., word] >> shift  # arithmetic: the sign bits it drags in are masked off
+        if shift + bits > 32:
+            low = 32 - shift
+            code = (code & (2**low - 1)) | (runs[..., word + 1] << low)
+        codes[..., j] = (code & mask).to(torch.uint8)
     return codes.flatten(-2)[..., :n]

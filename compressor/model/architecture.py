@@ -79,6 +79,14 @@ def matches(layer: str, patterns: Iterable[str]) -> bool:
     return False
 
 
+def check_pattern(pattern: str) -> None:
+    """Raise ValueError if a pattern for `matches` is no regular expression after its `re:`."""
+    try:
+        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+    except re.error as error:
+        raise ValueError(f"{pattern}: not a regular expression ({error}); correct it, or leave out `re:`") from error
+
+
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The name and the list of the decoder blocks of a causal language model.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from compressor.model.architecture import fused_groups, matches
+from compressor.model.architecture import check_pattern, fused_groups, matches
 from compressor.registry import named, node
 from compressor.types import Block, Format
 
@@ -30,6 +30,8 @@ class WeightRounding:
     def __post_init__(self) -> None:
         if not self.options:
             raise ValueError("options: empty; name at least one format")
+        for pattern in (*self.layers, *self.ignore):
+            check_pattern(pattern)
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
         """Units of a block: layers that are fused when served are stored alike."""

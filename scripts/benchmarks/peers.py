@@ -55,6 +55,7 @@ TORCH = "torch==2.13.0"
 WARM_UP_SAMPLES = 8
 DOCUMENTS = 120  # scored of each evaluation file
 DOCUMENT_TOKENS = 256
+BUSY = 0.25  # load average per core from which other work disturbs the times
 OFFLINE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -370,8 +371,9 @@ def compete(contestants: Sequence[Contestant], samples: int, repeat: int) -> Non
 
 
 def fastest_peer(contestants: Sequence[Contestant]) -> Contestant | None:
-    """By median; only those that ran to the end count."""
-    return min((c for c in contestants if isinstance(c, Peer) and c.error is None), key=Contestant.median, default=None)
+    """By median; only those count that ran to the end and do what we do: rounding without data is no rival in time."""
+    ours, *peers = contestants
+    return min((c for c in peers if c.error is None and c.method == ours.method), key=Contestant.median, default=None)
 
 
 def ratio_to(ours: Contestant, other: Contestant) -> float | None:
@@ -379,13 +381,17 @@ def ratio_to(ours: Contestant, other: Contestant) -> float | None:
     return ours.median() / other.median() if ours.runs and other.runs else None
 
 
-def verdict(contestants: Sequence[Contestant]) -> str:
-    """Below the table: the fastest peer, and what failed."""
+def verdict(contestants: Sequence[Contestant], load_before: float) -> str:
+    """Below the table: the fastest peer, what failed, and whether the times mean anything."""
     ours, fastest = contestants[0], fastest_peer(contestants)
     lines = [f"{c.name} failed in {c.error}; see .bench/logs" for c in contestants if c.error is not None]
     ratio = ratio_to(ours, fastest) if fastest is not None else None
     if fastest is not None and ratio is not None:
-        lines.insert(0, f"ours takes {ratio:.2f} times as long as {fastest.name}, the fastest peer (medians)")
+        lines.insert(0, f"ours takes {ratio:.2f} times as long as {fastest.name}, the fastest {ours.method} peer (medians)")
+    if load_before > BUSY * (os.cpu_count() or 1):
+        lines.append(
+            f"the machine was busy before the start (load average {load_before:.1f}): do not trust the times; run again"
+        )
     return "\n".join(lines)
 
 
@@ -406,12 +412,12 @@ def cells(contestant: Contestant, ours: Contestant) -> list[str]:
     return [c.name, c.facts.get("version", ""), c.method, *timed, *judged]
 
 
-def table(contestants: Sequence[Contestant], settings: Settings) -> Table:
+def table(contestants: Sequence[Contestant], settings: Settings, load_before: float) -> Table:
     """One row each; the first contestant is ours."""
     s = settings
     dense = next((f", dense perplexity {c.quality['dense_perplexity']:.3f}" for c in contestants if c.quality), "")
     title = f"{s.model.name}: {s.bits} bits, groups of {s.group_size}, {s.samples} x {s.seq_len} tokens{dense}"
-    view = Table(title=title, caption=verdict(contestants), caption_justify="left")
+    view = Table(title=title, caption=verdict(contestants, load_before), caption_justify="left")
     for heading in ("tool", "version", "method"):
         view.add_column(heading)
     timed, judged = (
@@ -519,7 +525,7 @@ def main() -> int:
         contestants: list[Contestant] = [ours, *(Peer(name, settings, scratch) for name in options.peers)]
         compete(contestants, settings.samples, options.repeat)
     console = Console()
-    Console(width=None if console.is_terminal else 160).print(table(contestants, settings))
+    Console(width=None if console.is_terminal else 160).print(table(contestants, settings, load_before))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record(contestants, settings, load_before), indent=1) + "\n", encoding="utf-8")

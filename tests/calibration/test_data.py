@@ -46,7 +46,7 @@ def test_samples_are_whole_and_the_seed_decides_them(lines, tokenizer):
 
 def test_documents_are_joined_by_the_end_token(lines, tokenizer):
     tokens = load(lines, tokenizer, samples=40).tokens.flatten().tolist()
-    texts = [d for d in data.documents(str(lines), 0, False)]
+    texts = list(data.documents(str(lines), 0, False))
     expected = []
     for text in texts:
         expected += [tokenizer.eos_token_id] * bool(expected) + tokenizer(text)["input_ids"]

@@ -15,11 +15,10 @@ Launcher = Callable[..., subprocess.CompletedProcess[str]]
 REPORTS = ("report.json", "README.md")  # name the place and the time
 FOUR_BATCHES = ("--samples", 64, "--seq-len", 256, "--no-eval")
 TWO_BATCHES = ("--samples", 32, "--seq-len", 256, "--no-eval")
-FEWER = ("--samples", 4, "--seq-len", 64, "--no-eval")
+ONE_BATCH = ("--samples", 4, "--seq-len", 64, "--no-eval")
 SETTINGS = {
     "gptq": FOUR_BATCHES,
     "gptq with an odd number of batches": ("--samples", 48, "--seq-len", 256, "--no-eval"),
-    "gptq with fewer batches than ranks": FEWER,
     "rtn": ("--method", "rtn", "--no-eval"),
 }
 
@@ -48,10 +47,7 @@ class TestTwoRanks:
         assert result.returncode == 0, result.stderr
         assert contents(tmp_path / "two", REPORTS) == contents(tmp_path / "one", REPORTS)
 
-    @pytest.mark.parametrize("case", [
-        pytest.param(case, marks=[pytest.mark.xfail(reason="CalibrationStream.collect knows no rank without batches")]
-                     if options is FEWER else []) for case, options in SETTINGS.items()
-    ])  # fmt: skip
+    @pytest.mark.parametrize("case", SETTINGS)
     def test_write_what_one_writes(self, case: str, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
         compress("quantize", tiny, "--out", tmp_path / "one", *SETTINGS[case])
         on_ranks(tmp_path / "log", "quantize", tiny, "--out", tmp_path / "two", *SETTINGS[case])
@@ -84,6 +80,11 @@ class TestAnErrorOnOneRank:
         ranks = on_ranks(tmp_path / "log", "quantize", tiny, "--out", out, *TWO_BATCHES)
         assert [rank.code for rank in ranks] == [2, 2]
         assert re.fullmatch(r"error: .* exists already; .*\n", "".join(rank.err for rank in ranks))
+
+    def test_of_too_little_text_for_two_is_said_once(self, tiny: Path, out: Path, tmp_path: Path) -> None:
+        ranks = on_ranks(tmp_path / "log", "quantize", tiny, "--out", out, *ONE_BATCH)
+        assert [rank.code for rank in ranks] == [2, 2]
+        assert re.fullmatch(r"error: calibration: 1 batches .* for 2 processes; .*\n", "".join(rank.err for rank in ranks))
 
     def test_of_a_wrong_option_is_said_once(self, tiny: Path, out: Path, tmp_path: Path) -> None:
         ranks = on_ranks(tmp_path / "log", "quantize", tiny, "--out", out, "--bits", 9)

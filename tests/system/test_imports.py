@@ -19,7 +19,8 @@ FLOORS = (
     ("formats",),
     ("model", "calibration"),
     ("passes",),
-    ("plan", "pipeline", "evaluation"),
+    ("plan", "evaluation"),
+    ("pipeline", "inputs", "output", "provenance"),
     ("api",),
     ("cli", "__main__"),
 )

@@ -38,7 +38,7 @@ BEFORE: dict[str, Fate] = {
     "between two tensors outside the blocks": (dies_at_rename, ("rest-00001.safetensors", True)),
     "before the shards are assembled": (dies_at_call, ("compressor.model.shards", "assemble")),
     "before a shard is in place": (dies_at_rename, (SINGLE, False)),
-    "before other files are copied": (dies_at_call, ("compressor.api", "copy_other_files")),
+    "before other files are copied": (dies_at_call, ("compressor.output", "copy_other_files")),
     "before the comparison with the original": (dies_at_call, ("compressor.api", "compare")),
     "before the report is written": (dies_at_call, ("compressor.api", "model_card")),
     "before the result appears": (dies_at_rename, ("out", False)),

@@ -34,7 +34,7 @@ from compressor.types import QuantizedTensor
 SCALE_DTYPE = torch.bfloat16  # exact in every dtype that a model is loaded in
 COARSE = tuple(1 - 0.05 * i for i in range(15))  # shares of the full range that are tried
 FINE = tuple(0.01 * i for i in (-4, -3, -2, -1, 1, 2, 3, 4))  # then these around the best of them
-ROWS_AT_ONCE = 2**22  # elements searched together: bounds the search's temporaries
+AT_ONCE = 2**20  # elements searched together: few enough for a cache, and bounds the temporaries
 
 
 @node
@@ -112,7 +112,7 @@ class IntGroup:
         importance_GE = importance.view(groups, -1)
         fitted = [
             self._fit_rows(chunk.float().unflatten(1, (groups, -1)), importance_GE, search)
-            for chunk in w_OI.split(max(1, ROWS_AT_ONCE // columns))
+            for chunk in w_OI.split(max(1, AT_ONCE // columns))
         ]
         scale, zero = (torch.cat(part).contiguous() for part in zip(*fitted, strict=True))
         return IntGrid(self, scale, zero)

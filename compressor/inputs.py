@@ -1,0 +1,99 @@
+"""What a run needs before it can start: the opened model, the plan, the tokens. What can fail early, fails here."""
+
+from pathlib import Path
+
+import torch
+
+from compressor.calibration.data import Samples, check_vocabulary, load_samples, load_tokenizer
+from compressor.distributed import Ranks
+from compressor.errors import RecipeError, SourceError
+from compressor.model.checkpoint import read_config
+from compressor.model.source import ModelSource
+from compressor.plan import make_plan
+from compressor.recipe import Recipe
+from compressor.types import Plan
+
+LONGEST = 2048  # tokens of a sample, unless the recipe or the model says otherwise
+TOKENS_AT_ONCE = 4096  # that go through a block together
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def prepare(recipe: Recipe, model: Path, device: torch.device, dtype: str | None) -> tuple[ModelSource, Plan]:
+    """The opened model and the plan for it. Reads headers only."""
+    source = ModelSource(model, device, computation_dtype(device, dtype, model))
+    if "quantization_config" in source.raw_config:
+        method = source.raw_config["quantization_config"].get("quant_method")
+        raise SourceError(f"{model}: already quantized ({method}); compress the original model instead")
+    return source, make_plan(source, recipe.passes)
+
+
+def needs_data(recipe: Recipe) -> bool:
+    """Whether a pass of the recipe collects statistics."""
+    return any(step.needs for step in recipe.passes)
+
+
+def sample_length(wanted: int | None, source: ModelSource) -> int:
+    """Tokens of a sample.
+
+    Raises:
+        RecipeError: more than the model was made for, or too few to predict one from another.
+    """
+    if wanted is not None and wanted < 2:
+        raise RecipeError(f"seq_len {wanted}: a sample needs at least 2 tokens; raise --seq-len")
+    if wanted is not None and wanted > source.max_positions:
+        raise RecipeError(f"seq_len {wanted}: the model was made for at most {source.max_positions} tokens; lower --seq-len")
+    return wanted or min(LONGEST, source.max_positions)
+
+
+def load_data(recipe: Recipe, source: ModelSource) -> tuple[Samples | None, Samples | None]:
+    """The tokens for calibration and for evaluation, where the recipe needs them. Fails before any long work."""
+    spec, judge = recipe.calibration, recipe.evaluation
+    if not needs_data(recipe) and judge is None:
+        return None, None
+    tokenizer = load_tokenizer(source.path)
+    calibration = evaluation = None
+    length = sample_length(spec.seq_len, source)
+    if needs_data(recipe):
+        calibration = load_samples(spec.source, tokenizer, samples=spec.samples, seq_len=length, seed=spec.seed)
+        check_vocabulary(calibration, source.vocab_size)
+    if judge is not None:
+        evaluation = load_samples(
+            judge.source or spec.source,
+            tokenizer,
+            samples=judge.samples,
+            seq_len=sample_length(judge.seq_len or length, source),
+            seed=spec.seed,
+            held_out=True,
+        )
+        check_vocabulary(evaluation, source.vocab_size)
+    return calibration, evaluation
+
+
+def check_shares(calibration: Samples | None, ranks: Ranks) -> None:
+    """Refuse to start more processes than there is calibration text for.
+
+    Raises:
+        RecipeError: a process would get no batch.
+    """
+    batches = ranks.world if calibration is None else len(calibration.batches(TOKENS_AT_ONCE))
+    if batches < ranks.world:
+        raise RecipeError(
+            f"calibration: {batches} batches of about {TOKENS_AT_ONCE} tokens for {ranks.world} processes; "
+            "start fewer processes or raise --samples"
+        )
+
+
+def computation_dtype(device: torch.device, wanted: str | None, model: Path) -> torch.dtype:
+    """The dtype calibration runs in: by default the checkpoint's, where the hardware computes in it, else float32.
+
+    Raises:
+        RecipeError: an unknown name.
+    """
+    if wanted is not None:
+        if wanted not in DTYPES:
+            raise RecipeError(f"dtype {wanted}: not one of {', '.join(DTYPES)}")
+        return DTYPES[wanted]
+    config = read_config(model)
+    stored = DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
+    native = torch.cpu._is_avx512_bf16_supported() and stored is torch.bfloat16
+    return stored if device.type == "cuda" or native else torch.float32

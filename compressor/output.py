@@ -1,0 +1,45 @@
+"""The model directory that a run leaves, but for the report and the card."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from compressor.model import quantization_config, shards
+from compressor.model.architecture import LinearKind, linear_layers
+from compressor.model.source import ModelSource
+from compressor.model.writer import Workspace, copy_other_files, writing
+from compressor.plan import describe_plan, model_formats, planned_bits
+from compressor.recipe import Recipe, to_yaml
+from compressor.report import Report
+from compressor.types import Plan
+
+
+def write_model(recipe: Recipe, source: ModelSource, plan: Plan, workspace: Workspace, report: Report) -> None:
+    """Everything of the model directory but the report and the card."""
+    with writing(workspace.model):
+        files = shards.assemble((workspace.part(part) for part in workspace.finished), workspace.model)
+    formats = model_formats(source, recipe.passes, plan)
+    kinds = linear_layers(source.model)
+    entry = quantization_config.write(
+        formats,
+        [name for name, kind in kinds.items() if type(kind) is LinearKind],
+        [name for name, kind in kinds.items() if type(kind) is not LinearKind],
+    )
+    workspace.write_text("config.json", json.dumps({**source.raw_config, "quantization_config": entry}, indent=2) + "\n")
+    copy_other_files(source.path, workspace.model, workspace.out)
+    workspace.write_text("recipe.yaml", to_yaml(recipe))
+    workspace.write_text("plan.yaml", yaml.safe_dump(describe_plan(plan), sort_keys=False))
+    bits, weights = planned_bits(source, recipe.passes, plan)
+    report.layout = entry["quant_method"]
+    report.size_bytes = shards.total_bytes(files)
+    report.bits_per_weight = bits / weights
+    dense = sum(p.numel() for p in source.model.parameters())
+    report.model_bits_per_weight = 8 * sum(shard.data_bytes for shard in files) / dense
+
+
+def default_out(model: Path, plan: Plan) -> Path:
+    """The model's name with what was done appended, beside it."""
+    model = model.resolve()
+    labels = sorted({option.label for option in plan.values()})
+    return model.with_name(f"{model.name}-{labels[0] if len(labels) == 1 else 'mixed'}")

@@ -1,0 +1,91 @@
+"""Which run made a result: fingerprints of recipe, model, data and arithmetic, and the report that carries them.
+
+Two runs with equal fingerprints write equal weights. `--resume` goes on only from a run with the same ones.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+
+from compressor.calibration.data import Samples
+from compressor.errors import OutputError
+from compressor.model.source import ModelSource
+from compressor.model.writer import clear_up
+from compressor.recipe import Recipe, to_yaml
+from compressor.report import Report, Row
+
+
+def fingerprint(recipe: Recipe, source: ModelSource, calibration: Samples | None) -> dict[str, str]:
+    """What must be equal for two runs to be the same run."""
+    return {
+        "recipe": hashlib.sha256(to_yaml(recipe).encode()).hexdigest(),
+        "model": fingerprint_model(source),
+        "data": calibration.sha256 if calibration else "none",
+        "computation": f"compressor {version('compressor')}, torch {torch.__version__}, {source.device.type}, {source.dtype}",
+    }
+
+
+def fingerprint_model(source: ModelSource) -> str:
+    """Hash of a checkpoint's config, headers and a sample of its bytes: cheap even for a very large one."""
+    digest = hashlib.sha256((source.path / "config.json").read_bytes())
+    for file in source.checkpoint.files():
+        size, piece, pieces = file.stat().st_size, 2**16, 64
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for i in range(pieces):
+                opened.seek(i * max(0, size - piece) // (pieces - 1))
+                digest.update(opened.read(piece))
+    return digest.hexdigest()
+
+
+def new_report(
+    recipe: Recipe, source: ModelSource, out: Path, made_by: Mapping[str, str], calibration: Samples | None
+) -> Report:
+    """A report with everything that is known before the run."""
+    spec = recipe.calibration
+    data = None
+    if calibration is not None:
+        count, length = calibration.tokens.shape
+        data = {
+            "source": spec.source,
+            "samples": count,
+            "seq_len": length,
+            "seed": spec.seed,
+            "sha256": calibration.sha256,
+        }
+    return Report(
+        model=source.path.resolve().name,
+        path=str(out),
+        out=out.name,
+        version=version("compressor"),
+        fingerprint=made_by,
+        recipe=yaml.safe_load(to_yaml(recipe)),
+        calibration=data,
+        versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
+        source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
+    )
+
+
+def finished_report(out: Path, report: Report) -> Report:
+    """The report of a run that is complete already: what --resume finds when the kill came too late.
+
+    Raises:
+        OutputError: the directory was written by another run.
+    """
+    try:
+        found = json.loads((out / "report.json").read_text())
+        same = found["fingerprint"] == dict(report.fingerprint)
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise OutputError(f"{out}: exists and is not the result of this run; give --overwrite or choose another --out")
+    clear_up(out, report.fingerprint)
+    known = {key: found[key] for key in vars(report) if key in found and key != "rows"}
+    return replace(report, **known, rows=[Row(**row) for row in found["rows"]])
