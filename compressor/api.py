@@ -30,7 +30,7 @@ from compressor.report import Report
 from compressor.types import Plan
 
 NOTHING: tuple[str, ...] = ()  # finished by an interrupted run
-LIBRARIES_BYTES = 500 * 2**20  # of the process before it reads a weight
+LIBRARIES_BYTES = 540 * 2**20  # of the process before it reads a weight, and of what libraries keep for themselves later
 
 
 def silent(event: Event) -> None:
@@ -181,7 +181,15 @@ def forecast(
     source, plan = prepare(recipe, Path(model), Ranks.from_environment(device).device, dtype)
     files = shards.layout(output_headers(source, recipe.passes, plan))
     spec = recipe.calibration
-    tokens = spec.samples * sample_length(spec.seq_len, source) if needs_data(recipe) else 0
+    length = sample_length(spec.seq_len, source)
+    judge = recipe.evaluation
+    memory = expected_memory(
+        source,
+        recipe.passes,
+        tokens=spec.samples * length if needs_data(recipe) else 0,
+        judged=judge.samples * sample_length(judge.seq_len or length, source) if judge is not None else 0,
+        batch=TOKENS_AT_ONCE,
+    )
     bits, weights = planned_bits(source, recipe.passes, plan)
     return Forecast(
         out=default_out(Path(model), plan) if out is None else Path(out),
@@ -189,7 +197,7 @@ def forecast(
         size_bytes=shards.total_bytes(files),
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
         bits_per_weight=bits / weights,
-        expected_peak_memory_bytes=LIBRARIES_BYTES + expected_memory(source, recipe.passes, tokens),
+        expected_peak_memory_bytes=LIBRARIES_BYTES + memory,
     )
 
 

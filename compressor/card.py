@@ -27,7 +27,7 @@ def model_card(report: Report) -> str:
     lines = [
         "---", "library_name: transformers", "tags:", "- compressed", "---", "",
         f"# {report.out}", "",
-        f"{report.model}, compressed with [compressor](https://pypi.org/project/compressor) {report.version}: "
+        f"{report.model}, compressed with compressor {report.version}: "
         f"{report.size_bytes / 1e6:.1f} MB of weights instead of {report.source_size_bytes / 1e6:.1f} MB.", "",
         loader,
         "| | |", "|---|---|",

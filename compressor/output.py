@@ -1,6 +1,7 @@
 """The model directory that a run leaves, but for the report and the card."""
 
 import json
+import os
 from pathlib import Path
 
 import yaml
@@ -34,12 +35,13 @@ def write_model(recipe: Recipe, source: ModelSource, plan: Plan, workspace: Work
     report.layout = entry["quant_method"]
     report.size_bytes = shards.total_bytes(files)
     report.bits_per_weight = bits / weights
-    dense = sum(p.numel() for p in source.model.parameters())
+    state = source.model.state_dict()
+    dense = sum(state[name].numel() for name in source.names)  # a tied tensor once
     report.model_bits_per_weight = 8 * sum(shard.data_bytes for shard in files) / dense
 
 
 def default_out(model: Path, plan: Plan) -> Path:
     """The model's name with what was done appended, beside it."""
-    model = model.resolve()
+    model = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the place of a link
     labels = sorted({option.label for option in plan.values()})
     return model.with_name(f"{model.name}-{labels[0] if len(labels) == 1 else 'mixed'}")

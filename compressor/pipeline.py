@@ -5,18 +5,16 @@
 Resident are one dense block, the statistics of one pass and the block's packed parts, so memory does not grow with depth.
 """
 
-import ctypes
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compressor.calibration.stream import CalibrationStream
 from compressor.distributed import Ranks
-from compressor.model.source import ModelSource
+from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.writer import Workspace
 from compressor.plan import block_names, choose, layer_formats, rest_names
 from compressor.report import Report, Row
@@ -154,16 +152,6 @@ def block_tensors(source: ModelSource, block: Block) -> dict[str, Tensor]:
         else:
             tensors[stored] = source.checkpoint.read(stored)
     return tensors
-
-
-def return_freed_memory() -> None:
-    """Give freed pages back to the system; without it a long run creeps upward by fragmentation."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return  # not glibc: its allocator has no such call
 
 
 class _NoStats:

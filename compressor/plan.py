@@ -1,5 +1,6 @@
 """What will be done, as data, before a weight is read: every unit's option, every output tensor, the memory it takes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,9 @@ def _check_fit(option: Option, block: Block, name: str) -> None:
         try:
             option.stored_bits(block.shape(name))
         except ValueError as error:
-            raise RecipeError(f"{block.prefix}.{name}: {error}") from error
+            widths = sorted({block.shape(layer)[1] for layer in block.layers})
+            common = f"; every layer here is {' or '.join(map(str, widths))} wide, a multiple of {math.gcd(*widths)}"
+            raise RecipeError(f"{block.prefix}.{name}: {error}{common if len(widths) > 1 else ''}") from error
 
 
 def choose(step: Pass, block: Block, plan: Plan) -> Mapping[str, Any]:
@@ -109,24 +112,53 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     return {unit: registry.describe(option) for unit, option in plan.items()}
 
 
-def expected_memory(source: ModelSource, passes: Sequence[Pass], tokens: int) -> int:
-    """Estimate of the peak resident bytes of a run, beyond the interpreter and its libraries.
-
-    One dense block in the dtype of computation, each distinct input's statistics in fp64 with four copies of the largest
-    while it is factorised, the hidden states, and the largest tensor outside the blocks.
+def expected_memory(source: ModelSource, passes: Sequence[Pass], *, tokens: int, judged: int, batch: int) -> int:
+    """Estimate of the peak resident bytes of a run, beyond the interpreter and its libraries: that of its largest stage.
 
     Args:
         source: The model.
         passes: Of the recipe.
         tokens: That calibration sends through; 0 without.
+        judged: That the result is compared on; 0 without.
+        batch: That go through a block together.
     """
-    block = source.block(0, load=False)
-    size = source.dtype.itemsize
-    weights = sum(p.numel() for p in block.module.parameters()) * size
-    widths = {layers[0]: block.shape(layers[0])[1] for step in passes if step.needs for layers in step.units(block).values()}
-    statistics = sum(8 * width**2 for width in widths.values())
-    solving = 4 * 4 * max((width**2 for width in widths.values()), default=0)
-    largest = max(rows * columns for rows, columns in map(block.shape, block.layers))
-    hidden = int(source.model.config.get_text_config().hidden_size)
+    return max(_compressing(source, passes, tokens, batch), _judging(source, judged, batch) if judged else 0)
+
+
+def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int) -> int:
+    """Peak of what comes before the comparison, in the dtype of computation."""
+    block, size = source.block(0, load=False), source.dtype.itemsize
+    shapes = {name: block.shape(name) for name in block.layers}
+    read_first = {layers[0] for step in passes if step.needs for layers in step.units(block).values()}
+    hessians = [shapes[layer][1] ** 2 for layer in read_first]
+    solved = max(hessians, default=0)
+    largest = max(rows * columns for rows, columns in shapes.values())
     outside = max((source.checkpoint.headers[name].nbytes for name in rest_names(source)), default=0)
-    return max(weights + statistics + solving + 4 * 3 * largest, outside * 2) + tokens * hidden * size
+    hidden = tokens * _hidden_size(source) * size
+    kept = _parameters(block) * size + 8 * sum(hessians)
+    return hidden + max(
+        2 * outside,  # as stored, and as it is computed with
+        kept + _activations(block, min(tokens, batch), size),  # collecting
+        kept + (4 + 4 + 8) * solved,  # factorising: a Hessian, the same in visiting order, its factor in fp64
+        kept + (4 + 4) * solved + 3 * 4 * largest,  # rounding: the Hessian, its factor, the weight thrice
+    )
+
+
+def _judging(source: ModelSource, tokens: int, batch: int) -> int:
+    """Peak of the comparison: hidden states of both models in fp32, with a block, or with both heads and their logits."""
+    block, once = source.block(0, load=False), min(tokens, batch)
+    head = source.vocab_size * (_hidden_size(source) + once)
+    return 2 * tokens * _hidden_size(source) * 4 + max(4 * _parameters(block) + _activations(block, once, 4), 2 * 4 * head)
+
+
+def _activations(block: Block, tokens: int, size: int) -> int:
+    """Bytes while tokens go through a gated MLP: three times its width, and once in fp32 for a statistic."""
+    return tokens * max(max(block.shape(name)) for name in block.layers) * (3 * size + 4)
+
+
+def _parameters(block: Block) -> int:
+    return sum(parameter.numel() for parameter in block.module.parameters())
+
+
+def _hidden_size(source: ModelSource) -> int:
+    return int(source.model.config.get_text_config().hidden_size)

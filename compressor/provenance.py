@@ -1,6 +1,7 @@
 """Which run made a result: fingerprints of recipe, model, data and arithmetic, and the report that carries them.
 
-Two runs with equal fingerprints write equal weights. `--resume` goes on only from a run with the same ones.
+`--resume` goes on only from a run with the same ones. On the same kind of machine, with as many threads, they give equal
+weights, byte for byte.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ def fingerprint(recipe: Recipe, source: ModelSource, calibration: Samples | None
         "recipe": hashlib.sha256(to_yaml(recipe).encode()).hexdigest(),
         "model": fingerprint_model(source),
         "data": calibration.sha256 if calibration else "none",
-        "computation": f"compressor {version('compressor')}, torch {torch.__version__}, {source.device.type}, {source.dtype}",
+        "computation": f"compressor {version('compressor')}, torch {torch.__version__}, "
+        f"transformers {version('transformers')}, {source.device.type}, {source.dtype}",
     }
 
 

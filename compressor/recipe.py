@@ -73,6 +73,8 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: not a recipe, or a change that does not fit.
     """
+    if path.is_dir():
+        raise RecipeError(f"{path}: is a directory where a recipe file is needed; write `compress run RECIPE MODEL`")
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file; the shipped ones are in recipes/")
     try:

@@ -3,8 +3,7 @@
 Shape suffixes: O out_features, I in_features, T tokens, B samples of a batch, S sequence, D hidden, C adjacent columns.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -89,7 +88,7 @@ Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # what a block is called 
 
 @dataclass(slots=True)
 class Block:
-    """One resident decoder block. Its weights change only through `install` and `trying`."""
+    """One resident decoder block. Its weights change only through `install`."""
 
     index: int
     prefix: str  # "model.layers.3"
@@ -119,18 +118,6 @@ class Block:
         for name, new in edits.items():
             self._set(name, dense(new))
             self.installed[name] = new
-
-    @contextmanager
-    def trying(self, edits: Edits) -> Iterator[None]:
-        """Use the dense values of `edits` while the context is open."""
-        before = {name: self.weight(name) for name in edits}
-        for name, new in edits.items():
-            self._set(name, dense(new))
-        try:
-            yield
-        finally:
-            for name, weight in before.items():
-                self._set(name, weight)
 
     def _set(self, name: str, w_OI: Tensor) -> None:
         self.layers[name].set_weight(self.module.get_submodule(name), w_OI)

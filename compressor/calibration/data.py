@@ -26,7 +26,6 @@ from compressor.errors import CalibrationError
 TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 CHUNK = 2000  # characters: a text file is cut at blank lines into documents of at least this many
-HELD_OUT_SHARE = 13  # of 256
 SHUFFLE_BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 
 
@@ -52,7 +51,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if not any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
-        raise CalibrationError(f"{path}: no tokenizer files here; copy tokenizer.json and tokenizer_config.json of the model")
+        raise CalibrationError(
+            f"{path}: no tokenizer files here; copy tokenizer.json and tokenizer_config.json of the model, "
+            "or, where no calibration is needed, give --no-eval"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
@@ -92,9 +94,12 @@ def load_samples(
             break
     count = min(samples, len(ids) // seq_len)
     if count == 0 or (count < samples and not held_out):
+        remedy = "name a larger source, or lower --samples or --seq-len"
+        if held_out:
+            remedy = "name a larger source, lower --seq-len, or when compressing give --no-eval"
         raise CalibrationError(
             f"{source}: {len(ids)} tokens of {'held-out ' if held_out else ''}text, where {samples} samples of {seq_len} "
-            f"tokens need {wanted}; name a larger source, or lower --samples or --seq-len"
+            f"tokens need {wanted}; {remedy}"
         )
     tokens = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
     return Samples(tokens, source, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
@@ -154,7 +159,7 @@ def documents(source: str, seed: int, held_out: bool) -> Iterator[str | list[dic
 def is_held_out(document: str | Sequence[Any]) -> bool:
     """Whether a document is kept for evaluation: one in twenty, by the hash of its content."""
     text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
-    return hashlib.sha256(text.encode()).digest()[0] < HELD_OUT_SHARE
+    return stdlib.in_held_out_share(text)
 
 
 def _file(path: Path) -> Iterable[str | list[dict[str, str]]]:
@@ -166,7 +171,7 @@ def _file(path: Path) -> Iterable[str | list[dict[str, str]]]:
     try:
         if path.suffix == ".txt":
             return list(_chunks(path.read_text(encoding="utf-8")))
-        if path.suffix in (".jsonl", ".json"):
+        if path.suffix == ".jsonl":
             return list(_lines(path))
         if path.suffix == ".parquet":
             import pyarrow.parquet

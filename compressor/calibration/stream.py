@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError
+from compressor.model.source import return_freed_memory
 from compressor.types import Accumulator, Block
 
 
@@ -87,6 +88,7 @@ class CalibrationStream:
         for name in sorted(stats):
             for accumulator in stats[name].values():
                 self.ranks.sum_(accumulator.tensors())
+        return_freed_memory()  # the activations': a pass now needs the space
         return LayerStats(stats, leader_of)
 
     @torch.no_grad()

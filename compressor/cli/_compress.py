@@ -29,11 +29,13 @@ def compress(
     from compressor.distributed import Ranks
 
     quiet()
+    first = Ranks.from_environment(device).first
     if dry_run:
+        if not first:
+            return
         forecast = api.forecast(recipe, model, out, device=device, dtype=dtype)
         print_json(forecast.to_dict()) if as_json else print_forecast(forecast)
         return
-    first = Ranks.from_environment(device).first
     try:
         with progress() if first else nullcontext(api.silent) as tell:
             report = api.run(recipe, model, out, resume=resume, overwrite=overwrite, device=device, dtype=dtype, tell=tell)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from compressor.pipeline import Event
     from compressor.report import Report
 
-STAGES = {"compress": "compress", "resume": "resume", "evaluate": "evaluate", "write": "write"}
-
 
 class Clock:
     """Turns events into a line: block n of N, layer, error, tokens/s, memory, time left."""

@@ -1,4 +1,4 @@
-"""`compress demo`: the main job on the embedded model, in about a minute."""
+"""`compress demo`: the main job on the embedded model, in a minute or two."""
 
 import sys
 from pathlib import Path
@@ -39,7 +39,7 @@ def demo(
         models.append((target.name, target))
     samples = {name: generate(path, PROMPT, max_new_tokens=48) for name, path in models}
     if as_json:
-        results = {name: {**report.to_dict(), "path": str(out / name)} for name, report in reports.items()}
+        results = {name: report.to_dict() for name, report in reports.items()}
         print_json({"models": results, "prompt": PROMPT, "samples": samples})
         return
     first = next(iter(reports.values()))

@@ -74,6 +74,8 @@ def measure(
     targets = reference.logits(reference_hidden) if reference is not None else None
     for tokens, logits in zip(batches, predictions, strict=True):
         sums.add(logits, tokens.to(logits.device), next(targets) if targets is not None else None)
+    if not math.isfinite(sums.nll + sums.reference_nll):
+        raise SourceError(f"{model.path}: its output, or the original's, is not finite on {what}; use --dtype float32")
     return Quality(
         perplexity=math.exp(min(sums.nll / sums.count, LARGEST)),
         tokens=sums.count,
@@ -105,19 +107,20 @@ class _Sums:
 
     def add(self, logits_BSV: Tensor, tokens_BS: Tensor, reference_BSV: Tensor | None) -> None:
         """Score the predictions of one batch."""
-        for start, chunk, following in _positions(logits_BSV, tokens_BS):
-            logp = chunk.double().log_softmax(-1)
+        for where, following in _positions(tokens_BS):
+            logp = logits_BSV[where].double().log_softmax(-1)
             self.nll -= float(logp.gather(-1, following[:, None]).sum())
             self.count += len(following)
             if reference_BSV is not None:
-                other = reference_BSV[:, :-1].flatten(0, 1)[start : start + len(following)].double().log_softmax(-1)
+                other = reference_BSV[where].double().log_softmax(-1)
                 self.reference_nll -= float(other.gather(-1, following[:, None]).sum())
                 self.kl += float((other.exp() * (other - logp)).sum())
                 self.agree += int((other.argmax(-1) == logp.argmax(-1)).sum())
 
 
-def _positions(logits_BSV: Tensor, tokens_BS: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Predictions and what followed, some positions at a time."""
-    logits, following = logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten()
-    for start in range(0, len(following), POSITIONS_AT_ONCE):
-        yield start, logits[start : start + POSITIONS_AT_ONCE], following[start : start + POSITIONS_AT_ONCE]
+def _positions(tokens_BS: Tensor) -> Iterator[tuple[tuple[int, slice], Tensor]]:
+    """Where predictions stand, some positions of a sample at a time, and what followed them."""
+    for sample, tokens in enumerate(tokens_BS):
+        for start in range(0, len(tokens) - 1, POSITIONS_AT_ONCE):
+            following = tokens[start + 1 : start + 1 + POSITIONS_AT_ONCE]
+            yield (sample, slice(start, start + len(following))), following

@@ -81,6 +81,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise SourceError(f"{path}: no such directory; MODEL is a local Hugging Face model directory, download it first")
+    if path.is_file():
+        raise SourceError(f"{path}: is a file; MODEL is the directory, here {path.parent}")
     file = path / "config.json"
     if not file.is_file():
         raise SourceError(f"{path}: no config.json here; MODEL is a Hugging Face model directory with safetensors weights")

@@ -14,6 +14,7 @@ from compressor.errors import RecipeError, SourceError
 from compressor.formats.int_group import IntGroup
 from compressor.types import Format
 
+STATIC = ("static", "weight")  # kinds of activation order that leave nothing to be stored
 COMPRESSED_TENSORS, OWN = "compressed-tensors", "compressor"
 PACKED_SUFFIX = ".weight_packed"
 
@@ -64,14 +65,14 @@ def reader(config: Mapping[str, Any], where: str) -> Callable[[str], Format]:
     method = quantization.get("quant_method")
     if method == OWN:
         try:
-            formats = {layer: registry.build("format", spec) for layer, spec in quantization["layers"].items()}
+            formats = {layer: _shipped(spec) for layer, spec in quantization["layers"].items()}
         except (RecipeError, KeyError, AttributeError) as error:
             raise SourceError(f"{where}: quantization_config cannot be read ({error})") from error
         return lambda layer: _found(formats.get(layer), layer, where)
     if method == COMPRESSED_TENSORS:
         try:
             groups = [
-                (group.get("targets", []), _from_scheme(group.get("weights") or {}, where))
+                (group.get("targets", []), _from_group({"format": quantization.get("format"), **group}, where))
                 for group in quantization.get("config_groups", {}).values()
                 if isinstance(group, Mapping)
             ]
@@ -83,7 +84,23 @@ def reader(config: Mapping[str, Any], where: str) -> Callable[[str], Format]:
     raise SourceError(f"{where}: quantized with method `{method}`, which cannot be read; use the original model")
 
 
-def _from_scheme(weights: Mapping[str, Any], where: str) -> Format:
+def _shipped(spec: Mapping[str, Any]) -> Format:
+    """A format of ours: a checkpoint must not name modules to import."""
+    if spec["format"] not in registry.available("format"):
+        raise RecipeError(f"no format named `{spec['format']}`")
+    fmt: Format = registry.build("format", spec)
+    return fmt
+
+
+def _from_group(group: Mapping[str, Any], where: str) -> Format:
+    weights = group.get("weights") or {}
+    layout = group.get("format") or "pack-quantized"
+    ordered = weights.get("actorder") not in (*STATIC, None, False)
+    if layout != "pack-quantized" or group.get("input_activations") or ordered:
+        raise SourceError(
+            f"{where}: quantized as {layout} with actorder {weights.get('actorder')} and activations "
+            f"{group.get('input_activations')}; only packed weights without a stored order can be read"
+        )
     if weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel"):
         raise SourceError(
             f"{where}: quantization scheme {weights.get('type')}/{weights.get('strategy')} cannot be read; "

@@ -12,6 +12,7 @@ Shape suffixes: B samples of a batch, S sequence, D hidden, V vocabulary.
 """
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ class ModelSource:
             block = self.block(index)
             yield block
             self.release(block)
+            return_freed_memory()
 
     def whole(self) -> PreTrainedModel:
         """The model with every parameter in memory, dense. The source must not be used afterwards."""
@@ -111,6 +113,10 @@ class ModelSource:
             expected = fmt.checkpoint_parts((rows, columns))
         except ValueError as error:
             raise SourceError(f"{self.path}: {layer} cannot be packed as config.json has it: {error}") from error
+        unread = {"weight_g_idx", "weight_zero_point", "weight_global_scale"} - set(expected)
+        for part in sorted(unread):
+            if f"{base}.{part}" in self.checkpoint:
+                raise SourceError(f"{self.path}: {base}.{part} is not part of {fmt.label}; such checkpoints cannot be read")
         parts = {}
         for part, (_, shape) in expected.items():
             if f"{base}.{part}" not in self.checkpoint:
@@ -142,23 +148,36 @@ class ModelSource:
     def arguments(self, shape: tuple[int, int]) -> list[Arguments]:
         """What each block is called with besides the hidden states, for tokens of a shape (B, S) without padding."""
         if shape not in self._arguments:
-            recorded: list[Arguments] = []
-
-            def keep(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-                recorded.append((args, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
-                return hidden
-
-            with self._resident(lambda name: not self._is_head(name)), _replaced(self.layers, keep):
-                self.model.base_model(torch.zeros(shape, dtype=torch.long, device=self.device), use_cache=False)
-            self._arguments[shape] = recorded
+            zeros = torch.zeros(shape, dtype=torch.long, device=self.device)
+            others = torch.arange(zeros.numel(), device=self.device).view(shape) % self.vocab_size
+            first, second = self._record(zeros), self._record(others)
+            if not _same(first, second):
+                raise SourceError(
+                    f"{self.path}: blocks of model type `{self.model.config.model_type}` are told more of the tokens than "
+                    "their hidden states; this architecture cannot be streamed block by block"
+                )
+            self._arguments[shape] = first
         return self._arguments[shape]
+
+    def _record(self, tokens: Tensor) -> list[Arguments]:
+        """What each block is called with besides the hidden states."""
+        recorded: list[Arguments] = []
+
+        def keep(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+            recorded.append((args, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
+            return hidden
+
+        with self._resident(lambda name: not self._is_head(name)), _replaced(self.layers, keep):
+            self.model.base_model(tokens, use_cache=False)
+        return recorded
 
     @torch.no_grad()
     def logits(self, batches: Iterator[Tensor] | Sequence[Tensor]) -> Iterator[Tensor]:
         """Final norm and head on the last block's outputs [B, S, D]: logits [B, S, V], one batch at a time."""
         last = len(self.layers) - 1
         embedding = self.model.get_input_embeddings()
-        with self._resident(lambda name: True):
+        unused = next(f"{n}.weight" for n, m in self.model.named_modules() if m is embedding)  # unless the head is tied to it
+        with self._resident(lambda name: name != unused):
             for finished in batches:
 
                 def give(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -198,6 +217,11 @@ class ModelSource:
         """
         tensor = self.read(name)
         if not tensor.is_floating_point():
+            if self.model.state_dict()[name].is_floating_point():
+                raise SourceError(
+                    f"{self.path}: {name} is stored as {tensor.dtype} where the model has real numbers; "
+                    "it is quantized in a way that cannot be read"
+                )
             return tensor.to(self.device)
         tensor = tensor.to(self.device, self.dtype)
         if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # unlike a mask of the tensor, takes no memory
@@ -275,6 +299,16 @@ class ModelSource:
                 )
 
 
+def return_freed_memory() -> None:
+    """Give freed pages back to the system; without it a long run creeps upward by fragmentation."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # not glibc: its allocator has no such call
+
+
 def skeleton(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model that transformers builds from a directory's configs: parameters on the meta device, buffers real."""
     try:
@@ -321,6 +355,17 @@ def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str
 
 def _is_packed(stored: str, checkpoint: Checkpoint) -> bool:
     return stored not in checkpoint and stored.removesuffix(".weight") + quantization_config.PACKED_SUFFIX in checkpoint
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nested arguments hold equal tensors; what is no tensor and no container does not count."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return True
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -94,6 +94,7 @@ class Workspace:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
             _sync(unfinished)
             unfinished.rename(path)
+            _sync(self.work)
             with (self.work / "journal.jsonl").open("a") as journal:
                 journal.write(json.dumps({"part": part, **record}) + "\n")
                 journal.flush()
@@ -125,6 +126,7 @@ class Workspace:
                 shutil.rmtree(old, ignore_errors=True)
                 self.out.rename(old)
             self.model.rename(self.out)
+            _sync(self.out.parent)
             shutil.rmtree(self.partial)
 
 
@@ -135,6 +137,8 @@ def copy_other_files(source: Path, to: Path, except_for: Path) -> list[str]:
     """
     copied = []
     skipped = {path.resolve() for path in (except_for, except_for.with_name(except_for.name + ".partial"))}
+    skipped |= {config.parent.resolve() for config in source.rglob("config.json") if config.parent != source}  # other models
+    skipped |= {path.resolve() for path in source.rglob("*.partial")}
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)
@@ -185,12 +189,13 @@ def clear_up(out: Path, fingerprint: Mapping[str, str]) -> None:
 
 def check_space(out: Path, needed: int) -> None:
     """Refuse a run whose result, written once as parts and once as shards, cannot fit on the disk."""
+    written = sum(file.stat().st_size for file in out.with_name(f"{out.name}.partial").rglob("*") if file.is_file())
+    needed = max(0, 2 * needed - written)  # an interrupted run's parts are there already
     place = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
     free = shutil.disk_usage(place).free
-    if free < 2 * needed:
+    if free < needed:
         raise OutputError(
-            f"{out}: {2 * needed:,} bytes are needed while writing, {free:,} are free; "
-            "make room or choose --out on another disk"
+            f"{out}: {needed:,} bytes are needed while writing, {free:,} are free; make room or choose --out on another disk"
         )
 
 
@@ -233,5 +238,9 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Put a file, or a directory's list of names, safely on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

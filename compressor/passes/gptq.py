@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian
+from compressor.calibration.stats import Hessian, strips
 from compressor.errors import CalibrationError
 from compressor.passes._rounding import WeightRounding
 from compressor.registry import node
@@ -63,6 +63,8 @@ class GPTQ(WeightRounding):
             where = f"{block.prefix}.{layers[0]}"
             hessian: Hessian = stats[layers[0], Hessian]
             h_II = hessian.value
+            if not torch.isfinite(h_II.diagonal()).all():
+                raise CalibrationError(f"{where}: its inputs overflow on the calibration text; compute with --dtype float32")
             try:
                 factor = factorise(h_II, damp=self.damp, act_order=self.act_order)
             except SingularHessianError as error:
@@ -118,7 +120,8 @@ def factorise(h_II: Tensor, *, damp: float = 0.01, act_order: bool = True, step:
         for dtype in (torch.float32, torch.float64):
             u, sound = _inverse_factor(h, tried * mean, dtype)
             if sound:
-                return Factor(u.float(), order, damp if tried == max(damp, 1e-12) else tried)
+                # over the Hessian, which is not needed again
+                return Factor(h.T.copy_(u), order, damp if tried == max(damp, 1e-12) else tried)
         if tried >= MAX_DAMP:
             raise SingularHessianError
         tried = min(max(10 * tried, 1e-4), MAX_DAMP)
@@ -177,7 +180,12 @@ def gptq(w_OI: Tensor, factor: Factor, grid: Grid, *, lazy: int = 128) -> tuple[
 
 def output_energy(w_OI: Tensor, h_II: Tensor) -> float:
     """tr(W H Wᵀ), the mean squared norm of the layer's output: what a loss is relative to."""
-    return float((w_OI @ h_II).mul_(w_OI).sum(dtype=torch.float64))
+    energy = 0.0
+    for rows in strips(len(h_II)):  # of the upper triangle; what lies right of the diagonal's square counts twice
+        seen_OI = (w_OI[:, rows] @ h_II[rows, rows.start :]).mul_(w_OI[:, rows.start :])
+        inside, all_ = (part.sum(1).double().sum() for part in (seen_OI[:, : rows.stop - rows.start], seen_OI))
+        energy += float(2 * all_ - inside)
+    return energy
 
 
 EXPORT = GPTQ

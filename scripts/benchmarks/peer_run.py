@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+BATCH = 4  # rows at a time: faster on a CPU than the peers' default of 1
+
 
 @dataclass(frozen=True)
 class Job:
@@ -127,6 +129,7 @@ class LlmCompressor(Adapter):
             recipe=self.recipe,
             max_seq_length=self.job.seq_len,
             num_calibration_samples=self.job.samples,
+            batch_size=BATCH,
         )
 
     def save(self) -> dict[str, Any]:
@@ -135,19 +138,20 @@ class LlmCompressor(Adapter):
 
 
 class GptqModel(Adapter):
-    """GPTQModel as it comes: symmetric groups, its own activation-aware order."""
+    """GPTQ of GPTQModel with its defaults: symmetric groups, its own activation-aware order of columns."""
 
     package = "gptqmodel"
 
     def load(self, tokenizer: Any, rows: list[list[int]]) -> None:
         library = importlib.import_module("gptqmodel")
-        config = library.QuantizeConfig(bits=self.job.bits, group_size=self.job.group_size)
+        # By default it keeps finished layers on disk; the models compared here fit in memory, and so it is faster.
+        config = library.QuantizeConfig(bits=self.job.bits, group_size=self.job.group_size, offload_to_disk=False)
         dtype = self.job.dtype if self.job.dtype == "auto" else getattr(torch, self.job.dtype)
         self.model = library.GPTQModel.load(self.job.model, config, dtype=dtype)
         self.data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
 
     def quantize(self) -> None:
-        self.model.quantize(self.data, batch_size=4)
+        self.model.quantize(self.data, batch_size=BATCH)
 
     def save(self) -> dict[str, Any]:
         self.model.save(self.job.out)

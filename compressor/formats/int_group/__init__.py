@@ -31,7 +31,7 @@ from compressor.formats import _bits
 from compressor.registry import node
 from compressor.types import QuantizedTensor
 
-SCALE_DTYPE = torch.bfloat16  # exact in every dtype that a model is loaded in
+SCALE_DTYPE = torch.bfloat16  # exact in float32 too, and in float16 above 2e-5
 COARSE = tuple(1 - 0.05 * i for i in range(15))  # shares of the full range that are tried
 FINE = tuple(0.01 * i for i in (-4, -3, -2, -1, 1, 2, 3, 4))  # then these around the best of them
 AT_ONCE = 2**20  # elements searched together: few enough for a cache, and bounds the temporaries
