@@ -218,7 +218,7 @@ def evaluate(
     Args:
         model: Model directory, dense or packed.
         reference: The original.
-        data: Source of the text (see compressor.calibration.data); its held-out part is used.
+        data: Source of the text (see compressor.calibration.data): of `builtin` the held-out modules, else all of it.
         samples: At most so many.
         seq_len: Tokens of each; None takes what the model was made for, at most 2048.
         seed: Of the order of documents.
@@ -237,7 +237,7 @@ def evaluate(
         samples=samples,
         seq_len=sample_length(seq_len, judged),
         seed=seed,
-        held_out=True,
+        split="all",
     )
     check_vocabulary(text, judged.vocab_size)
     return _measure(judged, original, text, tell)

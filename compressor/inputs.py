@@ -63,7 +63,7 @@ def load_data(recipe: Recipe, source: ModelSource) -> tuple[Samples | None, Samp
             samples=judge.samples,
             seq_len=sample_length(judge.seq_len or length, source),
             seed=spec.seed,
-            held_out=True,
+            split="held-out" if judge.source in (None, spec.source) else "all",
         )
         check_vocabulary(evaluation, source.vocab_size)
     return calibration, evaluation

@@ -37,7 +37,7 @@ class Calibration:
 @node
 class Evaluation:
     """Args:
-    source: Like that of calibration; null takes the held-out part of the calibration source.
+    source: Like that of calibration, and used whole; null takes the held-out part of the calibration source.
     samples: How many at most.
     seq_len: Tokens of each; null takes that of calibration.
     """

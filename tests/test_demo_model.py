@@ -61,7 +61,7 @@ for path in sys.argv[2:]:
 
 
 def test_stock_transformers_alone_finds_the_perplexity_that_was_reported(outputs, tmp_path):
-    evaluation = load_samples("builtin", load_tokenizer(DEMO_MODEL), samples=32, seq_len=256, held_out=True)
+    evaluation = load_samples("builtin", load_tokenizer(DEMO_MODEL), samples=32, seq_len=256, split="held-out")
     torch.save(evaluation.tokens, tmp_path / "tokens.pt")
     wanted = [outputs["gptq", bits] for bits in (8, 4, 3, 2)]
     command = [sys.executable, "-c", STOCK, str(tmp_path / "tokens.pt"), *(str(out) for _, out in wanted)]

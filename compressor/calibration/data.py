@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from compressor.errors import CalibrationError
 TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 CHUNK = 2000  # characters: a text file is cut at blank lines into documents of at least this many
+Split = Literal["calibration", "held-out", "all"]  # `all` of the built-in text is its held-out part, too
 SHUFFLE_BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 
 
@@ -71,7 +72,7 @@ def load_samples(
     samples: int,
     seq_len: int,
     seed: int = 0,
-    held_out: bool = False,
+    split: Split = "calibration",
 ) -> Samples:
     """Tokenise just as much of a source as is needed.
 
@@ -81,25 +82,25 @@ def load_samples(
         samples: How many; calibration gives an error when there is less text, held-out text gives what there is.
         seq_len: Tokens of each.
         seed: Of the order of the documents.
-        held_out: Take the evaluation split.
+        split: Which documents; of all but `calibration`, fewer samples are given where there is less text.
 
     Raises:
         CalibrationError: the source cannot be read or holds too little text.
     """
     ids: list[int] = []
     wanted = samples * seq_len
-    for document in documents(source, seed, held_out):
+    for document in documents(source, seed, split):
         ids += encode(tokenizer, document, joined=bool(ids))
         if len(ids) >= wanted:
             break
     count = min(samples, len(ids) // seq_len)
-    if count == 0 or (count < samples and not held_out):
+    if count == 0 or (count < samples and split == "calibration"):
         remedy = "name a larger source, or lower --samples or --seq-len"
-        if held_out:
+        if split != "calibration":
             remedy = "name a larger source, lower --seq-len, or when compressing give --no-eval"
         raise CalibrationError(
-            f"{source}: {len(ids)} tokens of {'held-out ' if held_out else ''}text, where {samples} samples of {seq_len} "
-            f"tokens need {wanted}; {remedy}"
+            f"{source}: {len(ids)} tokens of {'held-out ' if split == 'held-out' else ''}text, where {samples} samples of "
+            f"{seq_len} tokens need {wanted}; {remedy}"
         )
     tokens = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
     return Samples(tokens, source, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
@@ -140,20 +141,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def documents(source: str, seed: int, held_out: bool) -> Iterator[str | list[dict[str, str]]]:
+def documents(source: str, seed: int, split: Split) -> Iterator[str | list[dict[str, str]]]:
     """The documents of one split of a source, in seeded order."""
     if source == "builtin":
-        texts: list[Any] = [text for _, text in stdlib.documents(held_out)]
+        texts: list[Any] = [text for _, text in stdlib.documents(held_out=split != "calibration")]
         random.Random(seed).shuffle(texts)
         yield from texts
     elif source.startswith("hf:"):
-        yield from (d for d in _dataset(source, seed) if is_held_out(d) == held_out)
+        yield from (d for d in _dataset(source, seed) if in_split(d, split))
     else:
         rows = list(_file(Path(source)))
         if not rows:
             raise CalibrationError(f"{source}: holds no text; calibration needs some")
         random.Random(seed).shuffle(rows)
-        yield from (row for row in rows if is_held_out(row) == held_out)
+        yield from (row for row in rows if in_split(row, split))
+
+
+def in_split(document: str | Sequence[Any], split: Split) -> bool:
+    """Whether a document belongs to a split."""
+    return split == "all" or is_held_out(document) == (split == "held-out")
 
 
 def is_held_out(document: str | Sequence[Any]) -> bool:

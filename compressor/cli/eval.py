@@ -16,7 +16,7 @@ def eval_(
     ] = None,
     data: Annotated[
         str,
-        typer.Option(help="builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]; its held-out part."),
+        typer.Option(help="builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]."),
     ] = "builtin",
     samples: Annotated[int, typer.Option(help="At most so many.")] = 64,
     seq_len: Annotated[

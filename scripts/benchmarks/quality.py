@@ -34,15 +34,13 @@ def measure(model: Path, options: argparse.Namespace, method: str, bits: int, pl
         calibration=options.calibration,
         samples=options.samples,
         seq_len=options.seq_len,
-        evaluate=False,
+        evaluate=not options.eval,
         device="cpu",
     )
-    texts = {
-        Path(text).stem: asdict(
-            api.evaluate(out, model, data=text, samples=options.eval_samples, seq_len=options.seq_len, device="cpu")
-        )
-        for text in options.eval
-    }
+    texts: dict[str, dict[str, Any]] = {"held out": dict(report.quality)} if report.quality else {}
+    for text in options.eval:
+        quality = api.evaluate(out, model, data=text, samples=options.eval_samples, seq_len=options.seq_len, device="cpu")
+        texts[Path(text).stem] = asdict(quality)
     for quality in texts.values():
         quality.pop("source")
     return {
@@ -78,7 +76,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", default="builtin")
-    parser.add_argument("--eval", action="append", help="text to judge on, its held-out part; repeatable")
+    parser.add_argument(
+        "--eval",
+        action="append",
+        help="text to judge on, repeatable; without, the held-out part of the calibration text is",
+    )
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=128)
@@ -86,7 +88,6 @@ def main() -> None:
     parser.add_argument("--eval-samples", type=int, default=64, help="held-out samples of each text, at most")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
-    options.eval = options.eval or [options.calibration]
     quiet()
     with tempfile.TemporaryDirectory() as place:
         results = [measure(options.model, options, m, b, Path(place)) for b in options.bits for m in ("rtn", "gptq")]

@@ -25,8 +25,9 @@ def load(source, tokenizer, **options):
 
 
 def test_no_document_is_both_for_calibration_and_held_out(lines):
-    calibration, held_out = (set(data.documents(str(lines), 0, side)) for side in (False, True))
+    calibration, held_out = (set(data.documents(str(lines), 0, side)) for side in ("calibration", "held-out"))
     assert calibration.isdisjoint(held_out)
+    assert calibration | held_out == set(data.documents(str(lines), 0, "all"))
     assert len(calibration | held_out) == 200
     assert 0 < len(held_out) < 30
 
@@ -46,7 +47,7 @@ def test_samples_are_whole_and_the_seed_decides_them(lines, tokenizer):
 
 def test_documents_are_joined_by_the_end_token(lines, tokenizer):
     tokens = load(lines, tokenizer, samples=40).tokens.flatten().tolist()
-    texts = list(data.documents(str(lines), 0, False))
+    texts = list(data.documents(str(lines), 0, "calibration"))
     expected = []
     for text in texts:
         expected += [tokenizer.eos_token_id] * bool(expected) + tokenizer(text)["input_ids"]
@@ -94,7 +95,7 @@ def test_a_hub_data_set_is_streamed_by_name_config_split_and_column(monkeypatch)
         return Rows([{"body": f"text {i}"} for i in range(50)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    texts = list(data.documents("hf:owner/name:config:validation:body", 3, False))
+    texts = list(data.documents("hf:owner/name:config:validation:body", 3, "calibration"))
     assert set(texts) <= {f"text {i}" for i in range(50)}
     assert asked["name"] == "owner/name"
     assert asked["config"] == "config"

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def text():
-    return load_samples("builtin", load_tokenizer(DEMO_MODEL), samples=6, seq_len=96, held_out=True)
+    return load_samples("builtin", load_tokenizer(DEMO_MODEL), samples=6, seq_len=96, split="held-out")
 
 
 @pytest.fixture(scope="module")
