@@ -39,8 +39,8 @@ def measure(model: Path, options: argparse.Namespace, method: str, bits: int, pl
     )
     texts: dict[str, dict[str, Any]] = {"held out": dict(report.quality)} if report.quality else {}
     for text in options.eval:
-        quality = api.evaluate(out, model, data=text, samples=options.eval_samples, seq_len=options.seq_len, device="cpu")
-        texts[Path(text).stem] = asdict(quality)
+        judged = api.evaluate(out, model, data=text, samples=options.eval_samples, seq_len=options.seq_len, device="cpu")
+        texts[Path(text).stem] = asdict(judged)
     for quality in texts.values():
         quality.pop("source")
     return {
