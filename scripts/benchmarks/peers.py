@@ -7,13 +7,13 @@ Every peer is installed, at a pinned version, into .bench/venvs/PEER, since they
 in first and alone, so that no peer brings a build of its own; which build (CPU or CUDA) is for pip's configuration to say.
 
 Time: all contestants quantize to as many bits in groups of the same size and leave lm_head alone. They get as many rows of
-as many tokens, made of the same file's documents, though not the same rows: each tool samples by its own rules. Other work
-on the machine would favour whoever runs in a quiet minute, so the rounds are interleaved: ours, peer, peer, ours, peer, ...
-A first, short run of each is thrown away; it fills the caches of whoever compiles something. Threads wait without spinning
-(OMP_WAIT_POLICY=PASSIVE, unless it is set otherwise), for all alike. `seconds` is the quantization
-alone: for a peer without its imports, reading the dense model and writing the result; ours is what `compress quantize`
-reports, and includes reading and writing, because it does both block by block. The process column is everything: start,
-imports, reading, quantizing, writing.
+as many tokens, made of the same file's documents. The peers' rows are all the same; ours are what `compress` draws from the
+file by its own rules. Other work on the machine would favour whoever runs in a quiet minute, so the rounds are interleaved:
+ours, peer, peer, ours, peer, peer ... A first, short run of each is thrown away; it fills the caches of whoever compiles
+something. Threads wait without spinning (OMP_WAIT_POLICY=PASSIVE, unless it is set otherwise), for all alike. `seconds` is
+the quantization alone: for a peer without its imports, reading the dense model and writing the result; ours is what
+`compress quantize` reports, and includes reading and writing, because it does both block by block. The process column is
+everything: start, imports, reading, quantizing, writing.
 
 Quality: each result is read back from disk inside the tool's own environment, ours by stock transformers, and compared with
 the dense model in fp32 on the evaluation texts; see peer_run.py, which does the peers' part. Bits per weight are those of the
@@ -57,7 +57,7 @@ WARM_UP_SAMPLES = 8
 DOCUMENTS = 120  # scored of each evaluation file
 DOCUMENT_TOKENS = 256
 BUSY = 0.25  # load average per core from which other work disturbs the times
-# OpenMP threads that wait by spinning lose whole time slices to any other process: 7 times the seconds were seen.
+# OpenMP threads that wait by spinning lose whole time slices to any other process: 6 times the seconds were seen.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 OFFLINE = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -350,7 +350,10 @@ def attempt(contestant: Contestant, what: str, step: Callable[[], object]) -> No
         try:
             step()
         except RunError as error:
-            contestant.error = f"{what}: {error}"
+            s, message = contestant.settings, f"{what}: {error}"
+            for path in (s.model, s.calibration, *s.evaluation, contestant.scratch, BENCH.parent):  # no paths in the record
+                message = message.replace(str(path), path.name)
+            contestant.error = message
             tell(f"{contestant.name}: failed in {contestant.error}")
 
 
