@@ -12,11 +12,12 @@ Importing the package is cheap: torch and transformers are imported with the fir
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compressor.api import Forecast, evaluate, forecast, quantize, quantize_recipe, run
+    from compressor.api import Forecast, forecast, quantize, quantize_recipe, run
+    from compressor.judging import evaluate
     from compressor.runtime.load import generate, load
 
 __all__ = ["Forecast", "evaluate", "forecast", "generate", "load", "quantize", "quantize_recipe", "run"]
-_HOME = {"generate": "compressor.runtime.load", "load": "compressor.runtime.load"}
+_HOME = {"evaluate": "compressor.judging", "generate": "compressor.runtime.load", "load": "compressor.runtime.load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from compressor import pipeline
-from compressor.calibration.data import Samples, check_vocabulary, load_samples, load_tokenizer
+from compressor.calibration.data import Samples
 from compressor.calibration.stream import CalibrationStream
 from compressor.card import model_card
 from compressor.distributed import Ranks
-from compressor.errors import RecipeError
-from compressor.evaluation.quality import Quality, measure
-from compressor.inputs import TOKENS_AT_ONCE, check_shares, computation_dtype, load_data, needs_data, prepare, sample_length
+from compressor.errors import SourceError
+from compressor.evaluation.score import TOKENS_AT_ONCE
+from compressor.inputs import Judged, check_shares, load_data, needs_data, prepare, sample_length
+from compressor.judging import continuations, judge, silent
 from compressor.model import shards
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, check_space, check_target
@@ -31,10 +32,6 @@ from compressor.types import Plan
 
 NOTHING: tuple[str, ...] = ()  # finished by an interrupted run
 LIBRARIES_BYTES = 540 * 2**20  # of the process before it reads a weight, and of what libraries keep for themselves later
-
-
-def silent(event: Event) -> None:
-    """Report progress to nobody."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,8 @@ def run(
         compress_blocks(job, calibration, workspace, ranks.agree(tuple(workspace.finished)), report, tell)
         tell(Event("write", 0, 1, str(out)))
         write_model(recipe, source, plan, workspace, report)
-        if evaluation is not None:
-            report.quality = compare(workspace.model, source, evaluation, tell).to_dict()
+        if evaluation is not None and recipe.evaluation is not None:
+            judge_result(workspace.model, source, evaluation, recipe.evaluation.generate, report, tell)
         workspace.write_text("report.json", json.dumps(report.to_dict(), indent=1) + "\n")
         workspace.write_text("README.md", model_card(report))
         workspace.publish()
@@ -201,48 +198,6 @@ def forecast(
     )
 
 
-def evaluate(
-    model: str | Path = ".",
-    reference: str | Path | None = None,
-    *,
-    data: str = "builtin",
-    samples: int = 64,
-    seq_len: int | None = None,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str | None = None,
-    tell: Tell = silent,
-) -> Quality:
-    """Perplexity of a model on held-out text and, with a reference, its divergence from that.
-
-    Args:
-        model: Model directory, dense or packed.
-        reference: The original.
-        data: Source of the text (see compressor.calibration.data): of `builtin` the held-out modules, else all of it.
-        samples: At most so many.
-        seq_len: Tokens of each; None takes what the model was made for, at most 2048.
-        seed: Of the order of documents.
-        device: `cpu` or `cuda`; None takes a GPU if there is one.
-        dtype: Of the computation; None takes float32.
-        tell: Called with progress.
-    """
-    if samples < 1:
-        raise RecipeError(f"samples {samples}: not a positive number; raise --samples")
-    place = Ranks.from_environment(device).device
-    judged = ModelSource(Path(model), place, computation_dtype(place, dtype or "float32", Path(model)))
-    original = ModelSource(Path(reference), place, judged.dtype) if reference is not None else None
-    text = load_samples(
-        data,
-        load_tokenizer(judged.path),
-        samples=samples,
-        seq_len=sample_length(seq_len, judged),
-        seed=seed,
-        split="all",
-    )
-    check_vocabulary(text, judged.vocab_size)
-    return _measure(judged, original, text, tell)
-
-
 def compress_blocks(
     job: Job,
     calibration: Samples | None,
@@ -265,13 +220,14 @@ def compress_blocks(
         report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(source.device)
 
 
-def compare(model: Path, source: ModelSource, evaluation: Samples, tell: Tell) -> Quality:
-    """Measure what was written against the original, in float32."""
-    return _measure(ModelSource(model, source.device), ModelSource(source.path, source.device), evaluation, tell)
-
-
-def _measure(model: ModelSource, reference: ModelSource | None, text: Samples, tell: Tell) -> Quality:
-    def progress(done: int, total: int) -> None:
-        tell(Event("evaluate", done, total))
-
-    return measure(model, text.batches(TOKENS_AT_ONCE), text.source, reference, progress)
+def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, report: Report, tell: Tell) -> None:
+    """Compare what was written with the original, in float32, and let both continue some beginnings."""
+    report.quality = judge([ModelSource(model, source.device)], ModelSource(source.path, source.device), text, tell)[
+        0
+    ].to_dict()
+    if generate:
+        tell(Event("generate", 0, 1))
+        try:
+            report.samples += continuations(model, source.path, text, generate, source)
+        except SourceError as error:
+            report.warnings.append(f"no samples were generated: {error}")

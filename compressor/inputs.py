@@ -1,12 +1,16 @@
 """What a run needs before it can start: the opened model, the plan, the tokens. What can fail early, fails here."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from compressor.calibration.data import Samples, check_vocabulary, load_samples, load_tokenizer
+from compressor.calibration.data import Samples, Split, check_vocabulary, load_samples, load_tokenizer
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
+from compressor.evaluation.score import TOKENS_AT_ONCE
+from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
 from compressor.model.checkpoint import read_config
 from compressor.model.source import ModelSource
 from compressor.plan import make_plan
@@ -14,8 +18,15 @@ from compressor.recipe import Recipe
 from compressor.types import Plan
 
 LONGEST = 2048  # tokens of a sample, unless the recipe or the model says otherwise
-TOKENS_AT_ONCE = 4096  # that go through a block together
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a model is judged on."""
+
+    texts: tuple[Text, ...]
+    protocol: Protocol
 
 
 def prepare(recipe: Recipe, model: Path, device: torch.device, dtype: str | None) -> tuple[ModelSource, Plan]:
@@ -45,8 +56,8 @@ def sample_length(wanted: int | None, source: ModelSource) -> int:
     return wanted or min(LONGEST, source.max_positions)
 
 
-def load_data(recipe: Recipe, source: ModelSource) -> tuple[Samples | None, Samples | None]:
-    """The tokens for calibration and for evaluation, where the recipe needs them. Fails before any long work."""
+def load_data(recipe: Recipe, source: ModelSource) -> tuple[Samples | None, Judged | None]:
+    """The text for calibration and for evaluation, where the recipe needs it. Fails before any long work."""
     spec, judge = recipe.calibration, recipe.evaluation
     if not needs_data(recipe) and judge is None:
         return None, None
@@ -55,18 +66,30 @@ def load_data(recipe: Recipe, source: ModelSource) -> tuple[Samples | None, Samp
     length = sample_length(spec.seq_len, source)
     if needs_data(recipe):
         calibration = load_samples(spec.source, tokenizer, samples=spec.samples, seq_len=length, seed=spec.seed)
-        check_vocabulary(calibration, source.vocab_size)
+        check_vocabulary(calibration.tokens, source.vocab_size, spec.source)
     if judge is not None:
-        evaluation = load_samples(
-            judge.source or spec.source,
-            tokenizer,
-            samples=judge.samples,
-            seq_len=sample_length(judge.seq_len or length, source),
-            seed=spec.seed,
-            split="held-out" if judge.source in (None, spec.source) else "all",
-        )
-        check_vocabulary(evaluation, source.vocab_size)
+        named = (judge.source,) if isinstance(judge.source, str) else judge.source or (spec.source,)
+        protocol = make_protocol(tokenizer, sample_length(judge.seq_len or length, source), judge.stride, judge.bos)
+        evaluation = judged(source, named, protocol, judge.samples, spec.seed, spec.source)
     return calibration, evaluation
+
+
+def judged(
+    model: ModelSource,
+    sources: Sequence[str],
+    protocol: Protocol,
+    samples: int,
+    seed: int = 0,
+    calibrated_on: str | None = None,
+) -> Judged:
+    """Texts to judge a model on: whole ones, but of the one it was calibrated on the held-out part."""
+    tokenizer = load_tokenizer(model.path)
+    texts = []
+    for name in dict.fromkeys(sources):
+        split: Split = "held-out" if name == calibrated_on else "all"
+        texts.append(load_text(name, tokenizer, protocol, samples=samples, seed=seed, split=split))
+        check_vocabulary(torch.cat([p.tokens for p in texts[-1].passages]), model.vocab_size, name)
+    return Judged(tuple(texts), protocol)
 
 
 def check_shares(calibration: Samples | None, ranks: Ranks) -> None:

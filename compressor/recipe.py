@@ -37,17 +37,27 @@ class Calibration:
 @node
 class Evaluation:
     """Args:
-    source: Like that of calibration, and used whole; null takes the held-out part of the calibration source.
-    samples: How many at most.
+    source: Like that of calibration, or several, and used whole; null takes the held-out part of the calibration source.
+    samples: How many at most, of each source.
     seq_len: Tokens of each; null takes that of calibration.
+    stride: New tokens of each; null for no overlap.
+    bos: Begin each with the begin token; null does as the tokenizer does with a text.
+    generate: Beginnings of samples that both models continue, for the report.
     """
 
-    source: str | None = None
+    source: str | tuple[str, ...] | None = None
     samples: int = 32
     seq_len: int | None = None
+    stride: int | None = None
+    bos: bool | None = None
+    generate: int = 2
 
     def __post_init__(self) -> None:
-        _positive(samples=self.samples, seq_len=self.seq_len)
+        _positive(samples=self.samples, seq_len=self.seq_len, stride=self.stride)
+        if self.generate < 0:
+            raise ValueError(f"generate: {self.generate} is negative; 0 generates nothing")
+        if self.source == ():
+            raise ValueError("source: empty; name at least one, or null")
 
 
 @node

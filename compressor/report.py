@@ -27,6 +27,7 @@ class Report:
     recipe: Any  # as resolved, defaults written out
     calibration: Mapping[str, Any] | None  # source, samples, seq_len, seed, sha256 of the tokens
     versions: Mapping[str, str]  # of the packages that matter
+    command: str = ""  # that does it again
     rows: list[Row] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     bits_per_weight: float = 0.0  # over the compressed layers
@@ -38,6 +39,10 @@ class Report:
     peak_memory_bytes: int = 0
     peak_device_memory_bytes: int = 0
     quality: Mapping[str, Any] | None = None  # see compressor.evaluation.quality
+    tasks: list[Mapping[str, Any]] = field(default_factory=list)  # see compressor.evaluation.tasks
+    samples: list[Mapping[str, str]] = field(default_factory=list)  # prompt, text, reference, model: what each continues with
+    speed: Mapping[str, Any] | None = None  # see compressor.runtime.bench
+    verification: list[Mapping[str, Any]] = field(default_factory=list)  # see compressor.verification
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the figures of `quality` also stand at the top."""

@@ -10,7 +10,8 @@ import torch
 
 from compressor import api
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_samples, load_tokenizer
+from compressor.calibration.data import load_tokenizer
+from compressor.evaluation.text import load_text, make_protocol
 
 OPTIONS = {"samples": 32, "seq_len": 256, "device": "cpu"}
 
@@ -61,8 +62,9 @@ for path in sys.argv[2:]:
 
 
 def test_stock_transformers_alone_finds_the_perplexity_that_was_reported(outputs, tmp_path):
-    evaluation = load_samples("builtin", load_tokenizer(DEMO_MODEL), samples=32, seq_len=256, split="held-out")
-    torch.save(evaluation.tokens, tmp_path / "tokens.pt")
+    tokenizer = load_tokenizer(DEMO_MODEL)
+    text = load_text("builtin", tokenizer, make_protocol(tokenizer, 256), samples=32, split="held-out")
+    torch.save(torch.stack([passage.tokens for passage in text.passages]), tmp_path / "tokens.pt")
     wanted = [outputs["gptq", bits] for bits in (8, 4, 3, 2)]
     command = [sys.executable, "-c", STOCK, str(tmp_path / "tokens.pt"), *(str(out) for _, out in wanted)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True)

@@ -26,6 +26,8 @@ from compressor.errors import CalibrationError
 TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 CHUNK = 2000  # characters: a text file is cut at blank lines into documents of at least this many
+SEPARATOR = "<|endoftext|>"  # unless it says by itself where they end
+Document = str | list[dict[str, str]]  # a text, or the turns of a conversation
 Split = Literal["calibration", "held-out", "all"]  # `all` of the built-in text is its held-out part, too
 SHUFFLE_BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 
@@ -72,50 +74,44 @@ def load_samples(
     samples: int,
     seq_len: int,
     seed: int = 0,
-    split: Split = "calibration",
 ) -> Samples:
-    """Tokenise just as much of a source as is needed.
+    """Tokenise just as much of a source's calibration split as is needed.
 
     Args:
         source: As the module says.
         tokenizer: The model's.
-        samples: How many; calibration gives an error when there is less text, held-out text gives what there is.
+        samples: How many.
         seq_len: Tokens of each.
         seed: Of the order of the documents.
-        split: Which documents; of all but `calibration`, fewer samples are given where there is less text.
 
     Raises:
         CalibrationError: the source cannot be read or holds too little text.
     """
     ids: list[int] = []
     wanted = samples * seq_len
-    for document in documents(source, seed, split):
+    for document in documents(source, seed, "calibration"):
         ids += encode(tokenizer, document, joined=bool(ids))
         if len(ids) >= wanted:
             break
-    count = min(samples, len(ids) // seq_len)
-    if count == 0 or (count < samples and split == "calibration"):
-        remedy = "name a larger source, or lower --samples or --seq-len"
-        if split != "calibration":
-            remedy = "name a larger source, lower --seq-len, or when compressing give --no-eval"
+    if len(ids) < wanted:
         raise CalibrationError(
-            f"{source}: {len(ids)} tokens of {'held-out ' if split == 'held-out' else ''}text, where {samples} samples of "
-            f"{seq_len} tokens need {wanted}; {remedy}"
+            f"{source}: {len(ids)} tokens of text, where {samples} samples of {seq_len} tokens need {wanted}; "
+            "name a larger source, or lower --samples or --seq-len"
         )
-    tokens = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
+    tokens = torch.tensor(ids[:wanted]).view(samples, seq_len)
     return Samples(tokens, source, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
 
 
-def check_vocabulary(samples: Samples, vocab_size: int) -> None:
+def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
     """Refuse tokens that the model has no embedding for."""
-    top = int(samples.tokens.max())
+    top = int(tokens.max())
     if top >= vocab_size:
         raise CalibrationError(
-            f"{samples.source}: token {top} is not in the model's vocabulary of {vocab_size}; tokenizer and model differ"
+            f"{source}: token {top} is not in the model's vocabulary of {vocab_size}; tokenizer and model differ"
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, document: str | list[dict[str, str]], joined: bool) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, document: Document, joined: bool) -> list[int]:
     """Token ids of a text or a conversation, after an end token if something stands before it."""
     end = [tokenizer.eos_token_id] if joined and tokenizer.eos_token_id is not None else []
     if isinstance(document, str):
@@ -141,7 +137,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def documents(source: str, seed: int, split: Split) -> Iterator[str | list[dict[str, str]]]:
+def documents(source: str, seed: int, split: Split) -> Iterator[Document]:
     """The documents of one split of a source, in seeded order."""
     if source == "builtin":
         texts: list[Any] = [text for _, text in stdlib.documents(held_out=split != "calibration")]
@@ -168,7 +164,7 @@ def is_held_out(document: str | Sequence[Any]) -> bool:
     return stdlib.in_held_out_share(text)
 
 
-def _file(path: Path) -> Iterable[str | list[dict[str, str]]]:
+def _file(path: Path) -> Iterable[Document]:
     if not path.is_file():
         raise CalibrationError(
             f"{path}: no such file; calibration data is `builtin`, a .txt, .jsonl or .parquet file, or "
@@ -189,7 +185,7 @@ def _file(path: Path) -> Iterable[str | list[dict[str, str]]]:
     raise CalibrationError(f"{path}: unknown kind of file; calibration data is .txt, .jsonl or .parquet")
 
 
-def _lines(path: Path) -> Iterator[str | list[dict[str, str]]]:
+def _lines(path: Path) -> Iterator[Document]:
     for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line) if line.strip() else None
@@ -200,7 +196,10 @@ def _lines(path: Path) -> Iterator[str | list[dict[str, str]]]:
 
 
 def _chunks(text: str) -> Iterator[str]:
-    """Documents of a plain text: paragraphs joined until they have CHUNK characters."""
+    """Documents of a plain text: what stands between separators, or paragraphs joined until they have CHUNK characters."""
+    if SEPARATOR in text:
+        yield from filter(None, map(str.strip, text.split(SEPARATOR)))
+        return
     pending = ""
     for paragraph in text.split("\n\n"):
         pending = f"{pending}\n\n{paragraph}" if pending else paragraph
@@ -211,7 +210,7 @@ def _chunks(text: str) -> Iterator[str]:
         yield pending
 
 
-def content(row: Any, column: str | None, where: str) -> str | list[dict[str, str]]:
+def content(row: Any, column: str | None, where: str) -> Document:
     """The text or conversation of one row of a data set.
 
     Raises:
@@ -242,7 +241,7 @@ def _turn(turn: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _dataset(source: str, seed: int) -> Iterator[str | list[dict[str, str]]]:
+def _dataset(source: str, seed: int) -> Iterator[Document]:
     """Rows of a data set on the Hugging Face hub, streamed."""
     import datasets
 

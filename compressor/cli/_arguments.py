@@ -22,3 +22,28 @@ Changes = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: a GPU if there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 for the computation.")]
+
+# What text a model is judged on.
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text: builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]; repeatable, "
+        "each is reported by itself too. [default: builtin]"
+    ),
+]
+Samples = Annotated[int, typer.Option(help="At most so many of each text.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens of a sample. [default: the model's maximum, at most 2048]")]
+Stride = Annotated[
+    int | None, typer.Option(help="New tokens of a sample; fewer than --seq-len overlap. [default: no overlap]")
+]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos", help="Begin each sample with the begin token. [default: as the tokenizer does with a text]"
+    ),
+]
+Documents = Annotated[bool, typer.Option("--documents", help="Each document is a sample, cut off at --seq-len tokens.")]
+Seed = Annotated[int, typer.Option(help="Order of the documents.")]
+Resident = Annotated[
+    bool, typer.Option("--resident", help="Hold the models in memory instead of streaming them: faster for many samples.")
+]

@@ -27,6 +27,7 @@ def compress(
     from compressor import api
     from compressor.cli._quiet import quiet
     from compressor.distributed import Ranks
+    from compressor.judging import silent
 
     quiet()
     first = Ranks.from_environment(device).first
@@ -37,7 +38,7 @@ def compress(
         print_json(forecast.to_dict()) if as_json else print_forecast(forecast)
         return
     try:
-        with progress() if first else nullcontext(api.silent) as tell:
+        with progress() if first else nullcontext(silent) as tell:
             report = api.run(recipe, model, out, resume=resume, overwrite=overwrite, device=device, dtype=dtype, tell=tell)
     except KeyboardInterrupt:
         if first:

@@ -29,9 +29,10 @@ class Clock:
         if event.stage != self.stage:
             self.stage, self.started, self.first_done = event.stage, time.monotonic(), event.done
         self.speed = event.tokens_per_second or self.speed
-        if event.stage == "write":
-            return f"write {event.what}"
-        fields = [f"{event.stage} block {min(event.done + bool(event.what), event.total)}/{event.total}"]
+        if event.stage in ("write", "generate", "verify"):
+            return f"{event.stage} {event.what}".rstrip()
+        unit = "block" if event.stage in ("compress", "resume") else "step"
+        fields = [f"{event.stage} {unit} {min(event.done + bool(event.what), event.total)}/{event.total}"]
         if event.what:
             fields.append(event.what)
         if event.error is not None:
@@ -93,17 +94,47 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def quality_fields(quality: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The figures of a comparison, for a table."""
+    """The figures of a judgement, for a table."""
     if quality is None:
         return [("quality", "not measured")]
     fields = [("perplexity", f"{quality['perplexity']:.4g}")]
     if quality["kl"] is not None:
+        increase = quality["perplexity"] / quality["reference_perplexity"] - 1
+        kl = [f"{quality[key]:.4g}" for key in ("kl", "kl_median", "kl_p99")]
         fields += [
-            ("perplexity of the original", f"{quality['reference_perplexity']:.4g}"),
-            ("KL from the original, nats/token", f"{quality['kl']:.4g}"),
-            ("top-1 agreement", f"{quality['top1_agreement']:.2%}"),
+            ("perplexity of the original", f"{quality['reference_perplexity']:.4g} ({increase:+.2%})"),
+            ("KL from the original, nats/token", f"{kl[0]} (median {kl[1]}, 99th percentile {kl[2]})"),
+            ("top-1 agreement, flips", f"{quality['top1_agreement']:.2%}, {quality['flips']:.2%}"),
         ]
-    return [*fields, ("measured on", f"{quality['tokens']:,} tokens, {quality['source']}, length {quality['seq_len']}")]
+    if quality["bits_per_byte"] is not None:
+        fields.append(("bits per byte", f"{quality['bits_per_byte']:.4f}"))
+    return [*fields, ("measured on", f"{quality['tokens']:,} tokens, {quality['source']}; {protocol(quality)}")]
+
+
+def protocol(quality: Mapping[str, Any]) -> str:
+    """How text became predictions, in words."""
+    p = quality["protocol"]
+    begin = "begun with BOS" if p["bos"] else "no BOS"
+    how = "one document each" if p["documents"] else f"stride {p['stride']}"
+    return f"samples of {'up to ' if p['documents'] else ''}{p['seq_len']}, {how}, {begin}, {p['dtype']}"
+
+
+def print_quality(title: str, quality: Mapping[str, Any]) -> None:
+    """All figures of a judgement: overall, by text where there are several, by place in the sample."""
+    print_table(title, ("", ""), quality_fields(quality))
+    compared = quality["kl"] is not None
+    header = ["tokens", "perplexity", *(("of the original", "KL", "top-1") if compared else ())]
+
+    def figures(row: Mapping[str, Any]) -> list[str]:
+        own = [f"{row['tokens']:,}", f"{row['perplexity']:.4g}"]
+        if compared:
+            own += [f"{row['reference_perplexity']:.4g}", f"{row['kl']:.4g}", f"{row['top1_agreement']:.2%}"]
+        return own
+
+    if len(quality["texts"]) > 1:
+        print_table("by text", ("", *header), [[text["name"], *figures(text)] for text in quality["texts"]])
+    rows = [[f"{row['first']}–{row['last']}", *figures(row)] for row in quality["positions"]]
+    print_table("by place in the sample", ("", *header), rows)
 
 
 def print_report(report: "Report", out: str) -> None:

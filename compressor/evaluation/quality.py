@@ -1,126 +1,186 @@
-"""Perplexity of a model, and its divergence from a reference, both streamed block by block.
+"""Perplexity of models on texts, and their divergence from a reference: overall, by text and by place in the sample.
 
-Protocol: samples of exactly S tokens cut from joined documents (compressor.calibration.data); every token but the first of
-a sample is predicted from those before it in the sample. Perplexity is exp of the mean negative log-likelihood, KL is the
-mean over positions of KL(reference || model) in nats, top-1 agreement the share of positions where both put the same token
-first.
-
-Shape suffixes: B samples of a batch, S sequence, D hidden, V vocabulary.
+Every prediction counts the same. Perplexity is exp of the mean negative log-likelihood; KL is KL(reference || model) in
+nats, of which mean, median and 99th percentile are given; top-1 agreement is the share of predictions where both models put
+the same token first, flips the share where exactly one of them puts the right one first. Bits per byte is the
+log-likelihood of the text over its UTF-8 bytes: unlike perplexity it can be compared between tokenizers.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.errors import SourceError
-from compressor.model.source import ModelSource
+from compressor.evaluation.predict import Predictor
+from compressor.evaluation.score import Passage, Scored, Scores, score
+from compressor.evaluation.text import Protocol, Text
 
 LARGEST = 700.0  # exponent that still gives a finite perplexity
-POSITIONS_AT_ONCE = 512  # compared together: bounds the fp64 copies of their logits
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Over some predictions. What needs a reference is None without one."""
+
+    tokens: int  # predictions
+    nll: float  # mean, nats
+    perplexity: float
+    bits_per_byte: float | None  # None where there is no text, as in a part of a sample
+    reference_nll: float | None = None
+    reference_perplexity: float | None = None
+    reference_bits_per_byte: float | None = None
+    delta_nll: float | None = None
+    kl: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    flips: float | None = None
 
 
 @dataclass(frozen=True)
 class Quality:
-    """The figures, and on what they were measured."""
+    """A model's figures, and on what they were measured."""
 
-    perplexity: float
-    tokens: int  # predictions scored
-    seq_len: int
-    source: str
-    reference_perplexity: float | None = None
-    kl: float | None = None
-    top1_agreement: float | None = None
+    overall: Figures
+    texts: dict[str, tuple[Figures, Text]]  # by name
+    positions: dict[tuple[int, int], Figures]  # by first and last place in the sample; the first token's place is 0
+    protocol: Protocol
+    dtype: str  # of the computation
+
+    @property
+    def perplexity(self) -> float:
+        """Over all texts."""
+        return self.overall.perplexity
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON: the overall figures at the top."""
+        return {
+            **asdict(self.overall),
+            "source": ", ".join(self.texts),
+            "seq_len": self.protocol.seq_len,
+            "protocol": {**self.protocol.to_dict(), "dtype": self.dtype},
+            "texts": [{"name": t.name, "split": t.split, "sha256": t.sha256, **asdict(f)} for f, t in self.texts.values()],
+            "positions": [{"first": a, "last": b, **asdict(f)} for (a, b), f in self.positions.items()],
+        }
 
 
 def measure(
-    model: ModelSource,
-    batches: Sequence[Tensor],
-    what: str,
-    reference: ModelSource | None = None,
+    models: Sequence[Predictor],
+    texts: Sequence[Text],
+    protocol: Protocol,
+    reference: Predictor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
     tell: Callable[[int, int], None] = lambda done, total: None,
-) -> Quality:
-    """Measure a model on tokens.
+) -> list[Quality]:
+    """The quality of each model, all measured in one go.
 
     Args:
-        model: To be judged.
-        batches: Tokens, int64 [B, S].
-        what: The name of the text, for the record.
+        models: To be judged.
+        texts: With different names.
+        protocol: By which the texts were cut, for the record.
         reference: The original; None leaves out what needs one.
-        tell: Called with blocks done and blocks in total.
+        dtype: Of the computation, for the record.
+        tell: Called with steps done and steps in total.
 
     Raises:
-        SourceError: the two have different vocabularies.
+        SourceError: see score.
     """
-    if reference is not None and reference.vocab_size != model.vocab_size:
-        raise SourceError(
-            f"{model.path}: vocabulary of {model.vocab_size} where {reference.path} has {reference.vocab_size}; "
-            "they cannot be compared"
+    passages = [passage for text in texts for passage in text.passages]
+    scored = score(models, passages, reference, tell=tell)
+    return [_quality(which, scored, texts, protocol, str(dtype).removeprefix("torch.")) for which in range(len(models))]
+
+
+def _quality(which: int, scored: Scored, texts: Sequence[Text], protocol: Protocol, dtype: str) -> Quality:
+    rows: list[_Predictions] = []
+    by_text: dict[str, tuple[Figures, Text]] = {}
+    first = 0
+    for text in texts:
+        own = slice(first, first + len(text.passages))
+        reference = scored.reference[own] if scored.reference is not None else None
+        rows.append(_Predictions.of(text.passages, scored.models[which][own], reference))
+        by_text[text.name] = (rows[-1].figures(text.bytes), text)
+        first = own.stop
+    everything = _Predictions.joined(rows)
+    places: dict[tuple[int, int], Figures] = {}
+    edge = 1
+    while edge <= int(everything.place.max()):
+        inside = (everything.place >= edge) & (everything.place < 2 * edge)
+        if inside.any():
+            places[edge, int(everything.place[inside].max())] = everything.where(inside).figures(None)
+        edge *= 2
+    return Quality(everything.figures(sum(text.bytes for text in texts)), by_text, places, protocol, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Predictions:
+    """Tensors with one value for each prediction."""
+
+    place: Tensor  # of the predicted token in its sample
+    nll: Tensor
+    right: Tensor  # whether the most likely token is what follows
+    reference_nll: Tensor | None
+    reference_right: Tensor | None
+    kl: Tensor | None
+    agree: Tensor | None
+
+    @classmethod
+    def of(cls, passages: Sequence[Passage], scores: Sequence[Scores], reference: Sequence[Scores] | None) -> "_Predictions":
+        following = torch.cat([p.tokens[p.start :] for p in passages])
+        place = torch.cat([torch.arange(p.start, len(p.tokens)) for p in passages])
+        nll, best = torch.cat([s.nll for s in scores]), torch.cat([s.best for s in scores])
+        if reference is None:
+            return cls(place, nll, best == following, None, None, None, None)
+        other = torch.cat([s.best for s in reference])
+        kl = torch.cat([s.kl for s in scores if s.kl is not None])
+        other_nll = torch.cat([s.nll for s in reference])
+        return cls(place, nll, best == following, other_nll, other == following, kl, other == best)
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Predictions"]) -> "_Predictions":
+        def cat(name: str) -> Any:
+            tensors = [getattr(part, name) for part in parts]
+            return None if tensors[0] is None else torch.cat(tensors)
+
+        return cls(*(cat(name) for name in cls.__slots__))
+
+    def where(self, mask: Tensor) -> "_Predictions":
+        """Only some predictions."""
+        present = {name: getattr(self, name) for name in self.__slots__ if getattr(self, name) is not None}
+        return replace(self, **{name: tensor[mask] for name, tensor in present.items()})
+
+    def figures(self, text_bytes: int | None) -> Figures:
+        """Their figures, `text_bytes` being the length of what they predict."""
+        mean = float(self.nll.mean())
+        alone = Figures(len(self.nll), mean, _exp(mean), _bits(self.nll, text_bytes))
+        if self.reference_nll is None or self.kl is None or self.agree is None or self.reference_right is None:
+            return alone
+        other = float(self.reference_nll.mean())
+        return replace(
+            alone,
+            reference_nll=other,
+            reference_perplexity=_exp(other),
+            reference_bits_per_byte=_bits(self.reference_nll, text_bytes),
+            delta_nll=float((self.nll - self.reference_nll).mean()),
+            kl=float(self.kl.mean()),
+            kl_median=float(self.kl.median()),
+            kl_p99=_percentile(self.kl, 99),
+            top1_agreement=float(self.agree.double().mean()),
+            flips=float((self.right != self.reference_right).double().mean()),
         )
-    total = len(model.layers) + (len(reference.layers) if reference is not None else 0)
-    hidden = final_hidden(model, batches, lambda done: tell(done, total))
-    reference_hidden = []
-    if reference is not None:
-        reference_hidden = final_hidden(reference, batches, lambda done: tell(len(model.layers) + done, total))
-    sums = _Sums()
-    predictions = model.logits(hidden)
-    targets = reference.logits(reference_hidden) if reference is not None else None
-    for tokens, logits in zip(batches, predictions, strict=True):
-        sums.add(logits, tokens.to(logits.device), next(targets) if targets is not None else None)
-    if not math.isfinite(sums.nll + sums.reference_nll):
-        raise SourceError(f"{model.path}: its output, or the original's, is not finite on {what}; use --dtype float32")
-    return Quality(
-        perplexity=math.exp(min(sums.nll / sums.count, LARGEST)),
-        tokens=sums.count,
-        seq_len=batches[0].shape[1],
-        source=what,
-        reference_perplexity=math.exp(min(sums.reference_nll / sums.count, LARGEST)) if reference is not None else None,
-        kl=sums.kl / sums.count if reference is not None else None,
-        top1_agreement=sums.agree / sums.count if reference is not None else None,
-    )
 
 
-@torch.no_grad()
-def final_hidden(model: ModelSource, batches: Sequence[Tensor], tell: Callable[[int], None]) -> list[Tensor]:
-    """The last block's outputs [B, S, D], on the CPU, for batches of tokens."""
-    hidden = model.first_inputs(batches)
-    for block in model.blocks():
-        for i, states in enumerate(hidden):
-            hidden[i] = block.forward(states.to(model.device)).cpu()
-        tell(block.index + 1)
-    return hidden
+def _exp(nll: float) -> float:
+    return math.exp(min(nll, LARGEST))
 
 
-class _Sums:
-    """Running sums over predictions."""
-
-    def __init__(self) -> None:
-        self.count = self.agree = 0
-        self.nll = self.reference_nll = self.kl = 0.0
-
-    def add(self, logits_BSV: Tensor, tokens_BS: Tensor, reference_BSV: Tensor | None) -> None:
-        """Score the predictions of one batch."""
-        for where, following in _positions(tokens_BS):
-            logp = logits_BSV[where].double().log_softmax(-1)
-            self.nll -= float(logp.gather(-1, following[:, None]).sum())
-            self.count += len(following)
-            if reference_BSV is not None:
-                other = reference_BSV[where].double().log_softmax(-1)
-                self.reference_nll -= float(other.gather(-1, following[:, None]).sum())
-                self.kl += float((other.exp() * (other - logp)).sum())
-                self.agree += int((other.argmax(-1) == logp.argmax(-1)).sum())
+def _bits(nll: Tensor, text_bytes: int | None) -> float | None:
+    return float(nll.sum()) / math.log(2) / text_bytes if text_bytes else None
 
 
-def _positions(tokens_BS: Tensor) -> Iterator[tuple[tuple[int, slice], Tensor]]:
-    """Where predictions stand, some positions of a sample at a time, and what followed them."""
-    for sample, tokens in enumerate(tokens_BS):
-        for start in range(0, len(tokens) - 1, POSITIONS_AT_ONCE):
-            following = tokens[start + 1 : start + 1 + POSITIONS_AT_ONCE]
-            yield (sample, slice(start, start + len(following))), following
+def _percentile(values: Tensor, percent: int) -> float:
+    """The smallest value that `percent` of 100 values do not exceed."""
+    return float(values.kthvalue(max(1, math.ceil(len(values) * percent / 100))).values)

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor.model.source import ModelSource
 
@@ -48,16 +49,28 @@ def generate(
 
     tokenizer = load_tokenizer(Path(path))
     model = load(path, device)
-    ids = torch.tensor([encode_prompt(tokenizer, prompt, chat)], device=device)
+    ids = torch.tensor(encode_prompt(tokenizer, prompt, chat))
+    return continuation(model, tokenizer, ids, max_new_tokens, seed)
+
+
+def continuation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    max_new_tokens: int,
+    seed: int | None = None,
+) -> str:
+    """What a model writes after tokens [S]: the likeliest, or with a seed sampled."""
     if seed is not None:
         torch.manual_seed(seed)
+    ids_1S = ids[None].to(model.device)
     out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+        ids_1S,
+        attention_mask=torch.ones_like(ids_1S),
         max_new_tokens=max_new_tokens,
         do_sample=seed is not None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
-    text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    text = tokenizer.decode(out[0, ids_1S.shape[1] :], skip_special_tokens=True)
     assert isinstance(text, str)
     return text

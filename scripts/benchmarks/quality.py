@@ -8,7 +8,6 @@ import argparse
 import json
 import platform
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from compressor import api
+from compressor import api, evaluate
 from compressor.cli._quiet import quiet
 
 MOST = 0.6  # of rounding's KL that GPTQ may have at 3 bits
@@ -39,10 +38,11 @@ def measure(model: Path, options: argparse.Namespace, method: str, bits: int, pl
     )
     texts: dict[str, dict[str, Any]] = {"held out": dict(report.quality)} if report.quality else {}
     for text in options.eval:
-        judged = api.evaluate(out, model, data=text, samples=options.eval_samples, seq_len=options.seq_len, device="cpu")
-        texts[Path(text).stem] = asdict(judged)
+        judged = evaluate(out, model, data=text, samples=options.eval_samples, seq_len=options.seq_len, device="cpu")
+        texts[Path(text).stem] = judged.to_dict()
     for quality in texts.values():
-        quality.pop("source")
+        for key in ("source", "texts", "positions"):
+            quality.pop(key)
     return {
         "method": method,
         "bits": bits,

@@ -128,7 +128,7 @@ def test_too_little_text_says_how_much_there_is(lines, tokenizer):
 
 def test_a_tokenizer_of_another_model_is_noticed(lines, tokenizer):
     with pytest.raises(CalibrationError, match="not in the model's vocabulary of 100"):
-        data.check_vocabulary(load(lines, tokenizer), 100)
+        data.check_vocabulary(load(lines, tokenizer).tokens, 100, "lines")
 
 
 def test_the_demo_tokenizer_is_one(tokenizer):

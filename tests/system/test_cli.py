@@ -314,7 +314,7 @@ class TestRecipes:
 
 REPORTS = ("report.json", "README.md")  # name the place and the time
 QUALITY_KEYS = {"perplexity", "reference_perplexity", "kl", "top1_agreement"}
-REPORT_KEYS = QUALITY_KEYS | {
+REPORT_KEYS = QUALITY_KEYS | {"command", "tasks", "samples", "speed", "verification"} | {
     "model", "path", "version", "fingerprint", "recipe", "calibration", "versions", "rows", "warnings", "layout",
     "bits_per_weight", "model_bits_per_weight", "size_bytes", "source_size_bytes",
     "seconds", "peak_memory_bytes", "peak_device_memory_bytes",

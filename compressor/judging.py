@@ -1,0 +1,168 @@
+"""Judging models as functions: what `compress eval` and `compress compare` call, and what closes every run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from compressor.calibration.data import load_tokenizer
+from compressor.distributed import compute_device
+from compressor.errors import RecipeError, SourceError
+from compressor.evaluation.predict import Predictor, Resident, Streamed
+from compressor.evaluation.quality import Quality, measure
+from compressor.evaluation.text import make_protocol
+from compressor.inputs import Judged, computation_dtype, judged, sample_length
+from compressor.model.source import ModelSource
+from compressor.pipeline import Event, Tell
+from compressor.runtime.load import continuation
+
+PROMPT_TOKENS = 32
+NEW_TOKENS = 48
+
+
+def silent(event: Event) -> None:
+    """Report progress to nobody."""
+
+
+def evaluate(
+    model: str | Path = ".",
+    reference: str | Path | None = None,
+    *,
+    tell: Tell = silent,
+    **options: Any,
+) -> Quality:
+    """Perplexity of a model on text and, with a reference, its divergence from that.
+
+    Args:
+        model: Model directory, dense or packed.
+        reference: The original.
+        tell: Called with progress.
+        options: Of `evaluate_all`.
+    """
+    return evaluate_all([model], reference, tell=tell, **options)[0]
+
+
+def evaluate_all(
+    models: Sequence[str | Path],
+    reference: str | Path | None = None,
+    *,
+    data: str | Sequence[str] = "builtin",
+    samples: int = 64,
+    seq_len: int | None = None,
+    stride: int | None = None,
+    bos: bool | None = None,
+    documents: bool = False,
+    seed: int = 0,
+    resident: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    tell: Tell = silent,
+) -> list[Quality]:
+    """Judge models on the same text, all in one go: the reference is computed once.
+
+    Args:
+        models: Model directories, dense or packed.
+        reference: The original.
+        data: Sources of text (see compressor.calibration.data): of `builtin` the held-out modules, else all of it.
+        samples: At most so many, of each source.
+        seq_len: Tokens of each; None takes what the first model was made for, at most 2048.
+        stride: New tokens of a sample; None for no overlap.
+        bos: Begin each sample with the begin token; None does as the tokenizer does with a text.
+        documents: Each document is a sample of its own.
+        seed: Of the order of documents.
+        resident: Hold the models in memory instead of streaming them block by block.
+        device: `cpu` or `cuda`; None takes a GPU if there is one.
+        dtype: Of the computation; None takes float32.
+        tell: Called with progress.
+    """
+    if samples < 1:
+        raise RecipeError(f"samples {samples}: not a positive number; raise --samples")
+    place = compute_device(device)
+    precision = computation_dtype(place, dtype or "float32", Path(models[0]))
+    opened = [ModelSource(Path(path), place, precision) for path in models]
+    original = ModelSource(Path(reference), place, precision) if reference is not None else None
+    protocol = make_protocol(
+        load_tokenizer(opened[0].path), sample_length(seq_len, opened[0]), stride, bos, one_by_one=documents
+    )
+    text = judged(opened[0], (data,) if isinstance(data, str) else data, protocol, samples, seed)
+    return judge(opened, original, text, tell, resident=resident)
+
+
+def judge(
+    models: Sequence[ModelSource], reference: ModelSource | None, text: Judged, tell: Tell, *, resident: bool = False
+) -> list[Quality]:
+    """Judge opened models on prepared text. A source that is made resident must not be used afterwards."""
+
+    def progress(done: int, total: int) -> None:
+        tell(Event("evaluate", done, total))
+
+    if resident:
+        check_memory([*models, *([reference] if reference is not None else [])])
+    predictor: type[Resident] | type[Streamed] = Resident if resident else Streamed
+    everyone: list[Predictor] = [predictor(one) for one in models]
+    original = predictor(reference) if reference is not None else None
+    return measure(everyone, text.texts, text.protocol, original, dtype=models[0].dtype, tell=progress)
+
+
+def dense_bytes(source: ModelSource) -> int:
+    """What a model takes with all its parameters in memory, in the dtype of computation; tied ones count once."""
+    state = source.model.state_dict()
+    count: int = sum(state[name].numel() for name in source.names)
+    return count * source.dtype.itemsize
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be taken without pushing anything out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def check_memory(models: Sequence[ModelSource]) -> None:
+    """Refuse to hold models in memory that do not fit.
+
+    Raises:
+        SourceError: with the numbers.
+    """
+    needed, free = sum(map(dense_bytes, models)), available_memory(models[0].device)
+    if needed > free:
+        raise SourceError(
+            f"{models[0].path}: resident in {models[0].dtype} takes {needed / 1e9:.1f} GB with what it is compared to, "
+            f"{free / 1e9:.1f} GB are available; leave out --resident, or give --dtype bfloat16"
+        )
+
+
+def continuations(model: Path, reference: Path, text: Judged, count: int, template: ModelSource) -> list[dict[str, str]]:
+    """How both models, greedy, and the text itself continue the beginnings of samples.
+
+    Args:
+        model: The compressed model.
+        reference: The original.
+        text: Whose samples to take.
+        count: How many.
+        template: Says device and dtype.
+
+    Raises:
+        SourceError: a model does not fit into memory.
+    """
+    tokenizer = load_tokenizer(reference)
+    passages = [text.texts[i % len(text.texts)].passages[i // len(text.texts) :][:1] for i in range(count)]
+    beginnings = [passage.tokens for some in passages for passage in some]
+    written: list[list[str]] = []
+    for path in (reference, model):
+        source = ModelSource(path, template.device, template.dtype)
+        check_memory([source])
+        whole = source.whole()
+        written.append([continuation(whole, tokenizer, ids[:PROMPT_TOKENS], NEW_TOKENS) for ids in beginnings])
+        del whole, source
+    return [
+        {
+            "prompt": str(tokenizer.decode(ids[:PROMPT_TOKENS], skip_special_tokens=True)),
+            "text": str(tokenizer.decode(ids[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS], skip_special_tokens=True)),
+            "reference": original,
+            "model": compressed,
+        }
+        for ids, original, compressed in zip(beginnings, *written, strict=True)
+    ]
