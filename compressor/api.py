@@ -1,6 +1,5 @@
 """The verbs as functions: what the command line calls, and what a program can call instead."""
 
-import json
 import resource
 import time
 from collections.abc import Sequence
@@ -28,7 +27,12 @@ from compressor.plan import describe_plan, expected_memory, output_headers, plan
 from compressor.provenance import fingerprint, finished_report, new_report
 from compressor.recipe import Recipe, load_recipe, make_recipe
 from compressor.report import Report
+from compressor.report_html.plots import plot_data
+from compressor.results import written
 from compressor.types import Plan
+from compressor.verification.check import WrongError
+from compressor.verification.probe import Record
+from compressor.verification.verify import verify as verify_directory
 
 NOTHING: tuple[str, ...] = ()  # finished by an interrupted run
 LIBRARIES_BYTES = 540 * 2**20  # of the process before it reads a weight, and of what libraries keep for themselves later
@@ -57,6 +61,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    verify: bool = True,
     device: str | None = None,
     dtype: str | None = None,
     tell: Tell = silent,
@@ -69,6 +74,7 @@ def run(
         out: Directory to create; None appends what was done to the model's name.
         resume: Go on from an interrupted run of the same recipe, model and data.
         overwrite: Replace what is there.
+        verify: Reload what was written through every loader that claims to read it, before it appears.
         device: `cpu` or `cuda`; None takes a GPU if there is one.
         dtype: Calibration runs in; None takes the checkpoint's where the hardware computes in it, else float32.
             The result is always compared with the original in float32.
@@ -95,13 +101,14 @@ def run(
         ranks.barrier()
         return report
     with Workspace(out, made_by, resume=resume, overwrite=overwrite) as workspace:
-        compress_blocks(job, calibration, workspace, ranks.agree(tuple(workspace.finished)), report, tell)
+        probe = compress_blocks(job, calibration, workspace, ranks.agree(tuple(workspace.finished)), report, tell)
         tell(Event("write", 0, 1, str(out)))
-        write_model(recipe, source, plan, workspace, report)
+        write_model(recipe, source, plan, workspace, report, probe)
         if evaluation is not None and recipe.evaluation is not None:
             judge_result(workspace.model, source, evaluation, recipe.evaluation.generate, report, tell)
-        workspace.write_text("report.json", json.dumps(report.to_dict(), indent=1) + "\n")
-        workspace.write_text("README.md", model_card(report))
+        if verify:
+            check_result(workspace.model, source.device, report, tell)
+        write_reports(workspace, report)
         workspace.publish()
     ranks.barrier()
     return report
@@ -117,9 +124,9 @@ def quantize(
         out: Directory to create; None appends what was done to the model's name.
         bits: 2 to 8.
         tell: Called with progress.
-        options: Of `quantize_recipe`, and resume, overwrite, device, dtype of `run`.
+        options: Of `quantize_recipe`, and resume, overwrite, verify, device, dtype of `run`.
     """
-    of_run = {key: options.pop(key) for key in ("resume", "overwrite", "device", "dtype") if key in options}
+    of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
     return run(quantize_recipe(bits, **options), model, out, tell=tell, **of_run)
 
 
@@ -205,19 +212,20 @@ def compress_blocks(
     finished: Sequence[str],
     report: Report,
     tell: Tell,
-) -> None:
-    """The pipeline, timed."""
+) -> Record | None:
+    """The pipeline, timed. Returns what the model now computes, for the manifest."""
     source, ranks = job.source, job.ranks
     started = time.monotonic()
     stream = None
     if calibration is not None:
         batches = ranks.mine(calibration.batches(TOKENS_AT_ONCE))
         stream = CalibrationStream(source.first_inputs(batches), ranks, source.device)
-    pipeline.compress(job, stream, workspace, finished, report, tell)
+    probe = pipeline.compress(job, stream, workspace, finished, report, tell)
     report.seconds = time.monotonic() - started
     report.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if source.device.type == "cuda":
         report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(source.device)
+    return probe
 
 
 def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, report: Report, tell: Tell) -> None:
@@ -231,3 +239,26 @@ def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, 
             report.samples += continuations(model, source.path, text, generate, source)
         except SourceError as error:
             report.warnings.append(f"no samples were generated: {error}")
+
+
+def write_reports(workspace: Workspace, report: Report) -> None:
+    """What the run did: for programs, for a browser, and for those who come upon the model."""
+    report.plots = plot_data([report.to_dict()])
+    for name, text in {**written(report.to_dict()), "README.md": model_card(report)}.items():
+        workspace.write_text(name, text)
+
+
+def check_result(model: Path, device: torch.device, report: Report, tell: Tell) -> None:
+    """Reload what was written in every way there is.
+
+    Raises:
+        WrongError: it is not what was computed, or does not load as that.
+    """
+    tell(Event("verify", 0, 1))
+    checks = verify_directory(model, None, device, lambda done, total, what: tell(Event("verify", done, total, what)))
+    report.verification += [check.to_dict() for check in checks]
+    failed = [check for check in checks if check.outcome == "failed"]
+    if failed:
+        raise WrongError(
+            f"{model}: what was written is not sound, so {report.out} was not made; {failed[0].check}: {failed[0].detail}"
+        )

@@ -9,7 +9,9 @@
 
 
 class CompressorError(Exception):
-    """Base class; the CLI prints its message without a traceback and exits with status 2."""
+    """Base class; the CLI prints its message without a traceback and exits with its status."""
+
+    status = 2  # could not run; 1 is for a check that failed
 
 
 class RecipeError(CompressorError): ...

@@ -1,12 +1,17 @@
-"""What is in a model directory, from its headers: sizes by kind of tensor, bits per weight with all metadata counted."""
+"""What is in a model directory, from its headers: sizes by kind and by tensor, metadata counted, and what can load it."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from compressor.model.runtimes import Runtime, runtimes
+from compressor.model.shards import NAMES
 from compressor.model.source import ModelSource
+from compressor.types import Format
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,32 @@ class Kind:
     @property
     def bits(self) -> float:
         """Stored bits per weight."""
-        return 8 * self.size_bytes / self.weights if self.weights else 0.0
+        return _bits(self.size_bytes, self.weights)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor."""
+
+    name: str  # in the file
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor of the model with all that is stored for it: codes, scales, shapes."""
+
+    name: str  # in the file; of a packed layer what its dense weight would have
+    kind: str
+    weights: int  # values the model computes with; 0 if it does not know the tensor
+    size_bytes: int
+    parts: tuple[Part, ...]
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight."""
+        return _bits(self.size_bytes, self.weights)
 
 
 @dataclass(frozen=True)
@@ -31,14 +61,24 @@ class Inspection:
     blocks: int
     layout: str  # `dense`, or the quant_method
     kinds: tuple[Kind, ...]
+    tensors: tuple[Parameter, ...]
+    runtimes: tuple[Runtime, ...]
     weights: int
     size_bytes: int
     bits_per_weight: float  # over the packed layers; over the linear layers of the blocks if none is packed
     model_bits_per_weight: float
 
+    def share(self, entry: Kind | Parameter) -> float:
+        """Of all bytes, what one entry takes."""
+        return entry.size_bytes / max(1, self.size_bytes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "kinds": [{**asdict(k), "bits_per_weight": k.bits} for k in self.kinds]}
+
+        def sized(entry: Kind | Parameter) -> dict[str, Any]:
+            return {**asdict(entry), "bits_per_weight": entry.bits, "share": self.share(entry)}
+
+        return {**asdict(self), "kinds": [*map(sized, self.kinds)], "tensors": [*map(sized, self.tensors)]}
 
 
 def inspect_model(path: Path) -> Inspection:
@@ -48,22 +88,11 @@ def inspect_model(path: Path) -> Inspection:
         SourceError: it cannot be read.
     """
     source = ModelSource(path, torch.device("cpu"))
-    packed = source.packed()
-    state = source.model.state_dict()
-    bytes_of: dict[str, int] = {}
-    for stored, header in source.checkpoint.headers.items():
-        base, _, part = stored.rpartition(".")
-        owner = f"{base}.weight" if part.startswith("weight_") else stored
-        bytes_of[owner] = bytes_of.get(owner, 0) + header.nbytes
-    module_of = {stored: module for module, stored in source.names.items()}
-    sums: dict[str, tuple[int, int]] = {}
-    for stored, count in bytes_of.items():
-        module = module_of.get(stored)
-        weights = state[module].numel() if module is not None else 0
-        kind = _kind(source, module, packed)
-        before = sums.get(kind, (0, 0))
-        sums[kind] = (before[0] + weights, before[1] + count)
-    kinds = tuple(Kind(name, *sums[name]) for name in sorted(sums))
+    tensors = _parameters(source)
+    kinds = tuple(
+        Kind(name, sum(t.weights for t in tensors if t.kind == name), sum(t.size_bytes for t in tensors if t.kind == name))
+        for name in sorted({t.kind for t in tensors})
+    )
     shown = [k for k in kinds if k.name.startswith("packed ")] or [k for k in kinds if k.name == "linear"]
     total, weights = sum(k.size_bytes for k in kinds), sum(k.weights for k in kinds)
     return Inspection(
@@ -71,6 +100,8 @@ def inspect_model(path: Path) -> Inspection:
         blocks=len(source.layers),
         layout=(source.raw_config.get("quantization_config") or {}).get("quant_method", "dense"),
         kinds=kinds,
+        tensors=tensors,
+        runtimes=runtimes(source),
         weights=weights,
         size_bytes=total,
         bits_per_weight=8 * sum(k.size_bytes for k in shown) / max(1, sum(k.weights for k in shown)),
@@ -78,13 +109,39 @@ def inspect_model(path: Path) -> Inspection:
     )
 
 
-def _kind(source: ModelSource, module: str | None, packed: dict[str, Any]) -> str:
+def _parameters(source: ModelSource) -> tuple[Parameter, ...]:
+    """What is stored, by the tensor of the model that it is stored for, in the order of the files."""
+    headers, packed, state = source.checkpoint.headers, source.packed(), source.model.state_dict()
+    owned: dict[str, list[str]] = {}
+    for stored in headers:
+        base, _, part = stored.rpartition(".")
+        owned.setdefault(f"{base}.weight" if part.startswith("weight_") else stored, []).append(stored)
+    module_of = {stored: module for module, stored in source.names.items()}
+    return tuple(
+        Parameter(
+            name=owner,
+            kind=_kind(source, module_of.get(owner), packed, state),
+            weights=state[module_of[owner]].numel() if owner in module_of else 0,
+            size_bytes=sum(headers[name].nbytes for name in names),
+            parts=tuple(Part(name, NAMES[headers[name].dtype], headers[name].shape) for name in sorted(names)),
+        )
+        for owner, names in owned.items()
+    )
+
+
+def _kind(source: ModelSource, module: str | None, packed: dict[str, Format], state: Mapping[str, Tensor]) -> str:
     if module is None:
         return "unknown to the model"
     layer = module.removesuffix(".weight")
     if module.endswith(".weight") and layer in packed:
         return f"packed {packed[layer].label}"
-    if not module.startswith(f"{source.prefix}."):
-        owner = source.model.get_submodule(module.rpartition(".")[0])
-        return "embedding and head" if owner.weight.dim() == 2 else "norms and biases"
-    return "linear" if source.model.get_parameter(module).dim() == 2 else "norms and biases"
+    owner = source.model.get_submodule(module.rpartition(".")[0])
+    if isinstance(owner, nn.Embedding) or owner is source.model.get_output_embeddings():
+        return "embedding and head"
+    if state[module].dim() < 2:
+        return "norms and biases"
+    return "linear" if module.startswith(f"{source.prefix}.") else "outside the blocks"
+
+
+def _bits(size_bytes: int, weights: int) -> float:
+    return 8 * size_bytes / weights if weights else 0.0

@@ -1,6 +1,6 @@
 """Judging models as functions: what `compress eval` and `compress compare` call, and what closes every run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ from compressor.distributed import compute_device
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.predict import Predictor, Resident, Streamed
 from compressor.evaluation.quality import Quality, measure
+from compressor.evaluation.tasks.harness import run_tasks
+from compressor.evaluation.tasks.results import TaskResult
+from compressor.evaluation.tasks.subject import Place
+from compressor.evaluation.tasks.work import Work
 from compressor.evaluation.text import make_protocol
 from compressor.inputs import Judged, computation_dtype, judged, sample_length
 from compressor.model.source import ModelSource
@@ -104,6 +108,47 @@ def judge(
     everyone: list[Predictor] = [predictor(one) for one in models]
     original = predictor(reference) if reference is not None else None
     return measure(everyone, text.texts, text.protocol, original, dtype=models[0].dtype, tell=progress)
+
+
+def answer_tasks(
+    model: str | Path,
+    names: Sequence[str],
+    reference: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    resident: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    announce: Callable[[Work, float], None] = lambda work, seconds: None,
+    tell: Tell = silent,
+) -> list[TaskResult]:
+    """Accuracy of a model on tasks and, with a reference, which of its answers flipped.
+
+    Args:
+        model: Model directory, dense or packed.
+        names: Of tasks: of lm-evaluation-harness, of our own suites, or of files (see compressor.evaluation.tasks).
+        reference: The original.
+        limit: Questions of each task, at most.
+        seed: Of which questions are taken.
+        resident: Hold one model at a time in memory instead of streaming it block by block.
+        device: `cpu` or `cuda`; None takes a GPU if there is one.
+        dtype: Of the computation; None takes float32.
+        announce: Called once, before it starts, with the work and the seconds expected.
+        tell: Called with progress.
+    """
+    computed_on = compute_device(device)
+    place = Place(computed_on, computation_dtype(computed_on, dtype or "float32", Path(model)), resident, available_memory)
+    return run_tasks(
+        Path(model),
+        names,
+        place,
+        reference=Path(reference) if reference is not None else None,
+        limit=limit,
+        seed=seed,
+        announce=announce,
+        tell=lambda done, total: tell(Event("answer", done, total)),
+    )
 
 
 def dense_bytes(source: ModelSource) -> int:

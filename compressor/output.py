@@ -1,5 +1,6 @@
 """The model directory that a run leaves, but for the report and the card."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -14,10 +15,14 @@ from compressor.plan import describe_plan, model_formats, planned_bits
 from compressor.recipe import Recipe, to_yaml
 from compressor.report import Report
 from compressor.types import Plan
+from compressor.verification.manifest import MANIFEST, Manifest
+from compressor.verification.probe import Record
 
 
-def write_model(recipe: Recipe, source: ModelSource, plan: Plan, workspace: Workspace, report: Report) -> None:
-    """Everything of the model directory but the report and the card."""
+def write_model(
+    recipe: Recipe, source: ModelSource, plan: Plan, workspace: Workspace, report: Report, probe: Record | None
+) -> None:
+    """Everything of the model directory but the report and the card; `probe` is what the run computed, for the manifest."""
     with writing(workspace.model):
         files = shards.assemble((workspace.part(part) for part in workspace.finished), workspace.model)
     formats = model_formats(source, recipe.passes, plan)
@@ -27,8 +32,12 @@ def write_model(recipe: Recipe, source: ModelSource, plan: Plan, workspace: Work
         [name for name, kind in kinds.items() if type(kind) is LinearKind],
         [name for name, kind in kinds.items() if type(kind) is not LinearKind],
     )
-    workspace.write_text("config.json", json.dumps({**source.raw_config, "quantization_config": entry}, indent=2) + "\n")
+    config = json.dumps({**source.raw_config, "quantization_config": entry}, indent=2) + "\n"
+    workspace.write_text("config.json", config)
     copy_other_files(source.path, workspace.model, workspace.out)
+    tensors = {name: known for part in workspace.finished.values() for name, known in part["entries"].items()}
+    manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), tensors, probe)
+    workspace.write_text(MANIFEST, manifest.text())
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("plan.yaml", yaml.safe_dump(describe_plan(plan), sort_keys=False))
     bits, weights = planned_bits(source, recipe.passes, plan)

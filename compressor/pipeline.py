@@ -19,6 +19,8 @@ from compressor.model.writer import Workspace
 from compressor.plan import block_names, choose, layer_formats, rest_names
 from compressor.report import Report, Row
 from compressor.types import Block, Format, Outcome, Pass, Plan, QuantizedTensor, Stored, stored_bits
+from compressor.verification.manifest import entries
+from compressor.verification.probe import Probe, Record
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def compress(
     finished: Sequence[str],
     report: Report,
     tell: Tell,
-) -> None:
+) -> Record | None:
     """Compress every block in order; each sees the outputs of the compressed blocks before it.
 
     Args:
@@ -63,12 +65,15 @@ def compress(
         finished: Parts that an interrupted run has left, on every rank.
         report: Rows and warnings are added.
         tell: Called after each step.
+
+    Returns: what the model now computes, for the manifest; on all ranks but the first, and where it cannot be streamed, None.
     """
     total = len(job.source.layers)
+    probe = Probe(job.source) if workspace is not None else None
     for index in range(total):
         part = f"block-{index:05d}"
         if part in finished:
-            replay(job, stream, workspace, index, report)
+            replay(job, stream, probe, workspace, index, report)
             tell(Event("resume", index + 1, total))
             continue
         started = time.monotonic()
@@ -76,8 +81,10 @@ def compress(
         rows, warnings = compress_block(job, block, stream, tell)
         if stream is not None and index < total - 1:
             stream.advance(block)
+        if probe is not None:
+            probe.advance(block)
         if workspace is not None:
-            workspace.add(part, block_tensors(job.source, block), rows=[asdict(r) for r in rows], warnings=warnings)
+            keep(workspace, part, block_tensors(job.source, block), rows=[asdict(r) for r in rows], warnings=warnings)
         report.rows += rows
         report.warnings += warnings
         job.source.release(block)
@@ -89,7 +96,21 @@ def compress(
     if workspace is not None:
         for i, name in enumerate(rest_names(job.source)):
             if f"rest-{i:05d}" not in finished:
-                workspace.add(f"rest-{i:05d}", {name: job.source.checkpoint.read(name)})
+                keep(workspace, f"rest-{i:05d}", {name: job.source.checkpoint.read(name)})
+    return finish_probe(probe, report) if probe is not None else None
+
+
+def keep(workspace: Workspace, part: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
+    """Put a finished part on disk, and what the manifest will say of it, which is taken from memory, into the journal."""
+    workspace.add(part, tensors, entries=entries(tensors), **record)
+
+
+def finish_probe(probe: Probe, report: Report) -> Record | None:
+    """What the model computes; a warning if that cannot be told."""
+    record = probe.record()
+    if probe.obstacle is not None:
+        report.warnings.append(f"no logits were recorded for `compress verify` to compare with: {probe.obstacle}")
+    return record
 
 
 def compress_block(job: Job, block: Block, stream: CalibrationStream | None, tell: Tell) -> tuple[list[Row], list[str]]:
@@ -109,20 +130,31 @@ def compress_block(job: Job, block: Block, stream: CalibrationStream | None, tel
     return rows, warnings
 
 
-def replay(job: Job, stream: CalibrationStream | None, workspace: Workspace | None, index: int, report: Report) -> None:
-    """Take a block that an interrupted run finished: send the stream through it as that run did."""
+def replay(
+    job: Job,
+    stream: CalibrationStream | None,
+    probe: Probe | None,
+    workspace: Workspace | None,
+    index: int,
+    report: Report,
+) -> None:
+    """Take a block that an interrupted run finished: send the stream and the probe through it as that run did."""
     part = f"block-{index:05d}"
     if workspace is not None:
         record = workspace.finished[part]
         report.rows += [Row(**r) for r in record["rows"]]
         report.warnings += record["warnings"]
-    if stream is None or index == len(job.source.layers) - 1:
+    streams = stream is not None and index < len(job.source.layers) - 1  # the same on every rank
+    if not streams and probe is None:
         return
     block = job.source.block(index)
     formats = layer_formats(job.passes, block, job.plan)
     stored = _stored_layers(job.source, block, formats, workspace.read(part)) if workspace is not None else {}
-    block.install(job.ranks.agree(stored))
-    stream.advance(block)
+    block.install(job.ranks.agree(stored) if streams else stored)
+    if stream is not None and streams:
+        stream.advance(block)
+    if probe is not None:
+        probe.advance(block)
     job.source.release(block)
     return_freed_memory()
 

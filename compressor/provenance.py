@@ -7,6 +7,7 @@ weights, byte for byte.
 import hashlib
 import json
 import platform
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -70,9 +71,23 @@ def new_report(
         fingerprint=made_by,
         recipe=yaml.safe_load(to_yaml(recipe)),
         calibration=data,
-        versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
+        versions=versions(),
+        command=command(source, out),
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
     )
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on."""
+    packages = ("torch", "transformers", "tokenizers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def command(source: ModelSource, out: Path) -> str:
+    """The shell command that does a run again, from the recipe that lies beside its result."""
+    precision = str(source.dtype).removeprefix("torch.")
+    parts = ("compress", "run", f"{out}/recipe.yaml", str(source.path), "--out", f"{out}-again")
+    return shlex.join([*parts, "--device", source.device.type, "--dtype", precision])
 
 
 def finished_report(out: Path, report: Report) -> Report:

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from compressor.errors import SourceError
+
 
 class Option(Protocol):
     """One way to compress a unit: a weight format, `keep half of the channels`, `drop the block`."""
@@ -107,10 +109,18 @@ class Block:
         return rows, columns
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
-        """The block's output [B, S, D] on full sequences without padding, positions from 0."""
+        """The block's output [B, S, D] on full sequences without padding, positions from 0.
+
+        Raises:
+            SourceError: the architecture's blocks return more than hidden states.
+        """
         args, kwargs = self.arguments((hidden_BSD.shape[0], hidden_BSD.shape[1]))
         result = self.module(hidden_BSD, *args, **kwargs)
-        assert isinstance(result, Tensor)
+        if not isinstance(result, Tensor):
+            raise SourceError(
+                f"{self.prefix}: its blocks return a {type(result).__name__} where hidden states are needed; "
+                "this architecture cannot be streamed block by block yet, only `rtn` without evaluation can compress it"
+            )
         return result
 
     def install(self, edits: Edits) -> None:

@@ -17,6 +17,7 @@ def test_every_shipped_recipe_runs(path, tmp_path):
     report = api.run(load_recipe(path, QUICK), DEMO_MODEL, tmp_path / "out", device="cpu")
     assert len(report.rows) == 4 * 7
     assert report.quality["kl"] > 0
+    assert [check for check in report.verification if check["outcome"] == "failed"] == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

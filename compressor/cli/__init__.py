@@ -1,7 +1,7 @@
 """The command line: parse, call one function, print. Results go to stdout, everything else to stderr.
 
 One file per verb, each with a function of the verb's name (`eval` is `eval_`). Heavy imports happen inside the commands, so
-that `--help` answers at once. Exit status: 0 done, 2 could not run.
+that `--help` answers at once. Exit status: 0 done, 1 a check failed, 2 could not run.
 """
 
 import os
@@ -9,12 +9,16 @@ import sys
 
 import typer
 
+from compressor.cli.bench import bench
+from compressor.cli.compare import compare
 from compressor.cli.demo import demo
 from compressor.cli.eval import eval_
 from compressor.cli.generate import generate
 from compressor.cli.inspect import inspect
 from compressor.cli.quantize import quantize
+from compressor.cli.report import report
 from compressor.cli.run import run
+from compressor.cli.verify import verify
 from compressor.errors import CompressorError
 
 app = typer.Typer(
@@ -24,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for verb in (quantize, run, eval_, inspect, generate, demo):
+for verb in (quantize, run, eval_, compare, report, verify, inspect, bench, generate, demo):
     app.command(verb.__name__.rstrip("_"))(verb)
 
 
@@ -38,7 +42,7 @@ def main() -> None:
     except CompressorError as error:
         if "WORLD_SIZE" not in os.environ or _first_to_fail():
             sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(error.status) from None
 
 
 def _first_to_fail() -> bool:

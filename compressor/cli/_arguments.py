@@ -12,6 +12,10 @@ Model = Annotated[
 Out = Annotated[Path | None, typer.Option(help="Directory to create. [default: MODEL with what was done appended]")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from an interrupted run of the same command.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, or start an interrupted run again.")]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify/--no-verify", help="Reload what was written through every loader that claims to read it."),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the plan, the exact output size and the expected memory; read no weight."),

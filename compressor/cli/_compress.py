@@ -18,6 +18,7 @@ def compress(
     *,
     resume: bool,
     overwrite: bool,
+    verify: bool,
     dry_run: bool,
     as_json: bool,
     device: str | None,
@@ -39,7 +40,17 @@ def compress(
         return
     try:
         with progress() if first else nullcontext(silent) as tell:
-            report = api.run(recipe, model, out, resume=resume, overwrite=overwrite, device=device, dtype=dtype, tell=tell)
+            report = api.run(
+                recipe,
+                model,
+                out,
+                resume=resume,
+                overwrite=overwrite,
+                verify=verify,
+                device=device,
+                dtype=dtype,
+                tell=tell,
+            )
     except KeyboardInterrupt:
         if first:
             sys.stderr.write("interrupted; finished blocks are kept, --resume goes on from there\n")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from compressor.report_html.numbers import size
+
 if TYPE_CHECKING:
     from compressor.api import Forecast
     from compressor.pipeline import Event
@@ -21,13 +23,14 @@ class Clock:
     """Turns events into a line: block n of N, layer, error, tokens/s, memory, time left."""
 
     def __init__(self) -> None:
-        self.stage, self.started, self.first_done = "", time.monotonic(), 0
+        self.stage, self.started, self.first_done, self.done = "", time.monotonic(), 0, 0
         self.speed: float | None = None
 
     def line(self, event: "Event") -> str:
         """The line for an event."""
-        if event.stage != self.stage:
+        if event.stage != self.stage or event.done < self.done:  # another, or the same again for another model
             self.stage, self.started, self.first_done = event.stage, time.monotonic(), event.done
+        self.done = event.done
         self.speed = event.tokens_per_second or self.speed
         if event.stage in ("write", "generate", "verify"):
             return f"{event.stage} {event.what}".rstrip()
@@ -42,7 +45,7 @@ class Clock:
         fields.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB peak")
         done = event.done - self.first_done
         if done:
-            fields.append(f"{_time((time.monotonic() - self.started) / done * (event.total - event.done))} left")
+            fields.append(f"{duration((time.monotonic() - self.started) / done * (event.total - event.done))} left")
         return ", ".join(fields)
 
 
@@ -69,7 +72,8 @@ def progress() -> Iterator[Callable[["Event"], None]]:
         yield lambda event: bar.update(task, completed=event.done, total=event.total, description=clock.line(event))
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
@@ -137,6 +141,27 @@ def print_quality(title: str, quality: Mapping[str, Any]) -> None:
     print_table("by place in the sample", ("", *header), rows)
 
 
+def print_tasks(tasks: Sequence[Mapping[str, Any]]) -> None:
+    """A row for each task and metric; what flipped, where there is a reference."""
+    compared = any(task["reference_value"] is not None for task in tasks)
+
+    def figure(value: float | None, error: float | None) -> str:
+        if value is None:
+            return ""
+        return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+    rows = []
+    for task in tasks:
+        row = [task["task"], task["metric"], f"{task['samples']:,}", figure(task["value"], task["stderr"])]
+        if compared:
+            row.append(figure(task["reference_value"], task["reference_stderr"]))
+            flips = task["flips"]
+            row.append("" if flips is None else f"{flips:.2%} (−{task['lost']} +{task['won']}, p {task['p_value']:.3f})")
+        rows.append(row)
+    header = ["task", "metric", "questions", "value", *(("original", "flips") if compared else ())]
+    print_table("tasks", header, rows)
+
+
 def print_report(report: "Report", out: str) -> None:
     """The closing table of a run, its warnings last."""
     rows = [
@@ -145,8 +170,10 @@ def print_report(report: "Report", out: str) -> None:
         ("bits per weight, whole model", f"{report.model_bits_per_weight:.3f}"),
         *quality_fields(report.quality),
         ("worst layer", worst_layer(report)),
-        ("time, peak memory", f"{_time(report.seconds)}, {size(report.peak_memory_bytes)}"),
+        ("time, peak memory", f"{duration(report.seconds)}, {size(report.peak_memory_bytes)}"),
         ("loads with", loads_with(report.layout)),
+        ("verified", verified(report.verification)),
+        ("page", f"{out}/report.html"),
     ]
     print_table(out, ("", ""), rows)
     for warning in report.warnings:
@@ -159,6 +186,14 @@ def worst_layer(report: "Report") -> str:
         return "none"
     worst = max(report.rows, key=lambda row: row.error)
     return f"{worst.layer} ({worst.option}, error {worst.error:.2e})"
+
+
+def verified(checks: Sequence[Mapping[str, Any]]) -> str:
+    """What was looked at after writing."""
+    if not checks:
+        return "no (--no-verify)"
+    names = {o: ", ".join(c["check"] for c in checks if c["outcome"] == o) for o in ("passed", "skipped")}
+    return names["passed"] + (f"; skipped: {names['skipped']}" if names["skipped"] else "")
 
 
 def loads_with(layout: str) -> str:
@@ -179,13 +214,3 @@ def print_forecast(forecast: "Forecast") -> None:
         ("expected peak memory", size(forecast.expected_peak_memory_bytes)),
     ]
     print_table("dry run", ("", ""), rows)
-
-
-def size(count: int) -> str:
-    """Bytes for people."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from compressor.cli import _arguments as a
-from compressor.cli._show import print_json, print_table, progress, size
+from compressor.cli._show import print_json, print_table, progress
+from compressor.report_html.numbers import size
 
 PROMPT = "def read(self, size=-1):"
 
@@ -25,6 +26,8 @@ def demo(
     from compressor import api
     from compressor.assets import DEMO_MODEL
     from compressor.cli._quiet import quiet
+    from compressor.model.writer import replace_text
+    from compressor.report_html.page import render
     from compressor.runtime.load import generate
 
     quiet()
@@ -37,6 +40,8 @@ def demo(
             recipe = api.quantize_recipe(width, method=method)
             reports[target.name] = api.run(recipe, DEMO_MODEL, target, overwrite=True, device="cpu", tell=tell)
         models.append((target.name, target))
+    page = out / "report.html"
+    replace_text(page, render([report.to_dict() for report in reports.values()], "The demo model, compressed"))
     samples = {name: generate(path, PROMPT, max_new_tokens=48) for name, path in models}
     if as_json:
         results = {name: report.to_dict() for name, report in reports.items()}
@@ -65,4 +70,5 @@ def demo(
         sys.stdout.write(f"\n--- {name} continues: {PROMPT}\n{PROMPT}{text.rstrip()}\n")
     sys.stdout.write(
         f"\nThe models are in {out.resolve()}; `compress inspect` and `compress eval` take them, and so does transformers.\n"
+        f"All of this as a page, and more: {page.resolve()}\n"
     )

@@ -1,15 +1,28 @@
-"""`compress inspect`: what is in a model directory."""
+"""`compress inspect`: what is in a model directory, and what can load it."""
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from compressor.cli import _arguments as a
-from compressor.cli._show import print_json, print_table, size
+from compressor.cli._show import print_json, print_table
+from compressor.report_html.numbers import size
+
+if TYPE_CHECKING:
+    from compressor.inspection import Inspection, Parameter
+    from compressor.model.runtimes import Runtime
 
 
-def inspect(model: a.Model = Path(), as_json: a.Json = False) -> None:
-    """Show a model's size by kind of tensor and its bits per weight. Reads headers only.
+def inspect(
+    model: a.Model = Path(),
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor with its parts.")] = False,
+    as_json: a.Json = False,
+) -> None:
+    """Show a model's size by kind of tensor, its bits per weight, and which runtimes can load it. Reads headers only.
 
-    Example: `compress inspect model-int4`
+    Example: `compress inspect model-int4 --tensors`
     """
     from compressor.cli._quiet import quiet
     from compressor.inspection import inspect_model
@@ -19,16 +32,22 @@ def inspect(model: a.Model = Path(), as_json: a.Json = False) -> None:
     if as_json:
         print_json(found.to_dict())
         return
-    rows = [
-        (
-            kind.name,
-            f"{kind.weights:,}",
-            size(kind.size_bytes),
-            f"{kind.size_bytes / found.size_bytes:.1%}",
-            f"{kind.bits:.3f}",
-        )
-        for kind in found.kinds
-    ]
+    rows = [(k.name, f"{k.weights:,}", size(k.size_bytes), f"{found.share(k):.1%}", f"{k.bits:.3f}") for k in found.kinds]
     rows.append(("total", f"{found.weights:,}", size(found.size_bytes), "100.0%", f"{found.model_bits_per_weight:.3f}"))
     title = f"{model}: {found.model_type}, {found.blocks} blocks, {found.layout}"
     print_table(title, ("kind", "weights", "size", "share", "bits per weight"), rows)
+    if tensors:
+        sys.stdout.writelines(_describe(found, tensor) for tensor in found.tensors)
+    sys.stdout.writelines(_answer(runtime) for runtime in found.runtimes)
+
+
+def _describe(found: "Inspection", tensor: "Parameter") -> str:
+    """One line, which a pipe can search: the names of tensors are not broken."""
+    parts = ", ".join(f"{part.name.rpartition('.')[2]} {part.dtype} {list(part.shape)}" for part in tensor.parts)
+    bits = f"{tensor.bits:.3f} bits" if tensor.weights else "unknown to the model"
+    return f"{tensor.name}: {parts}; {bits}, {size(tensor.size_bytes)}, {found.share(tensor):.2%}\n"
+
+
+def _answer(runtime: "Runtime") -> str:
+    verdict = "loads" if runtime.loads else "does not load"
+    return f"{runtime.name:13} {verdict:14} {runtime.reason}{'' if runtime.tried else ' (as read, not run)'}\n"

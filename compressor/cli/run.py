@@ -17,6 +17,7 @@ def run(
     changes: a.Changes = None,
     resume: a.Resume = False,
     overwrite: a.Overwrite = False,
+    verify: a.Verify = True,
     dry_run: a.DryRun = False,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the recipe with all defaults, and stop.")
@@ -41,6 +42,7 @@ def run(
         out,
         resume=resume,
         overwrite=overwrite,
+        verify=verify,
         dry_run=dry_run,
         as_json=as_json,
         device=device,

@@ -17,7 +17,7 @@ from compressor.model.source import ModelSource
 
 LOGITS_AT_ONCE = 2**24  # values: 134 MB in fp64
 RESIDENT_LOGITS = 2**28  # values of a whole batch: 1 GiB in fp32
-HIDDEN_BYTES = 2**30  # of hidden states that wait between two blocks; more text goes through in several turns
+HIDDEN_BYTES = {"cpu": 2**29, "cuda": 2**33}  # that wait between two blocks, on the host; more text takes several turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Streamed:
     @property
     def tokens_in_flight(self) -> int | None:
         width = int(self.source.model.config.get_text_config().hidden_size)
-        return max(1, HIDDEN_BYTES // (width * self.source.dtype.itemsize))
+        return max(1, HIDDEN_BYTES[self.source.device.type] // (width * self.source.dtype.itemsize))
 
     def steps(self, batches: Sequence[Batch]) -> int:
         return len(self.source.layers)

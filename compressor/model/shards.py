@@ -36,6 +36,16 @@ class Shard:
         return max((e["data_offsets"][1] for n, e in json.loads(self.header[8:]).items() if n != "__metadata__"), default=0)
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a tensor's data lies in a file, and what it is."""
+
+    begin: int
+    end: int
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+
+
 def layout(headers: Mapping[str, Header], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
     """Which tensors go into which file: in name order, a new file when one would grow beyond `shard_bytes`."""
     groups: list[list[str]] = [[]]
@@ -74,13 +84,13 @@ def assemble(parts: Iterable[Path], out: Path, shard_bytes: int = SHARD_BYTES) -
         for name, header in read_header(part).items():
             where[name], headers[name] = part, header
     shards = layout(headers, shard_bytes)
-    starts = {part: _data_offsets(part) for part in set(where.values())}
+    places = {part: spans(part) for part in set(where.values())}
     for shard in shards:
         unfinished = out / f"{shard.name}.unfinished"
         with unfinished.open("wb") as file:
             file.write(shard.header)
             for name in shard.tensors:
-                _copy(where[name], starts[where[name]][name], headers[name].nbytes, file)
+                _copy(where[name], places[where[name]][name].begin, headers[name].nbytes, file)
             file.flush()
             os.fsync(file.fileno())
         unfinished.rename(out / shard.name)
@@ -109,12 +119,17 @@ def _header(ordered: Iterable[str], headers: Mapping[str, Header]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _data_offsets(part: Path) -> dict[str, int]:
-    """Where each tensor's data begins in a file."""
-    with part.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries: dict[str, Any] = json.loads(file.read(length))
-    return {n: 8 + length + int(e["data_offsets"][0]) for n, e in entries.items() if n != "__metadata__"}
+def spans(file: Path) -> dict[str, Span]:
+    """Every tensor of a file as its header has it, which is not checked: the file may be cut off before."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        entries: dict[str, Any] = json.loads(opened.read(length))
+    found = {}
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            found[name] = Span(8 + length + begin, 8 + length + end, entry["dtype"], tuple(entry["shape"]))
+    return found
 
 
 def _copy(source: Path, start: int, count: int, to: BinaryIO) -> None:

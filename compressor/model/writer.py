@@ -84,7 +84,7 @@ class Workspace:
         shutil.rmtree(self.model, ignore_errors=True)
         self.model.mkdir()
         whole = [self.fingerprint, *self.finished.values()]
-        _replace_text(journal, "".join(json.dumps(line) + "\n" for line in whole))
+        replace_text(journal, "".join(json.dumps(line) + "\n" for line in whole))
 
     def add(self, part: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
         """Put a finished part on disk, then its record in the journal."""
@@ -230,11 +230,13 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({error}); make room or choose another --out") from error
 
 
-def _replace_text(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
-    _sync(unfinished)
-    unfinished.rename(path)
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one step: it is the old one or the new one, never half of it."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with writing(path):
+        unfinished.write_text(text, encoding="utf-8")
+        _sync(unfinished)
+        unfinished.rename(path)
 
 
 def _sync(path: Path) -> None:

@@ -1,11 +1,13 @@
-"""How much memory `compress quantize` takes, against its promises: flat in depth, and a 7B model on a small machine.
+"""How much memory compressing and judging take, against their promises: flat in depth, and a 7B model on a small machine.
 
     scripts/bench memory [--keep DIR] [--skip-7b] [--out FILE.json]
 
 Weights are random: memory depends on shapes only. Two models of one width, 8 and 32 blocks deep, must peak within 15 % of
 each other. A checkpoint of Llama-7B's shape, 13.5 GB, must be rounded below 4 GiB, and its first two blocks go through
-GPTQ below 8 GiB; the blocks that follow would repeat them, so that run is then killed. The checkpoints are written tensor
-by tensor, every block with the bytes of the first, and so take no memory worth mentioning either.
+GPTQ below 8 GiB; the blocks that follow would repeat them, so that run is then killed. `compress eval` must judge it against
+itself, streamed, below 4 GiB; so it must with as much text as is ever in flight, for which two such blocks stand for all:
+more text goes through in several turns. The checkpoints are written tensor by tensor, every block with the bytes of the
+first, and so take no memory worth mentioning either.
 
 The peak is the kernel's high-water mark of the process's resident set (VmHWM). It counts pages of mapped files, here the
 shards, which the kernel can drop at any time; the peak of the anonymous pages alone, which it cannot, is polled and shown
@@ -78,17 +80,20 @@ class Shape:
 SHALLOW = Shape("8 blocks", 8, 1024, 2816, 16, 4096)
 DEEP = Shape("32 blocks", 32, 1024, 2816, 16, 4096)
 LLAMA_7B = Shape("7B", 32, 4096, 11008, 32, 32000)
+WIDE = Shape("2 blocks of 7B", 2, 4096, 11008, 32, 32000)
 RTN = ("--method", "rtn", "--no-eval")
 GPTQ_SMALL = ("--samples", "16", "--seq-len", "256", "--set", "evaluation.samples=8")
+EVAL_7B = ("--samples", "2", "--seq-len", "128")
+EVAL_TURN = ("--samples", "8", "--seq-len", "2048")  # as many tokens as are ever in flight at this width
 GPTQ_7B = ("--samples", "16", "--seq-len", "512", "--no-eval")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run of `compress quantize`."""
+    """One run of `compress quantize`, or of `compress eval`."""
 
     shape: Shape
-    method: str
+    method: str  # or `eval`
     options: tuple[str, ...]
     limit_bytes: int | None = None
     blocks: int | None = None  # the run is killed once so many are on disk; None lets it finish
@@ -108,6 +113,8 @@ CASES = (
 CASES_7B = (
     Case(LLAMA_7B, "rtn", RTN, limit_bytes=4 * GIB),
     Case(LLAMA_7B, "gptq", GPTQ_7B, limit_bytes=8 * GIB, blocks=2),
+    Case(LLAMA_7B, "eval", EVAL_7B, limit_bytes=4 * GIB),
+    Case(WIDE, "eval", EVAL_TURN, limit_bytes=4 * GIB),
 )
 
 
@@ -116,7 +123,7 @@ class Result:
     """What was measured of a case."""
 
     case: str
-    expected_bytes: int
+    expected_bytes: int | None  # there is no forecast for `eval`
     limit_bytes: int | None
     peak_bytes: int = 0
     peak_anonymous_bytes: int = 0
@@ -124,9 +131,9 @@ class Result:
     block_seconds: list[float] = field(default_factory=list)  # from one finished block to the next
 
     @property
-    def forecast_error(self) -> float:
+    def forecast_error(self) -> float | None:
         """Of the dry run: +0.1 if it says 10 % more than was taken."""
-        return self.expected_bytes / self.peak_bytes - 1
+        return self.expected_bytes / self.peak_bytes - 1 if self.expected_bytes else None
 
 
 class RunError(RuntimeError):
@@ -166,12 +173,17 @@ def random_bytes(size: Sequence[int], generator: torch.Generator) -> bytes:
 
 def command(case: Case, model: Path, out: Path, *more: str) -> list[str]:
     """The command line of a case."""
+    if case.method == "eval":
+        judge = [sys.executable, "-m", "compressor", "eval", str(model), "--reference", str(model)]
+        return [*judge, *case.options, "--device", "cpu", "--json"]
     base = [sys.executable, "-m", "compressor", "quantize", str(model), "--method", case.method]
     return [*base, *case.options, "--device", "cpu", "--out", str(out), "--json", *more]
 
 
-def forecast(case: Case, model: Path, out: Path) -> int:
+def forecast(case: Case, model: Path, out: Path) -> int | None:
     """The peak that `--dry-run` expects, in bytes."""
+    if case.method == "eval":
+        return None
     done = subprocess.run(command(case, model, out, "--dry-run"), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunError(f"{case.name}: --dry-run failed: {done.stderr.strip()}")
@@ -240,7 +252,7 @@ def broken(results: Mapping[str, Result]) -> list[str]:
     for result in results.values():
         if result.limit_bytes and result.peak_bytes >= result.limit_bytes:
             found.append(f"{result.case}: {gib(result.peak_bytes)} GiB; less than {gib(result.limit_bytes)} is allowed")
-        if abs(result.forecast_error) > FORECAST_ERROR:
+        if result.forecast_error is not None and abs(result.forecast_error) > FORECAST_ERROR:
             found.append(
                 f"{result.case}: the forecast is off by {result.forecast_error:+.0%}; {FORECAST_ERROR:.0%} is allowed"
             )
@@ -249,7 +261,7 @@ def broken(results: Mapping[str, Result]) -> list[str]:
 
 def show(results: Mapping[str, Result]) -> None:
     """The table."""
-    table = Table(title="Memory of compress quantize, GiB", title_justify="left")
+    table = Table(title="Memory, GiB", title_justify="left")
     for i, name in enumerate(("run", "peak", "limit", "of it anonymous", "forecast", "its error", "s", "s per block")):
         table.add_column(name, justify="right" if i else "left")
     for result in results.values():
@@ -259,8 +271,8 @@ def show(results: Mapping[str, Result]) -> None:
             gib(result.peak_bytes),
             gib(result.limit_bytes) if result.limit_bytes else "",
             gib(result.peak_anonymous_bytes),
-            gib(result.expected_bytes),
-            f"{result.forecast_error:+.0%}",
+            gib(result.expected_bytes) if result.expected_bytes else "",
+            f"{result.forecast_error:+.0%}" if result.forecast_error is not None else "",
             f"{result.seconds:.0f}",
             f"{sum(spent) / len(spent):.2f}" if spent else "",
         )
@@ -294,7 +306,7 @@ def run(cases: Sequence[Case], place: Path) -> dict[str, Result]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure the peak memory of `compress quantize` against its limits.")
+    parser = argparse.ArgumentParser(description="Measure peak memory against its limits.")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the models here, and use those that are here already")
     parser.add_argument("--skip-7b", action="store_true", help="leave out the model of 13.5 GB")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here too")

@@ -63,7 +63,7 @@ def test_a_checkpoint_cannot_name_a_module_to_import(tmp_path, monkeypatch):
 
 
 def test_the_report_and_inspect_agree_on_a_tied_model(tmp_path):
-    report = api.quantize(DEMO_MODEL, tmp_path / "out", method="rtn", evaluate=False, device="cpu")
+    report = api.quantize(DEMO_MODEL, tmp_path / "out", method="rtn", evaluate=False, device="cpu", verify=False)
     found = inspect_model(tmp_path / "out")
     assert found.model_bits_per_weight == pytest.approx(report.model_bits_per_weight)
     assert found.bits_per_weight == pytest.approx(report.bits_per_weight)
@@ -81,7 +81,7 @@ def test_another_model_below_the_model_is_not_copied(tmp_path):
 
     shutil.copytree(DEMO_MODEL, tmp_path / "model")
     for name in ("first", "second"):
-        api.quantize(tmp_path / "model", tmp_path / "model" / name, method="rtn", evaluate=False, device="cpu")
+        api.quantize(tmp_path / "model", tmp_path / "model" / name, method="rtn", evaluate=False, device="cpu", verify=False)
     assert not (tmp_path / "model" / "second" / "first").exists()
 
 
@@ -127,7 +127,7 @@ def test_integers_in_place_of_real_weights_are_refused(tmp_path):
 def test_parts_that_would_not_be_read_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    api.quantize(DEMO_MODEL, tmp_path / "out", method="rtn", evaluate=False, device="cpu")
+    api.quantize(DEMO_MODEL, tmp_path / "out", method="rtn", evaluate=False, device="cpu", verify=False)
     tensors = load_file(tmp_path / "out/model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight_g_idx"] = torch.zeros(256, dtype=torch.int32)
     save_file(tensors, tmp_path / "out/model.safetensors", {"format": "pt"})

@@ -17,9 +17,9 @@ from compressor import api
 from compressor.model import shards
 from compressor.model.checkpoint import INDEX, SINGLE
 
-VERBS = ("quantize", "run", "eval", "inspect", "generate", "demo")
-QUICK = ("--samples", 4, "--seq-len", 64, "--no-eval")
-ROUND = ("--method", "rtn", "--no-eval")
+VERBS = ("quantize", "run", "eval", "compare", "verify", "inspect", "bench", "report", "generate", "demo")
+QUICK = ("--samples", 4, "--seq-len", 64, "--no-eval", "--no-verify")
+ROUND = ("--method", "rtn", "--no-eval", "--no-verify")
 
 # Bad input. For each: options of `compress quantize`, and what the sentence must name.
 BAD_OPTIONS = {
@@ -308,11 +308,11 @@ class TestRecipes:
     def test_a_printed_recipe_gives_the_same_model(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
         (tmp_path / "recipe.yaml").write_text(compress("quantize", *ROUND, "--print-recipe").out)
         compress("quantize", tiny, *ROUND, "--out", tmp_path / "a")
-        compress("run", tmp_path / "recipe.yaml", tiny, "--out", tmp_path / "b")
+        compress("run", tmp_path / "recipe.yaml", tiny, "--out", tmp_path / "b", "--no-verify")
         assert contents(tmp_path / "a", REPORTS) == contents(tmp_path / "b", REPORTS)
 
 
-REPORTS = ("report.json", "README.md")  # name the place and the time
+REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 QUALITY_KEYS = {"perplexity", "reference_perplexity", "kl", "top1_agreement"}
 REPORT_KEYS = QUALITY_KEYS | {"command", "tasks", "samples", "speed", "verification"} | {
     "model", "path", "version", "fingerprint", "recipe", "calibration", "versions", "rows", "warnings", "layout",
@@ -326,7 +326,7 @@ class TestJson:
     """One object on stdout, with keys that scripts rely on."""
 
     def test_quantize_answers_with_the_report(self, tiny: Path, out: Path, compress: CommandLine) -> None:
-        small = ("--samples", 4, "--seq-len", 64, "--set", "evaluation.samples=2")
+        small = ("--samples", 4, "--seq-len", 64, "--set", "evaluation.samples=2", "--no-verify")
         answer = compress("quantize", tiny, "--out", out, *small, "--json").json
         assert answer.keys() >= REPORT_KEYS
         assert all(
@@ -339,7 +339,7 @@ class TestJson:
 
     def test_run_answers_with_the_report(self, tiny: Path, tmp_path: Path, out: Path, compress: CommandLine) -> None:
         (tmp_path / "r.yaml").write_text("passes: [{pass: rtn, options: [{format: int_group}]}]\nevaluation: null\n")
-        assert compress("run", tmp_path / "r.yaml", tiny, "--out", out, "--json").json.keys() >= REPORT_KEYS
+        assert compress("run", tmp_path / "r.yaml", tiny, "--out", out, "--no-verify", "--json").json.keys() >= REPORT_KEYS
 
     def test_the_report_on_disk_is_the_one_printed(self, tiny: Path, out: Path, compress: CommandLine) -> None:
         answer = compress("quantize", tiny, "--out", out, *ROUND, "--json").json
@@ -416,7 +416,7 @@ class TestDryRun:
 def result(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantized model, not to be changed."""
     out = tmp_path_factory.mktemp("results") / "out"
-    api.quantize(tiny, out, method="rtn", evaluate=False, device="cpu")
+    api.quantize(tiny, out, method="rtn", evaluate=False, device="cpu", verify=False)
     return out
 
 
@@ -452,7 +452,7 @@ class TestTheResult:
         assert len(plan) == 16
 
     def test_the_recipe_made_it(self, tiny: Path, result: Path, tmp_path: Path, compress: CommandLine) -> None:
-        compress("run", result / "recipe.yaml", tiny, "--out", tmp_path / "again")
+        compress("run", result / "recipe.yaml", tiny, "--out", tmp_path / "again", "--no-verify")
         assert contents(tmp_path / "again", REPORTS) == contents(result, REPORTS)
 
     def test_shards_are_listed_in_their_index(

@@ -14,18 +14,20 @@ ROOT = Path(compressor.__file__).parent
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
     ("types", "errors", "assets"),
-    ("registry", "report", "distributed"),
+    ("registry", "report", "report_html", "distributed"),
     ("recipe", "card"),
     ("formats",),
     ("model", "calibration"),
     ("passes",),
     ("plan", "evaluation"),
+    ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
     ("judging",),
-    ("api",),
+    ("api", "comparison"),
     ("cli", "__main__"),
 )
-BESIDE = {"runtime", "inspection"}  # stand on the model's floor and know nothing of compressing; only the upper floors use them
+# These stand on the model's floor and know nothing of compressing; only the upper floors use them.
+BESIDE = {"runtime", "inspection"}
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts): file

@@ -1,0 +1,81 @@
+"""Which runtimes can load a model directory, and why the others cannot.
+
+The first two were run. The rest is as read in their sources, not run: vLLM (`compressed_tensors_wNa16.py`,
+`compressed_tensors/utils.py`, `marlin_utils.py`), SGLang (the same files), llama.cpp.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compressor.formats.int_group import IntGroup
+from compressor.model.architecture import fused_groups, linear_layers
+from compressor.model.quantization_config import COMPRESSED_TENSORS, OWN
+from compressor.model.source import ModelSource
+from compressor.types import Format
+
+KERNEL_BITS = (4, 8)  # of the kernels for 16-bit activations (Marlin) in vLLM and SGLang
+KERNEL_GROUPS = (-1, 32, 64, 128)
+SAME_IN_EVERY_VERSION = (2, 4, 8)  # compressed-tensors before 0.18 packed other widths differently
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What one runtime makes of a model."""
+
+    name: str
+    loads: bool
+    reason: str  # what it takes, or what is in the way
+    tried: bool  # False: as read in its source, not run
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
+    """Every runtime, for a model that we could open."""
+    packed = source.packed()
+    layout = (source.raw_config.get("quantization_config") or {}).get("quant_method")
+    named = source.raw_config.get("architectures") or [source.model.config.model_type]
+    stock = next(_stock_obstacles(layout, packed), None)
+    served = stock or next(_serving_obstacles(source, packed), None)
+    needs = f"if it knows {named[0]}"
+    odd = any(fmt.bits not in SAME_IN_EVERY_VERSION for fmt in packed.values() if isinstance(fmt, IntGroup))
+    install = f"with compressed-tensors{' 0.18 or newer' if odd else ''} installed" if layout else "as any dense model"
+    widths = sorted({fmt.bits for fmt in packed.values() if isinstance(fmt, IntGroup)} - set(KERNEL_BITS))
+    humming = f"{needs} and has Humming kernels, as newer versions do, for {_list(widths)} bits" if widths else needs
+    too_odd = f"its kernels take {_list(KERNEL_BITS)} bits, this model has layers of {_list(widths)}" if widths else None
+    gguf = "reads GGUF files only" + ("" if layout else "; its convert_hf_to_gguf.py makes one")
+    return (
+        Runtime("compressor", True, "compressor.load", True),
+        Runtime("transformers", stock is None, stock or install, True),
+        Runtime("vLLM", served is None, served or humming, False),
+        Runtime("SGLang", (served or too_odd) is None, served or too_odd or needs, False),
+        Runtime("llama.cpp", False, gguf, False),
+    )
+
+
+def _stock_obstacles(layout: str | None, packed: Mapping[str, Format]) -> Iterator[str]:
+    """What keeps transformers, and all that read the same layout, from loading a model."""
+    if layout == OWN:
+        yield f"does not know the layout `{OWN}`: it would start from random weights"
+    if layout == COMPRESSED_TENSORS:
+        for layer, fmt in packed.items():
+            if isinstance(fmt, IntGroup) and not fmt.symmetric:
+                yield f"{layer}: packed zero points do not reload"
+
+
+def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Iterator[str]:
+    """What else keeps engines from serving it: layers that they fuse, and what their kernels take."""
+    for group, layers in fused_groups(linear_layers(source.model)).items():
+        schemes = {packed[layer].label if layer in packed else "dense" for layer in layers}
+        if len(schemes) > 1:
+            yield f"{group}: its layers are fused, which must be stored alike, but are {' and '.join(sorted(schemes))}"
+    for layer, fmt in packed.items():
+        if isinstance(fmt, IntGroup) and fmt.group_size not in KERNEL_GROUPS:
+            yield f"{layer}: group_size {fmt.group_size} is none of {_list(KERNEL_GROUPS)}, which the kernels take"
+
+
+def _list(numbers: tuple[int, ...] | list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,163 @@
+"""What is measured in a worker process: a model that computes, and the memory that it reads from.
+
+A decoding step reads every weight once, whatever the batch, and the keys and values of all earlier tokens:
+
+    bytes a step reads = bytes of the decoder and the head, without embedding tables, + bytes of the KV cache
+
+A tied head is the embedding table, which is then counted, once; of other tables a step reads one row. The KV cache grows by a
+token with every step; its mean over the timed steps is taken. This is what must be read: what an implementation moves besides
+(copies of the cache, activations) only makes it slower. A model that fits into the cache of the processor can exceed the
+bandwidth of the memory.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from compressor.model.checkpoint import read_config
+from compressor.runtime.load import load
+
+TRIES = 5  # of each way to use the memory's bandwidth; the best counts
+
+
+@dataclass(frozen=True)
+class About:
+    """What a worker holds, as it finds it."""
+
+    device: str
+    threads: int
+    runtime: str  # what computes, and in which form the weights lie in memory
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One timed run."""
+
+    seconds: float  # of a prefill, or of one step
+    bytes_read: int | None = None  # by one step
+
+
+class Resident:
+    """A model in memory, and how long it takes for what."""
+
+    def __init__(self, path: str, device: str, dtype: torch.dtype, threads: int | None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.path, self.device = Path(path), torch.device(device)
+        started = time.perf_counter()
+        self.model = load(path, device, dtype)
+        self.load_seconds = now(self.device) - started
+
+    def about(self) -> About:
+        """What runs here."""
+        return About(_device_name(self.device), torch.get_num_threads(), self._runtime(), self.load_seconds)
+
+    def prefill(self, batch: int, length: int) -> Taken:
+        """From prompts [batch, length] to the first token of each."""
+        tokens = self._prompt(batch, length)
+        started = now(self.device)
+        self._step(tokens, None)
+        return Taken(now(self.device) - started)
+
+    def decode(self, batch: int, length: int, steps: int) -> Taken:
+        """Greedy steps after prompts [batch, length] and an untimed step; an end token does not end them."""
+        token_11, cache = self._step(self._prompt(1, length), None)
+        cache.batch_repeat_interleave(batch)  # what the tokens are makes no difference; computing them again would take time
+        token_B1, cache = self._step(token_11.repeat(batch, 1), cache)
+        before, started = cache_bytes(cache), now(self.device)
+        for _ in range(steps):
+            token_B1, cache = self._step(token_B1, cache)
+        seconds = (now(self.device) - started) / steps
+        growth = (cache_bytes(cache) - before) / steps
+        return Taken(seconds, weight_bytes(self.model) + round(before + growth * (steps + 1) / 2))
+
+    def peaks(self) -> tuple[int, int]:
+        """Peak memory of this process so far, and on the GPU, in bytes."""
+        return peak_memory(), torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+
+    @torch.no_grad()
+    def _step(self, tokens_BS: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """The likeliest next tokens [B, 1]."""
+        out = self.model(tokens_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+
+    def _prompt(self, batch: int, length: int) -> Tensor:
+        known = self.model.get_input_embeddings().weight.shape[0]
+        return torch.randint(known, (batch, length), generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    def _runtime(self) -> str:
+        matrices = [tensor for tensor in self.model.state_dict().values() if tensor.dim() > 1]
+        if not all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in matrices):
+            weights = "packed weights"
+        elif "quantization_config" in read_config(self.path):
+            weights = "dense weights, dequantised on loading"
+        else:
+            weights = "dense weights"
+        return f"{weights}, transformers {version('transformers')}"
+
+
+class Bandwidth:
+    """The memory of a device, and how fast it can be read and copied."""
+
+    def __init__(self, device: str, threads: int | None, size_bytes: int) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.device, self.size_bytes = torch.device(device), size_bytes
+
+    def best(self) -> float:
+        """Bytes per second of the better of reading and copying, the best of several tries."""
+        source = torch.ones(self.size_bytes // 4, device=self.device)  # written to, else all its pages could be one of zeros
+        target = torch.ones_like(source)
+        reading = min(self._seconds(source.sum) for _ in range(TRIES))
+        copying = min(self._seconds(lambda: target.copy_(source)) for _ in range(TRIES))
+        return max(source.nbytes / reading, 2 * source.nbytes / copying)
+
+    def _seconds(self, work: Callable[[], Tensor]) -> float:
+        started = now(self.device)
+        work()
+        return now(self.device) - started
+
+
+def now(device: torch.device) -> float:
+    """The time when all that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Of the parameters and stored buffers that one decoding step reads; see the head of this file."""
+    head = model.get_output_embeddings()
+    read = [model.get_decoder() or model.base_model, *([head] if head is not None else [])]  # no vision tower
+    tensors = {t.data_ptr(): t for module in read for t in module.state_dict().values()}
+    tables = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)}
+    tied = {t.data_ptr() for t in head.state_dict().values()} if head is not None else set()
+    return sum(tensor.nbytes for place, tensor in tensors.items() if place not in tables - tied)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Of the keys and values that a cache holds."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def peak_memory() -> int:
+    """The largest resident set that this process has had, in bytes."""
+    if sys.platform == "linux":  # ru_maxrss would begin with the peak of the process that started this one
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

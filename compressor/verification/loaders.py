@@ -1,0 +1,123 @@
+"""Whether the loaders that claim to read a directory compute what they should: ours, streamed, and stock transformers.
+
+Shape suffixes: S positions, V vocabulary.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from compressor.evaluation.predict import final_hidden
+from compressor.model.quantization_config import OWN
+from compressor.model.source import ModelSource
+from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
+from compressor.verification.manifest import MANIFEST, Manifest
+from compressor.verification.probe import Record, probe_tokens
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Mean difference of the likely tokens' log-probabilities, nats. The same machine gives 0, or what rounding takes from the
+# record; another adds in another order. For that, 16-bit dtypes get 5 times what computing in fp32 instead changes on
+# trained models of 4 to 8 blocks (float16 0.004, bfloat16 0.04), fp32 about 1000 roundings. A misread layer costs far more.
+LIMITS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.2}
+STOCK = Path(__file__).with_name("stock.py")
+
+
+def check_logits(directory: Path, manifest: Manifest | None, device: torch.device, progress: Progress) -> str:
+    """Our reader computes what the run computed before anything was written."""
+    record = manifest.probe if manifest is not None else None
+    if record is None:
+        raise NotCheckedError(f"no {MANIFEST}" if manifest is None else f"no logits were recorded in {MANIFEST}")
+    if record.dtype not in DTYPES:
+        raise WrongError(f"{directory / MANIFEST}: dtype {record.dtype} of the probe is unknown")
+    source = ModelSource(directory, device, DTYPES[record.dtype])
+    found = record.difference(streamed_logits(source, torch.tensor([record.tokens]), progress))
+    return _judge(found, record.dtype, f"{directory}: log-probabilities", "what the run computed")
+
+
+def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | None) -> str:
+    """Stock transformers, without this package, finds every key and computes what our resident reader computes."""
+    method = (source.raw_config.get("quantization_config") or {}).get("quant_method")
+    if method == OWN:
+        raise NotCheckedError(f"it does not know the layout `{OWN}`: that is for compressor.load")
+    if method is not None and find_spec("compressed_tensors") is None:
+        raise NotCheckedError("it needs the package compressed-tensors, which is not installed here")
+    _check_memory(source)
+    tokens_1S = probe_tokens(source) if tokens is None else tokens
+    _check_tokens(source, tokens_1S)
+    stock = _ask(directory, tokens_1S)
+    known = {name.rpartition(".")[0] for name in source.names.values()}
+    problems = [
+        f"{directory}: transformers finds no tensor for {key} and draws it at random" for key in stock["missing_keys"]
+    ]
+    problems += [f"{directory}: the shape of {key} is not what transformers needs" for key in stock["mismatched_keys"]]
+    problems += [
+        f"{directory}: transformers does not know what to do with {key}"
+        for key in stock["unexpected_keys"]
+        if key.rpartition(".")[0] in known  # else the original, too, has it for nothing
+    ]
+    refuse(problems)
+    with torch.no_grad():
+        ours_SV = source.whole()(tokens_1S, use_cache=False).logits[0]
+    record = Record.of(tokens_1S, torch.float32, ours_SV)
+    return _judge(record.difference(stock["logits"]), record.dtype, f"{directory}: log-probabilities of transformers", "ours")
+
+
+def streamed_logits(source: ModelSource, tokens_1S: Tensor, progress: Progress) -> Tensor:
+    """Logits [S, V] with one block in memory at a time."""
+    _check_tokens(source, tokens_1S)
+    total, done = len(source.layers), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total, "logits")
+
+    (logits_1SV,) = source.logits(final_hidden(source, [tokens_1S], step))
+    return logits_1SV[0]
+
+
+def _judge(found: float, dtype: str, whose: str, compared: str) -> str:
+    limit = LIMITS[dtype]
+    if not found <= limit:
+        raise WrongError(
+            f"{whose} differ from {compared} by {found:.3g} nats on average where {limit:g} is allowed in {dtype}"
+        )
+    return f"log-probabilities differ from {compared} by {found:.2g} nats on average (limit {limit:g} in {dtype})"
+
+
+def _check_tokens(source: ModelSource, tokens_1S: Tensor) -> None:
+    if int(tokens_1S.max()) >= source.vocab_size:
+        raise WrongError(
+            f"{source.path}: {MANIFEST} has token {int(tokens_1S.max())} where the model knows {source.vocab_size} tokens"
+        )
+
+
+def _check_memory(source: ModelSource) -> None:
+    state = source.model.state_dict()
+    needed = 4 * sum(state[name].numel() for name in source.names) + sum(f.stat().st_size for f in source.checkpoint.files())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise NotCheckedError(f"dense in float32 it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are available")
+
+
+def _ask(directory: Path, tokens_1S: Tensor) -> dict[str, Any]:
+    """What transformers answers in a process that cannot import this package, on the CPU."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+    with tempfile.TemporaryDirectory() as place:
+        answer = Path(place) / "answer.pt"
+        tokens = map(str, tokens_1S[0].tolist())
+        command = [sys.executable, "-P", str(STOCK), str(directory), str(answer), *tokens]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise WrongError(f"{directory}: stock transformers cannot load it ({reason})")
+        found: dict[str, Any] = torch.load(answer, weights_only=True)
+        return found

@@ -1,0 +1,112 @@
+"""A few tokens that go through the model while a run has it in memory, and what came out of it at the end.
+
+The probe passes each block right after its new weights were installed, in the run's dtype, in the same way as the
+calibration text does. So its record tells what the model should compute, whatever is written and read later.
+
+Shape suffixes: S positions, K of the likeliest tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import SourceError
+from compressor.model.source import ModelSource
+from compressor.types import Block
+
+LENGTH = 32
+STRIDE = 7919  # a prime far from any regular structure of a vocabulary
+KEPT = 16  # likeliest tokens of a position: they hold nearly all of the probability, and little of the noise
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Record:
+    """Log-probabilities of the likeliest tokens after each token of the probe."""
+
+    tokens: tuple[int, ...]
+    dtype: str  # of the computation
+    ids_SK: Tensor
+    log_probs_SK: Tensor  # fp64
+
+    @classmethod
+    def of(cls, tokens_1S: Tensor, dtype: torch.dtype, logits_SV: Tensor) -> "Record":
+        """What is to be remembered of logits."""
+        log_probs = logits_SV.double().log_softmax(-1)
+        top = log_probs.topk(min(KEPT, log_probs.shape[-1]))
+        return cls(tuple(tokens_1S[0].tolist()), str(dtype).removeprefix("torch."), top.indices.cpu(), top.values.cpu())
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Record":
+        """Inverse of `to_dict`. Raises ValueError, LookupError or TypeError if the data is something else."""
+        ids, values = torch.tensor(data["logits"]["ids"]), torch.tensor(data["logits"]["log_probabilities"]).double()
+        if ids.dim() != 2 or ids.shape != values.shape or len(ids) != len(data["tokens"]):
+            raise ValueError(f"{len(data['tokens'])} tokens, {list(ids.shape)} ids, {list(values.shape)} values")
+        return cls(tuple(map(int, data["tokens"])), str(data["dtype"]), ids, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        values = [[round(value, DIGITS) for value in row] for row in self.log_probs_SK.tolist()]
+        logits = {"ids": self.ids_SK.tolist(), "log_probabilities": values}
+        return {"tokens": list(self.tokens), "dtype": self.dtype, "logits": logits}
+
+    def difference(self, logits_SV: Tensor) -> float:
+        """Mean difference of the recorded log-probabilities, nats; infinite where one is not a number or unknown."""
+        if int(self.ids_SK.max()) >= logits_SV.shape[-1]:
+            return float("inf")
+        found = logits_SV.double().log_softmax(-1).cpu().gather(-1, self.ids_SK)
+        return float((found - self.log_probs_SK).abs().nan_to_num(nan=torch.inf).mean())
+
+
+class Probe:
+    """The tokens on their way. An architecture that cannot be streamed has no record, and says why."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source, self.tokens_1S = source, probe_tokens(source)
+        self.obstacle: str | None = None  # why there will be no record
+        self._hidden_1SD: Tensor | None = None
+        try:
+            self._hidden_1SD = source.first_inputs([self.tokens_1S])[0]
+        except SourceError as error:
+            self.obstacle = str(error)
+
+    @torch.no_grad()
+    def advance(self, block: Block) -> None:
+        """Go through a block as it is now."""
+        if self._hidden_1SD is None:
+            return
+        try:
+            out = block.forward(self._hidden_1SD.to(self.source.device))
+        except SourceError as error:
+            self._stop(str(error))
+            return
+        if torch.isfinite(out).all():
+            self._hidden_1SD = out.cpu()
+        else:
+            self._stop(f"{block.prefix}: its output is not finite in {self.source.dtype}")
+
+    def record(self) -> Record | None:
+        """What the model makes of the tokens, once every block was passed; None if something was in the way."""
+        if self._hidden_1SD is None:
+            return None
+        try:
+            (logits_1SV,) = self.source.logits([self._hidden_1SD])
+        except SourceError as error:
+            self._stop(str(error))
+            return None
+        if logits_1SV.isnan().any():
+            self._stop(f"{self.source.path}: its logits are not finite in {self.source.dtype}")
+            return None
+        return Record.of(self.tokens_1S, self.source.dtype, logits_1SV[0])
+
+    def _stop(self, obstacle: str) -> None:
+        self.obstacle, self._hidden_1SD = obstacle, None
+
+
+def probe_tokens(source: ModelSource) -> Tensor:
+    """The same few tokens [1, S] for every model of a vocabulary, spread over it."""
+    length = min(LENGTH, source.max_positions)
+    return torch.tensor([[(1 + i * STRIDE) % source.vocab_size for i in range(length)]])
