@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compressor.cli import _arguments as a
-from compressor.cli._show import duration, print_json, print_quality, print_tasks, progress
+from compressor.cli._show import print_json, print_quality, print_tasks, progress
 
 if TYPE_CHECKING:
     from compressor.evaluation.tasks.work import Work
@@ -105,7 +105,4 @@ def eval_(
 
 
 def _announce(work: "Work", seconds: float) -> None:
-    written = f", at most {work.written:,} to write" if work.written else ""
-    sys.stderr.write(
-        f"{work.questions:,} questions, {work.tokens:,} tokens to read{written}: about {duration(seconds)} in all\n"
-    )
+    sys.stderr.write(f"{work.sentence(seconds)}\n")
