@@ -1,9 +1,10 @@
 """Text to be judged on, cut into passages.
 
 Two protocols. By default documents are joined and cut into samples of `seq_len` tokens, a new one every `stride` tokens; of
-a sample that overlaps the one before, only the last `stride` tokens are predicted, so that every token is predicted once.
-With `documents` each document is a sample of its own, cut off at `seq_len` tokens. With `bos` every sample begins with the
-tokenizer's begin token, which counts as one of its tokens and is not predicted.
+a sample that overlaps the one before, only the last `stride` tokens are predicted, so that no token is predicted twice.
+What a sample begins with is not predicted: it was cut out of a text, of which nothing is known yet. With `documents` each
+document is a sample of its own, cut off at `seq_len` tokens. With `bos` every sample begins with the tokenizer's begin token,
+which counts as one of its tokens and is never predicted; what follows it is, at the beginning of a document.
 """
 
 import hashlib
@@ -139,7 +140,8 @@ def _windows(
             break
     for first in range(0, min(len(ids), wanted) - room + 1, protocol.stride):
         tokens = torch.tensor([*begin, *ids[first : first + room]])
-        yield Passage(tokens, max(1, len(tokens) - protocol.stride) if first else 1)
+        known = len(begin) + 1
+        yield Passage(tokens, max(known, len(tokens) - protocol.stride) if first else known)
 
 
 def _begun(begin: list[int], ids: list[int]) -> list[int]:
