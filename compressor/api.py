@@ -27,8 +27,7 @@ from compressor.plan import describe_plan, expected_memory, output_headers, plan
 from compressor.provenance import fingerprint, finished_report, new_report
 from compressor.recipe import Recipe, load_recipe, make_recipe
 from compressor.report import Report
-from compressor.report_html.plots import plot_data
-from compressor.results import written
+from compressor.results import CARD, completed, written
 from compressor.types import Plan
 from compressor.verification.check import WrongError
 from compressor.verification.probe import Record
@@ -243,8 +242,9 @@ def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, 
 
 def write_reports(workspace: Workspace, report: Report) -> None:
     """What the run did: for programs, for a browser, and for those who come upon the model."""
-    report.plots = plot_data([report.to_dict()])
-    for name, text in {**written(report.to_dict()), "README.md": model_card(report)}.items():
+    whole = completed(report.to_dict())
+    report.plots = whole["plots"]
+    for name, text in {**written(whole), CARD: model_card(whole)}.items():
         workspace.write_text(name, text)
 
 

@@ -1,8 +1,8 @@
 """The model card: README.md of a compressed model."""
 
 import json
-
-from compressor.report import Report
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 OWN_LOADER = """```python
 import compressor
@@ -21,41 +21,57 @@ model = AutoModelForCausalLM.from_pretrained("{out}")
 """
 
 
-def model_card(report: Report) -> str:
-    """Markdown with what a user of the model has to know: how to load it, what it cost, how it was made."""
-    loader = (STOCK_LOADER if report.layout == "compressed-tensors" else OWN_LOADER).format(out=report.out)
+FIGURES = (  # of quality: key, what it is, how it is written
+    ("reference_perplexity", "perplexity, original", ".4g"),
+    ("perplexity", "perplexity, this model", ".4g"),
+    ("kl", "KL divergence from the original, nats per token", ".4g"),
+    ("top1_agreement", "top-1 agreement with the original", ".2%"),
+)
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """Markdown with what a user of the model has to know: how to load it, what it cost, how it was made.
+
+    Args:
+        report: What report.json holds.
+    """
+    loader = (STOCK_LOADER if report.get("layout") == "compressed-tensors" else OWN_LOADER).format(out=report["out"])
     lines = [
         "---", "library_name: transformers", "tags:", "- compressed", "---", "",
-        f"# {report.out}", "",
-        f"{report.model}, compressed with compressor {report.version}: "
-        f"{report.size_bytes / 1e6:.1f} MB of weights instead of {report.source_size_bytes / 1e6:.1f} MB.", "",
+        f"# {report['out']}", "",
+        f"{report['model']}, compressed with compressor {report.get('version', '')}: "
+        f"{report['size_bytes'] / 1e6:.1f} MB of weights instead of {report['source_size_bytes'] / 1e6:.1f} MB.", "",
         loader,
         "| | |", "|---|---|",
-        f"| bits per weight, compressed layers, scales included | {report.bits_per_weight:.3f} |",
-        f"| bits per weight, whole model | {report.model_bits_per_weight:.3f} |",
+        f"| bits per weight, compressed layers, scales included | {report['bits_per_weight']:.3f} |",
+        f"| bits per weight, whole model | {report['model_bits_per_weight']:.3f} |",
+        *_quality(report.get("quality")),
     ]  # fmt: skip
-    if report.quality:
-        q = report.quality
-        lines += [
-            f"| perplexity, original | {q['reference_perplexity']:.4g} |",
-            f"| perplexity, this model | {q['perplexity']:.4g} |",
-            f"| KL divergence from the original, nats per token | {q['kl']:.4g} |",
-            f"| top-1 agreement with the original | {q['top1_agreement']:.2%} |",
-            "",
-            f"Measured on {q['tokens']:,} predictions of held-out text (`{q['source']}`), samples of {q['seq_len']} tokens.",
-        ]
-    else:
-        lines += ["", "The quality of this model was not measured."]
-    if report.calibration:
-        c = report.calibration
+    if report.get("calibration"):
+        c = report["calibration"]
         lines += [
             "",
             f"Calibrated on {c['samples']} samples of {c['seq_len']} tokens (`{c['source']}`, seed {c['seed']}).",
         ]
-    if report.warnings:
-        lines += ["", "Warnings of the run:", "", *(f"- {warning}" for warning in report.warnings)]
+    if report.get("warnings"):
+        lines += ["", "Warnings of the run:", "", *(f"- {warning}" for warning in report["warnings"])]
     lines += [
         "",
-        f"Recipe: `recipe.yaml`. Every layer's error: `report.json`. Made with {json.dumps(dict(report.versions))}.",
+        f"Recipe: `recipe.yaml`. Every layer's error: `report.json`. Made with {json.dumps(report.get('versions'))}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quality(quality: Mapping[str, Any] | None) -> Iterator[str]:
+    """Further rows of the table, those that were measured, and on what."""
+    if quality is None:
+        yield from ("", "The quality of this model was not measured.")
+        return
+    for key, name, form in FIGURES:
+        if quality.get(key) is not None:
+            yield f"| {name} | {quality[key]:{form}} |"
+    yield ""
+    yield (
+        f"Measured on {quality['tokens']:,} predictions of text (`{quality['source']}`), "
+        f"samples of {quality['seq_len']} tokens."
+    )

@@ -139,6 +139,16 @@ def compute_device(name: str | None) -> torch.device:
     return device
 
 
+def check_alone() -> None:
+    """Refuse work that does not share itself out.
+
+    Raises:
+        RecipeError: several processes were started.
+    """
+    if _world() > 1:
+        raise RecipeError(f"judging runs in one process, torchrun started {_world()}; start it without torchrun")
+
+
 def first_to_fail() -> bool:
     """Whether this process should say what went wrong: of several ranks, only the first to fail does."""
     if _world() == 1:

@@ -1,6 +1,7 @@
 """What a run needs before it can start: the opened model, the plan, the tokens. What can fail early, fails here."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def load_data(recipe: Recipe, source: ModelSource) -> tuple[Samples | None, Judg
     if judge is not None:
         named = (judge.source,) if isinstance(judge.source, str) else judge.source or (spec.source,)
         protocol = make_protocol(tokenizer, sample_length(judge.seq_len or length, source), judge.stride, judge.bos)
-        evaluation = judged(source, named, protocol, judge.samples, spec.seed, spec.source)
+        evaluation = judged(source, named, protocol, judge.samples, spec.seed, {spec.source})
     return calibration, evaluation
 
 
@@ -80,16 +81,31 @@ def judged(
     protocol: Protocol,
     samples: int,
     seed: int = 0,
-    calibrated_on: str | None = None,
+    calibrated_on: Set[str | None] = frozenset(),
 ) -> Judged:
-    """Texts to judge a model on: whole ones, but of the one it was calibrated on the held-out part."""
+    """Texts to judge a model on: whole ones, but the held-out part of those that it was calibrated on."""
     tokenizer = load_tokenizer(model.path)
+    known = {_place(name) for name in calibrated_on if name is not None}
     texts = []
     for name in dict.fromkeys(sources):
-        split: Split = "held-out" if name == calibrated_on else "all"
+        split: Split = "held-out" if _place(name) in known else "all"
         texts.append(load_text(name, tokenizer, protocol, samples=samples, seed=seed, split=split))
         check_vocabulary(torch.cat([p.tokens for p in texts[-1].passages]), model.vocab_size, name)
     return Judged(tuple(texts), protocol)
+
+
+def calibration_source(model: Path) -> str | None:
+    """Where the text came from that a model was calibrated on, if its report tells."""
+    try:
+        found = json.loads((model / "report.json").read_text(encoding="utf-8"))["calibration"]["source"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return str(found)
+
+
+def _place(source: str) -> str:
+    """The same for every way to write the same file."""
+    return str(Path(source).resolve()) if Path(source).is_file() else source
 
 
 def check_shares(calibration: Samples | None, ranks: Ranks) -> None:

@@ -4,20 +4,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
 from compressor.calibration.data import load_tokenizer
-from compressor.distributed import compute_device
+from compressor.distributed import check_alone, compute_device
 from compressor.errors import RecipeError, SourceError
-from compressor.evaluation.predict import Predictor, Resident, Streamed
+from compressor.evaluation.predict import RESIDENT_LOGITS, Predictor, Resident, Streamed
 from compressor.evaluation.quality import Quality, measure
-from compressor.evaluation.tasks.harness import run_tasks
+from compressor.evaluation.score import TOKENS_AT_ONCE
+from compressor.evaluation.tasks.harness import load_tasks, run_tasks
 from compressor.evaluation.tasks.results import TaskResult
 from compressor.evaluation.tasks.subject import Place
 from compressor.evaluation.tasks.work import Work
 from compressor.evaluation.text import make_protocol
-from compressor.inputs import Judged, computation_dtype, judged, sample_length
+from compressor.inputs import Judged, calibration_source, computation_dtype, judged, sample_length
+from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event, Tell
 from compressor.runtime.load import continuation
@@ -69,7 +68,8 @@ def evaluate_all(
     Args:
         models: Model directories, dense or packed.
         reference: The original.
-        data: Sources of text (see compressor.calibration.data): of `builtin` the held-out modules, else all of it.
+        data: Sources of text (see compressor.calibration.data), whole; of what a model was calibrated on, as its report
+            tells, the held-out part.
         samples: At most so many, of each source.
         seq_len: Tokens of each; None takes what the first model was made for, at most 2048.
         stride: New tokens of a sample; None for no overlap.
@@ -83,6 +83,7 @@ def evaluate_all(
     """
     if samples < 1:
         raise RecipeError(f"samples {samples}: not a positive number; raise --samples")
+    check_alone()
     place = compute_device(device)
     precision = computation_dtype(place, dtype or "float32", Path(models[0]))
     opened = [ModelSource(Path(path), place, precision) for path in models]
@@ -90,7 +91,8 @@ def evaluate_all(
     protocol = make_protocol(
         load_tokenizer(opened[0].path), sample_length(seq_len, opened[0]), stride, bos, one_by_one=documents
     )
-    text = judged(opened[0], (data,) if isinstance(data, str) else data, protocol, samples, seed)
+    sources = (data,) if isinstance(data, str) else data
+    text = judged(opened[0], sources, protocol, samples, seed, {calibration_source(one.path) for one in opened})
     return judge(opened, original, text, tell, resident=resident)
 
 
@@ -103,7 +105,10 @@ def judge(
         tell(Event("evaluate", done, total))
 
     if resident:
-        check_memory([*models, *([reference] if reference is not None else [])])
+        everything = [*models, *([reference] if reference is not None else [])]
+        words, together = models[0].vocab_size, max(text.protocol.seq_len, TOKENS_AT_ONCE)
+        logits = max(text.protocol.seq_len * words, min(together * words, RESIDENT_LOGITS)) * models[0].dtype.itemsize
+        check_memory(everything, logits * len(everything))
     predictor: type[Resident] | type[Streamed] = Resident if resident else Streamed
     everyone: list[Predictor] = [predictor(one) for one in models]
     original = predictor(reference) if reference is not None else None
@@ -137,8 +142,9 @@ def answer_tasks(
         announce: Called once, before it starts, with the work and the seconds expected.
         tell: Called with progress.
     """
+    check_alone()
     computed_on = compute_device(device)
-    place = Place(computed_on, computation_dtype(computed_on, dtype or "float32", Path(model)), resident, available_memory)
+    place = Place(computed_on, computation_dtype(computed_on, dtype or "float32", Path(model)), resident)
     return run_tasks(
         Path(model),
         names,
@@ -151,27 +157,22 @@ def answer_tasks(
     )
 
 
-def dense_bytes(source: ModelSource) -> int:
-    """What a model takes with all its parameters in memory, in the dtype of computation; tied ones count once."""
-    state = source.model.state_dict()
-    count: int = sum(state[name].numel() for name in source.names)
-    return count * source.dtype.itemsize
+def check_tasks(model: str | Path, names: Sequence[str], limit: int | None, seed: int) -> None:
+    """Refuse tasks that cannot be loaded.
+
+    Raises:
+        RecipeError: see run_tasks.
+    """
+    load_tasks(Path(model), names, limit, seed)
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be taken without pushing anything out."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
-
-
-def check_memory(models: Sequence[ModelSource]) -> None:
-    """Refuse to hold models in memory that do not fit.
+def check_memory(models: Sequence[ModelSource], besides: int = 0) -> None:
+    """Refuse to hold models in memory that do not fit; `besides` them so many bytes are needed.
 
     Raises:
         SourceError: with the numbers.
     """
-    needed, free = sum(map(dense_bytes, models)), available_memory(models[0].device)
+    needed, free = sum(map(dense_bytes, models)) + besides, available_memory(models[0].device)
     if needed > free:
         raise SourceError(
             f"{models[0].path}: resident in {models[0].dtype} takes {needed / 1e9:.1f} GB with what it is compared to, "

@@ -18,6 +18,8 @@ from compressor.types import Plan
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record
 
+MADE = (MANIFEST, "recipe.yaml", "plan.yaml", "report.json", "report.html")  # by the run, whatever the original has
+
 
 def write_model(
     recipe: Recipe, source: ModelSource, plan: Plan, workspace: Workspace, report: Report, probe: Record | None
@@ -34,9 +36,10 @@ def write_model(
     )
     config = json.dumps({**source.raw_config, "quantization_config": entry}, indent=2) + "\n"
     workspace.write_text("config.json", config)
-    copy_other_files(source.path, workspace.model, workspace.out)
+    copied = copy_other_files(source.path, workspace.model, workspace.out)
     tensors = {name: known for part in workspace.finished.values() for name, known in part["entries"].items()}
-    manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), tensors, probe)
+    others = {name: hashlib.sha256((workspace.model / name).read_bytes()).hexdigest() for name in copied if name not in MADE}
+    manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), others, tensors, probe)
     workspace.write_text(MANIFEST, manifest.text())
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("plan.yaml", yaml.safe_dump(describe_plan(plan), sort_keys=False))

@@ -47,7 +47,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; the figures of `quality` also stand at the top."""
-        data = asdict(self)
-        for key in ("perplexity", "reference_perplexity", "kl", "top1_agreement"):
-            data[key] = (self.quality or {}).get(key)
-        return data
+        return {**asdict(self), **at_the_top(self.quality)}
+
+
+def at_the_top(quality: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The figures of `quality` that also stand at the top of a report; None where nothing was measured."""
+    return {key: (quality or {}).get(key) for key in ("perplexity", "reference_perplexity", "kl", "top1_agreement")}

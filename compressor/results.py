@@ -1,30 +1,39 @@
-"""report.json and report.html of a model directory: written together, read, and added to later."""
+"""report.json, its page and the card of a model directory: written together, read, and added to later."""
 
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compressor.card import model_card
 from compressor.errors import OutputError
 from compressor.model.writer import replace_text
-from compressor.report_html.model import NEEDED
+from compressor.report import at_the_top
 from compressor.report_html.page import render
 from compressor.report_html.plots import plot_data
+from compressor.report_html.schema import faults
 
-REPORT, PAGE = "report.json", "report.html"
+REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
+
+
+def completed(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report as it is saved: with what its page's plots show, and with the figures of its `quality` at the top."""
+    return {**report, **at_the_top(report.get("quality")), "plots": plot_data([report])}
 
 
 def written(report: Mapping[str, Any]) -> dict[str, str]:
-    """The two files of a report, by name. What the page's plots show stands in the report as `plots`."""
-    whole = {**report, "plots": plot_data([report])}
-    return {REPORT: json.dumps(whole, indent=1) + "\n", PAGE: render([whole])}
+    """The two files of a completed report, by name."""
+    return {REPORT: json.dumps(report, indent=1) + "\n", PAGE: render([report], plots=report["plots"])}
 
 
 def read_report(directory: Path) -> dict[str, Any]:
     """The report of the run that wrote a model.
 
     Raises:
-        OutputError: there is none that can be read.
+        OutputError: there is none that can be read, or it is not such as runs write.
     """
     file = directory / REPORT
     if not file.is_file():
@@ -33,17 +42,61 @@ def read_report(directory: Path) -> dict[str, Any]:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{file}: cannot be read as JSON ({error}); compress again") from error
-    missing = [key for key in NEEDED if not isinstance(report, dict) or key not in report]
-    if missing:
-        raise OutputError(
-            f"{file}: not a report of a run, {len(missing)} of {len(NEEDED)} needed keys are missing "
-            f"({', '.join(missing)}); compress again"
-        )
+    fault = next(faults(report), None)
+    if fault is not None:
+        raise OutputError(f"{file}: not a report of a run, {fault}; compress again")
     assert isinstance(report, dict)
     return report
 
 
+def check_amendable(directory: Path, *, judged: bool, compared: bool) -> dict[str, Any]:
+    """The report that later measurements are to go into.
+
+    Args:
+        directory: Of a model.
+        judged: Whether a new `quality` takes the place of the run's.
+        compared: Whether that has a KL divergence.
+
+    Raises:
+        OutputError: there is no report, or it would lose the KL divergence that it has.
+    """
+    report = read_report(directory)
+    if judged and not compared and (report.get("quality") or {}).get("kl") is not None:
+        raise OutputError(
+            f"{directory / REPORT}: has the KL divergence from the original, which the new figures lack; "
+            "give --reference, or leave out --save"
+        )
+    return report
+
+
 def amend(directory: Path, **fields: Any) -> None:
-    """Put later measurements into a model's report and its page; all else stays."""
-    for name, text in written({**read_report(directory), **fields}).items():
-        replace_text(directory / name, text)
+    """Put later measurements into a model's report, its page and its card; all else stays.
+
+    Of `tasks` those with the same name and metric are replaced, others stay too. Of several that do so at once each waits.
+
+    Raises:
+        OutputError: see check_amendable.
+    """
+    with _alone(directory):
+        compared = fields.get("quality", {}).get("kl") is not None
+        report = check_amendable(directory, judged="quality" in fields, compared=compared)
+        if "tasks" in fields:
+            fields["tasks"] = _merged(report.get("tasks") or (), fields["tasks"])
+        whole = completed({**report, **fields})
+        for name, text in {**written(whole), CARD: model_card(whole)}.items():
+            replace_text(directory / name, text)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold the lock on a directory."""
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return list({(row["task"], row["metric"]): row for row in (*old, *new)}.values())

@@ -3,9 +3,9 @@
 A source is `builtin` (the standard library's files), a `.txt`, `.jsonl` or `.parquet` file, or a data set of the hub,
 `hf:NAME[:CONFIG][:SPLIT][:COLUMN]`.
 Every source yields documents; a document belongs to the held-out split by the hash of its text (the built-in ones: of
-their path), so calibration and evaluation never share one. Documents are visited in a seeded order, tokenised only
-until there are enough tokens, joined (with the end token between them, if the tokenizer has one) and cut into samples of
-exactly `seq_len` tokens: no padding enters any statistic.
+their path), so calibration and evaluation never share one. Documents are visited in a seeded order (all of a source, for
+evaluation, in its own order, a plain text uncut), tokenised only until there are enough tokens, joined (with the end token
+between them, if the tokenizer has one) and cut into samples of exactly `seq_len` tokens: no padding enters any statistic.
 """
 
 import hashlib
@@ -111,11 +111,14 @@ def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
         )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, document: Document, joined: bool) -> list[int]:
-    """Token ids of a text or a conversation, after an end token if something stands before it."""
+def encode(tokenizer: PreTrainedTokenizerBase, document: Document, joined: bool, special: bool = True) -> list[int]:
+    """Token ids of a text or a conversation, after an end token if something stands before it.
+
+    Without `special`, nothing stands around a text that the tokenizer would put there.
+    """
     end = [tokenizer.eos_token_id] if joined and tokenizer.eos_token_id is not None else []
     if isinstance(document, str):
-        return [*end, *tokenizer(document, verbose=False)["input_ids"]]
+        return [*end, *tokenizer(document, add_special_tokens=special, verbose=False)["input_ids"]]
     if tokenizer.chat_template is None:
         raise CalibrationError(
             "the data holds conversations but the tokenizer has no chat template; use a data set of plain text"
@@ -138,18 +141,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -
 
 
 def documents(source: str, seed: int, split: Split) -> Iterator[Document]:
-    """The documents of one split of a source, in seeded order."""
+    """The documents of one split of a source, in seeded order; all of a source, but the built-in, in its own."""
     if source == "builtin":
         texts: list[Any] = [text for _, text in stdlib.documents(held_out=split != "calibration")]
         random.Random(seed).shuffle(texts)
         yield from texts
     elif source.startswith("hf:"):
-        yield from (d for d in _dataset(source, seed) if in_split(d, split))
+        yield from (d for d in _dataset(source, None if split == "all" else seed) if in_split(d, split))
     else:
-        rows = list(_file(Path(source)))
+        rows = list(_file(Path(source), whole=split == "all"))
         if not rows:
             raise CalibrationError(f"{source}: holds no text; calibration needs some")
-        random.Random(seed).shuffle(rows)
+        if split != "all":
+            random.Random(seed).shuffle(rows)
         yield from (row for row in rows if in_split(row, split))
 
 
@@ -164,15 +168,15 @@ def is_held_out(document: str | Sequence[Any]) -> bool:
     return stdlib.in_held_out_share(text)
 
 
-def _file(path: Path) -> Iterable[Document]:
+def _file(path: Path, whole: bool) -> Iterable[Document]:
+    """The documents of a file; `whole` leaves a plain text in one piece."""
     if not path.is_file():
         raise CalibrationError(
-            f"{path}: no such file; calibration data is `builtin`, a .txt, .jsonl or .parquet file, or "
-            "hf:NAME[:CONFIG][:SPLIT][:COLUMN]"
+            f"{path}: no such file; data is `builtin`, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]"
         )
     try:
         if path.suffix == ".txt":
-            return list(_chunks(path.read_text(encoding="utf-8")))
+            return list(_chunks(path.read_text(encoding="utf-8"), whole))
         if path.suffix == ".jsonl":
             return list(_lines(path))
         if path.suffix == ".parquet":
@@ -182,7 +186,7 @@ def _file(path: Path) -> Iterable[Document]:
             return [content(row, None, f"{path}: row {n}") for n, row in enumerate(rows)]
     except (OSError, ValueError) as error:
         raise CalibrationError(f"{path}: cannot be read as {path.suffix} ({error}); check the file") from error
-    raise CalibrationError(f"{path}: unknown kind of file; calibration data is .txt, .jsonl or .parquet")
+    raise CalibrationError(f"{path}: unknown kind of file; data is .txt, .jsonl or .parquet")
 
 
 def _lines(path: Path) -> Iterator[Document]:
@@ -195,10 +199,13 @@ def _lines(path: Path) -> Iterator[Document]:
             yield content(row, None, f"{path}:{n}")
 
 
-def _chunks(text: str) -> Iterator[str]:
+def _chunks(text: str, whole: bool) -> Iterator[str]:
     """Documents of a plain text: what stands between separators, or paragraphs joined until they have CHUNK characters."""
     if SEPARATOR in text:
         yield from filter(None, map(str.strip, text.split(SEPARATOR)))
+        return
+    if whole:
+        yield from filter(str.strip, [text])
         return
     pending = ""
     for paragraph in text.split("\n\n"):
@@ -241,7 +248,7 @@ def _turn(turn: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _dataset(source: str, seed: int) -> Iterator[Document]:
+def _dataset(source: str, seed: int | None) -> Iterator[Document]:
     """Rows of a data set on the Hugging Face hub, streamed."""
     import datasets
 
@@ -250,7 +257,8 @@ def _dataset(source: str, seed: int) -> Iterator[Document]:
         raise CalibrationError(f"{source}: not of the form hf:NAME[:CONFIG][:SPLIT][:COLUMN]")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        for n, row in enumerate(rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)):
+        ordered = rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        for n, row in enumerate(ordered):
             yield content(row, column or None, f"{source}: row {n}")
     except CalibrationError:
         raise

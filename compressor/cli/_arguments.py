@@ -51,3 +51,4 @@ Seed = Annotated[int, typer.Option(help="Order of the documents.")]
 Resident = Annotated[
     bool, typer.Option("--resident", help="Hold the models in memory instead of streaming them: faster for many samples.")
 ]
+Save = Annotated[bool, typer.Option("--save", help="Put the figures into MODEL's report.json, report.html and README.md.")]

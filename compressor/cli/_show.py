@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.report_html.numbers import size
+from compressor.report_html.model import protocol
+from compressor.report_html.numbers import duration, size
 
 if TYPE_CHECKING:
     from compressor.api import Forecast
@@ -44,7 +46,7 @@ class Clock:
             fields.append(f"{self.speed:,.0f} tokens/s")
         fields.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB peak")
         done = event.done - self.first_done
-        if done:
+        if done and event.done < event.total:
             fields.append(f"{duration((time.monotonic() - self.started) / done * (event.total - event.done))} left")
         return ", ".join(fields)
 
@@ -72,13 +74,6 @@ def progress() -> Iterator[Callable[["Event"], None]]:
         yield lambda event: bar.update(task, completed=event.done, total=event.total, description=clock.line(event))
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02d}m" if hours else f"{minutes}m {rest:02d}s"
-
-
 def print_json(data: Mapping[str, Any]) -> None:
     """One object on stdout."""
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
@@ -88,12 +83,13 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     """A table on stdout, its first column to the left."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")  # names of directories may look like markup
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table, markup=False) if sys.stdout.isatty() else Console(width=110).print(table, markup=False)
 
 
@@ -112,15 +108,7 @@ def quality_fields(quality: Mapping[str, Any] | None) -> list[tuple[str, str]]:
         ]
     if quality["bits_per_byte"] is not None:
         fields.append(("bits per byte", f"{quality['bits_per_byte']:.4f}"))
-    return [*fields, ("measured on", f"{quality['tokens']:,} tokens, {quality['source']}; {protocol(quality)}")]
-
-
-def protocol(quality: Mapping[str, Any]) -> str:
-    """How text became predictions, in words."""
-    p = quality["protocol"]
-    begin = "begun with BOS" if p["bos"] else "no BOS"
-    how = "one document each" if p["documents"] else f"stride {p['stride']}"
-    return f"samples of {'up to ' if p['documents'] else ''}{p['seq_len']}, {how}, {begin}, {p['dtype']}"
+    return [*fields, ("measured on", f"{quality['tokens']:,} tokens, {quality['source']}; {protocol(quality['protocol'])}")]
 
 
 def print_quality(title: str, quality: Mapping[str, Any]) -> None:
@@ -170,8 +158,8 @@ def print_report(report: "Report", out: str) -> None:
         ("bits per weight, whole model", f"{report.model_bits_per_weight:.3f}"),
         *quality_fields(report.quality),
         ("worst layer", worst_layer(report)),
-        ("time, peak memory", f"{duration(report.seconds)}, {size(report.peak_memory_bytes)}"),
-        ("loads with", loads_with(report.layout)),
+        ("time and peak memory of compressing", f"{duration(report.seconds)}, {size(report.peak_memory_bytes)}"),
+        ("loads with", loaders(out)),
         ("verified", verified(report.verification)),
         ("page", f"{out}/report.html"),
     ]
@@ -196,9 +184,15 @@ def verified(checks: Sequence[Mapping[str, Any]]) -> str:
     return names["passed"] + (f"; skipped: {names['skipped']}" if names["skipped"] else "")
 
 
-def loads_with(layout: str) -> str:
-    """What can read a layout."""
-    return "transformers, vLLM (compressed-tensors)" if layout == "compressed-tensors" else "compressor.load only"
+def loaders(out: str) -> str:
+    """The runtimes that load what a run wrote."""
+    import torch
+
+    from compressor.model.runtimes import runtimes
+    from compressor.model.source import ModelSource
+
+    found = [one for one in runtimes(ModelSource(Path(out), torch.device("cpu"))) if one.loads]
+    return ", ".join(one.name if one.tried else f"{one.name} (as read, not run)" for one in found)
 
 
 def print_forecast(forecast: "Forecast") -> None:

@@ -23,7 +23,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Decoding steps to time.")] = 32,
     rounds: Annotated[int, typer.Option(help="How often everything is measured; the figures are medians.")] = 3,
     threads: Annotated[int | None, typer.Option(help="On the CPU. [default: as torch chooses]")] = None,
-    save: Annotated[bool, typer.Option("--save", help="Add the figures to MODEL/report.json and report.html.")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Put the figures into MODEL's report.json, report.html and README.md.")
+    ] = False,
     as_json: a.Json = False,
     device: a.Device = None,
     dtype: a.Dtype = None,

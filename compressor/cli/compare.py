@@ -1,14 +1,20 @@
 """`compress compare`: several models side by side, on the same text."""
 
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from compressor.cli import _arguments as a
-from compressor.cli._show import print_json, print_table, progress, protocol
+from compressor.cli._show import print_json, print_table, progress
+from compressor.report_html.model import protocol
 from compressor.report_html.numbers import size
+
+if TYPE_CHECKING:
+    from compressor.comparison import Compared
 
 
 def compare(
@@ -38,6 +44,8 @@ def compare(
     from compressor.comparison import page
     from compressor.model.writer import replace_text
 
+    if report is not None:
+        _check_place(report)
     quiet()
     with progress() as tell:
         found = judge(
@@ -55,11 +63,23 @@ def compare(
             dtype=dtype,
             tell=tell,
         )
+    print_json({"models": [one.to_dict() for one in found]}) if as_json else _print(found, compared=reference is not None)
     if report is not None:
         replace_text(report, page(found, reference))
-    if as_json:
-        print_json({"models": [one.to_dict() for one in found]})
-        return
+        if not as_json:
+            sys.stdout.write(f"{report}\n")
+
+
+def _check_place(page: Path) -> None:
+    """Before the work: whether the page can be written."""
+    from compressor.errors import OutputError
+
+    if page.is_dir() or not os.access(page.parent, os.W_OK | os.X_OK) or not page.parent.is_dir():
+        raise OutputError(f"--report {page}: is no file in a directory that can be written to; name another")
+
+
+def _print(found: Sequence["Compared"], *, compared: bool) -> None:
+    """A row for each model."""
     rows = [
         [
             f"{'* ' if one.best else '  '}{one.name}",
@@ -67,13 +87,11 @@ def compare(
             f"{one.bits_per_weight:.3f}",
             f"{one.model_bits_per_weight:.3f}",
             f"{one.quality['perplexity']:.4g}",
-            *([f"{one.quality['kl']:.4g}", f"{one.quality['top1_agreement']:.2%}"] if reference else []),
+            *([f"{one.quality['kl']:.4g}", f"{one.quality['top1_agreement']:.2%}"] if compared else []),
         ]
         for one in found
     ]
-    header = ("model", "size", "bits/weight, linear", "whole model", "perplexity", *(("KL", "top-1") if reference else ()))
+    header = ("model", "size", "bits/weight, linear", "whole model", "perplexity", *(("KL", "top-1") if compared else ()))
     judged = found[0].quality
-    print_table(f"{judged['tokens']:,} tokens of {judged['source']}; {protocol(judged)}", header, rows)
-    sys.stdout.write(f"* no other model here is both smaller and {'closer to the original' if reference else 'better'}\n")
-    if report is not None:
-        sys.stdout.write(f"{report}\n")
+    print_table(f"{judged['tokens']:,} tokens of {judged['source']}; {protocol(judged['protocol'])}", header, rows)
+    sys.stdout.write(f"* no other model here is both smaller and {'closer to the original' if compared else 'better'}\n")

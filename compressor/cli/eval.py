@@ -36,13 +36,19 @@ def eval_(
     limit: Annotated[int | None, typer.Option(help="At most so many questions of each task.")] = None,
     seed: a.Seed = 0,
     resident: a.Resident = False,
-    max_kl: Annotated[float | None, typer.Option(help="Exit 1 if the mean KL, of all or of one text, exceeds this.")] = None,
-    max_kl_p99: Annotated[float | None, typer.Option(help="Exit 1 if its 99th percentile exceeds this.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Exit 1 if the mean KL, of all or of one text, exceeds so many nats per token.")
+    ] = None,
+    max_kl_p99: Annotated[float | None, typer.Option(help="Exit 1 if its 99th percentile exceeds so many nats.")] = None,
     max_ppl_increase: Annotated[
         str | None, typer.Option(help="Exit 1 if the perplexity grew by more than this share: 2% or 0.02.")
     ] = None,
-    min_top1: Annotated[str | None, typer.Option(help="Exit 1 if the top-1 agreement is below this share.")] = None,
-    save: Annotated[bool, typer.Option("--save", help="Put the figures into MODEL/report.json and report.html.")] = False,
+    min_top1: Annotated[
+        str | None, typer.Option(help="Exit 1 if the top-1 agreement is below this share: 95% or 0.95.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Put the figures into MODEL's report.json, report.html and README.md.")
+    ] = False,
     as_json: a.Json = False,
     device: a.Device = None,
     dtype: a.Dtype = None,
@@ -59,7 +65,7 @@ def eval_(
     from compressor.errors import RecipeError
     from compressor.evaluation.limits import Limits, share
     from compressor.evaluation.tasks.suites import tasks_of
-    from compressor.judging import answer_tasks, evaluate
+    from compressor.judging import answer_tasks, check_tasks, evaluate
 
     names = [*(tasks or ()), *(tasks_of(suite) if suite else ())]
     limits = Limits(max_kl, max_kl_p99, share(max_ppl_increase, "--max-ppl-increase"), share(min_top1, "--min-top1"))
@@ -67,12 +73,16 @@ def eval_(
         raise RecipeError("limits: nothing to compare with; give the original model as --reference, and no --no-text")
     if not text and not names:
         raise RecipeError("--no-text: leaves nothing to do; name --tasks or a --suite")
+    if limit is not None and not names:
+        raise RecipeError(f"--limit {limit}: there are no questions; name --tasks or a --suite")
     if save:
-        results.read_report(model)  # fails before the work
+        results.check_amendable(model, judged=text, compared=reference is not None)  # fails before the work
     quiet()
-    found: dict[str, Any] = {}
+    if names:
+        check_tasks(model, names, limit, seed)  # fails before the work
     broken: list[str] = []
     shared: dict[str, Any] = {"seed": seed, "resident": resident, "device": device, "dtype": dtype}
+    answer: dict[str, Any] = {"tasks": []}
     if text:
         protocol: dict[str, Any] = {
             "samples": samples,
@@ -84,20 +94,21 @@ def eval_(
         with progress() as tell:
             quality = evaluate(model, reference, data=data or ("builtin",), **protocol, **shared, tell=tell)
         broken = limits.broken(quality) if limits.any else []
-        found["quality"] = quality.to_dict()
+        answer |= quality.to_dict()
+        if save:
+            results.amend(model, quality=quality.to_dict())
+        if not as_json:
+            print_quality(str(model), quality.to_dict())
     if names:
         with progress() as tell:
             answered = answer_tasks(model, names, reference, limit=limit, announce=_announce, **shared, tell=tell)
-        found["tasks"] = [result.to_dict() for result in answered]
-    if save:
-        results.amend(model, **found)
+        answer["tasks"] = [result.to_dict() for result in answered]
+        if save:
+            results.amend(model, tasks=answer["tasks"])
+        if not as_json:
+            print_tasks(answer["tasks"])
     if as_json:
-        print_json({**found.get("quality", {}), "tasks": found.get("tasks", []), "limits_broken": broken})
-    else:
-        if text:
-            print_quality(str(model), found["quality"])
-        if names:
-            print_tasks(found["tasks"])
+        print_json({**answer, "limits_broken": broken})
     for sentence in broken:
         sys.stderr.write(f"limit broken: {sentence}\n")
     if broken:

@@ -1,5 +1,6 @@
 """Limits that a model must keep for a check to pass, as CI sets them."""
 
+import math
 from dataclasses import dataclass
 
 from compressor.errors import RecipeError
@@ -14,6 +15,14 @@ class Limits:
     max_kl_p99: float | None = None
     max_ppl_increase: float | None = None  # share of the reference's perplexity
     min_top1: float | None = None  # share of predictions
+
+    def __post_init__(self) -> None:
+        for name, most in (("max_kl", math.inf), ("max_kl_p99", math.inf), ("max_ppl_increase", math.inf), ("min_top1", 1.0)):
+            value = getattr(self, name)
+            least = -1.0 if name == "max_ppl_increase" else 0.0
+            if value is not None and not (least <= value <= most and math.isfinite(value)):
+                top = f" … {most:.0%}" if math.isfinite(most) else ""
+                raise RecipeError(f"--{name.replace('_', '-')} {value:g}: no such limit; give a number from {least:g}{top}")
 
     @property
     def any(self) -> bool:

@@ -36,6 +36,8 @@ class Predictor(Protocol):
     @property
     def vocab_size(self) -> int: ...
     @property
+    def max_positions(self) -> int: ...  # the longest sequence it can be given
+    @property
     def tokens_in_flight(self) -> int | None: ...  # most tokens for one call of `predict`; None for any number
     def steps(self, batches: Sequence[Batch]) -> int: ...  # times that `predict` calls `step`
     def predict(self, batches: Sequence[Batch], step: Callable[[], None]) -> Iterator[Tensor]:
@@ -55,6 +57,10 @@ class Streamed:
     @property
     def vocab_size(self) -> int:
         return self.source.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        return self.source.max_positions
 
     @property
     def tokens_in_flight(self) -> int | None:
@@ -77,7 +83,8 @@ class Resident:
     """The whole model in memory, dense."""
 
     def __init__(self, source: ModelSource) -> None:
-        self.path, self.vocab_size, self.device = source.path, source.vocab_size, source.device
+        self.path, self.device = source.path, source.device
+        self.vocab_size, self.max_positions = source.vocab_size, source.max_positions
         self.tokens_in_flight: int | None = None
         self.model = source.whole()
 
@@ -101,4 +108,5 @@ def final_hidden(source: ModelSource, batches: Sequence[Tensor], step: Callable[
         for i, states in enumerate(hidden):
             hidden[i] = block.forward(states.to(source.device)).cpu()
         step()
+    source.forget_arguments()
     return hidden

@@ -112,10 +112,12 @@ def _turns(
     limit = min((bound // len(everyone) for bound in bounded if bound is not None), default=None)
     if None in bounded:
         tokens_at_once = min(tokens_at_once, RESIDENT_LOGITS // vocabulary)
+    longest = min(one.max_positions for one in everyone)
+    together = max(1, min(longest, LOGITS_AT_ONCE // vocabulary))  # positions whose hidden states make up one sequence
     turn: list[tuple[Batch, list[int]]] = []
     size = 0
     for members in _groups(passages, tokens_at_once):
-        batch = _batch([passages[m] for m in members], max(1, LOGITS_AT_ONCE // vocabulary))
+        batch = _batch([passages[m] for m in members], longest, together)
         if turn and limit is not None and size + batch.tokens_BS.numel() > limit:
             yield turn
             turn, size = [], 0
@@ -139,10 +141,11 @@ def _padded(passage: Passage) -> int:
     return -(-len(passage.tokens) // PADDED_TO) * PADDED_TO
 
 
-def _batch(passages: Sequence[Passage], positions_at_once: int) -> Batch:
+def _batch(passages: Sequence[Passage], longest: int, positions_at_once: int) -> Batch:
+    """Passages side by side, padded to a length that the model still takes."""
     length = max(len(p.tokens) for p in passages)
     if any(len(p.tokens) != length for p in passages):
-        length = _padded(max(passages, key=lambda p: len(p.tokens)))
+        length = max(length, min(longest, _padded(max(passages, key=lambda p: len(p.tokens)))))
     tokens_BS = torch.zeros(len(passages), length, dtype=torch.long)
     for row, passage in enumerate(passages):
         tokens_BS[row, : len(passage.tokens)] = passage.tokens
@@ -162,13 +165,13 @@ def _compare(
         Scores(
             -logp.gather(-1, following.to(logp.device)[:, None])[:, 0].cpu(),
             logp.argmax(-1).cpu(),
-            _divergence(logp_PV[-1], logp) if with_reference and which < len(logp_PV) - 1 else None,
+            divergence(logp_PV[-1], logp) if with_reference and which < len(logp_PV) - 1 else None,
         )
         for which, logp in enumerate(logp_PV)
     ]
 
 
-def _divergence(reference_PV: Tensor, logp_PV: Tensor) -> Tensor:
+def divergence(reference_PV: Tensor, logp_PV: Tensor) -> Tensor:
     """KL(reference || model) [P]. Where the reference gives no probability at all, nothing is lost."""
     share = reference_PV.exp()
     lost = share * (reference_PV - logp_PV.to(reference_PV.device))

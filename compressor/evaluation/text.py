@@ -2,6 +2,7 @@
 
 Two protocols. By default documents are joined and cut into samples of `seq_len` tokens, a new one every `stride` tokens; of
 a sample that overlaps the one before, only the last `stride` tokens are predicted, so that no token is predicted twice.
+Documents keep the order of their source (the built-in ones have a seeded one), and have the end token between them.
 What a sample begins with is not predicted: it was cut out of a text, of which nothing is known yet. With `documents` each
 document is a sample of its own, cut off at `seq_len` tokens. With `bos` every sample begins with the tokenizer's begin token,
 which counts as one of its tokens and is never predicted; what follows it is, at the beginning of a document.
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from compressor.calibration.data import Document, Split, documents, encode
 from compressor.errors import CalibrationError, RecipeError
 from compressor.evaluation.score import Passage
+
+CHARACTERS = 64  # that a token stands for at most, on average: so much of a long text is tokenised
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _documents(
     for document in texts:
         if samples == 0:
             return
-        ids = _begun(begin, encode(tokenizer, document, joined=False))[: protocol.seq_len]
+        ids = [*begin, *_ids(tokenizer, document)][: protocol.seq_len]
         if len(ids) >= 2:
             yield Passage(torch.tensor(ids))
             samples -= 1
@@ -135,7 +138,9 @@ def _windows(
     wanted = room + (samples - 1) * protocol.stride
     ids: list[int] = []
     for document in texts:
-        ids += encode(tokenizer, document, joined=bool(ids))
+        end = [tokenizer.eos_token_id] if ids and tokenizer.eos_token_id is not None else []
+        enough = CHARACTERS * (wanted - len(ids))
+        ids += [*end, *_ids(tokenizer, document[:enough] if isinstance(document, str) else document)]
         if len(ids) >= wanted:
             break
     for first in range(0, min(len(ids), wanted) - room + 1, protocol.stride):
@@ -144,9 +149,10 @@ def _windows(
         yield Passage(tokens, max(known, len(tokens) - protocol.stride) if first else known)
 
 
-def _begun(begin: list[int], ids: list[int]) -> list[int]:
-    """Tokens that start with the begin token, once, if there is to be one."""
-    return ids if ids[: len(begin)] == begin else [*begin, *ids]
+def _ids(tokenizer: PreTrainedTokenizerBase, document: Document) -> list[int]:
+    """Tokens of a document without a begin token: whether samples begin with one is for the protocol to say."""
+    ids = encode(tokenizer, document, joined=False, special=False)
+    return ids[1:] if ids and ids[0] == tokenizer.bos_token_id else ids  # a chat template may write one
 
 
 def _bytes(tokenizer: PreTrainedTokenizerBase, passage: Passage) -> int:

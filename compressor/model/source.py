@@ -47,6 +47,7 @@ class ModelSource:
         self._tied = self._tie()
         self._check_complete()
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+        self._streams = False  # known to feed blocks nothing of the tokens but their hidden states
 
     @property
     def vocab_size(self) -> int:
@@ -131,45 +132,57 @@ class ModelSource:
 
     @torch.no_grad()
     def first_inputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """What the first block receives: hidden states [B, S, D], on the CPU, for each batch of tokens [B, S]."""
-        received: list[Tensor] = []
+        """What the first block receives: hidden states [B, S, D], on the CPU, for each batch of tokens [B, S].
 
-        def keep(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-            if index == 0:
-                received.append(hidden.cpu())
-            return hidden
-
-        with self._resident(lambda name: not self._is_head(name)), _replaced(self.layers, keep):
+        What blocks are called with besides is kept for `arguments`.
+        """
+        received = []
+        with self._resident(lambda name: not self._is_head(name)):
+            self._check_streams()
             for tokens in batches:
-                self.model.base_model(tokens.to(self.device), use_cache=False)
+                hidden, self._arguments[tokens.shape[0], tokens.shape[1]] = self._front(tokens.to(self.device))
+                received.append(hidden.cpu())
         return received
 
     @torch.no_grad()
     def arguments(self, shape: tuple[int, int]) -> list[Arguments]:
         """What each block is called with besides the hidden states, for tokens of a shape (B, S) without padding."""
         if shape not in self._arguments:
-            zeros = torch.zeros(shape, dtype=torch.long, device=self.device)
-            others = torch.arange(zeros.numel(), device=self.device).view(shape) % self.vocab_size
-            first, second = self._record(zeros), self._record(others)
-            if not _same(first, second):
-                raise SourceError(
-                    f"{self.path}: blocks of model type `{self.model.config.model_type}` are told more of the tokens than "
-                    "their hidden states; this architecture cannot be streamed block by block"
-                )
-            self._arguments[shape] = first
+            with self._resident(lambda name: not self._is_head(name)):
+                self._check_streams()
+                tokens = torch.zeros(shape, dtype=torch.long, device=self.device)
+                _, self._arguments[shape] = self._front(tokens)
         return self._arguments[shape]
 
-    def _record(self, tokens: Tensor) -> list[Arguments]:
-        """What each block is called with besides the hidden states."""
+    def forget_arguments(self) -> None:
+        """Drop what is kept for `arguments`: after text of many lengths it adds up."""
+        self._arguments.clear()
+
+    def _check_streams(self) -> None:
+        """Refuse an architecture whose blocks are told more of the tokens than their hidden states."""
+        if self._streams:
+            return
+        others = torch.arange(min(16, self.max_positions), device=self.device)[None] % self.vocab_size
+        if not _same(self._front(torch.zeros_like(others))[1], self._front(others)[1]):
+            raise SourceError(
+                f"{self.path}: blocks of model type `{self.model.config.model_type}` are told more of the tokens than "
+                "their hidden states; this architecture cannot be streamed block by block"
+            )
+        self._streams = True
+
+    def _front(self, tokens_BS: Tensor) -> tuple[Tensor, list[Arguments]]:
+        """What the first block receives, and what each is called with besides the hidden states."""
+        received: list[Tensor] = []
         recorded: list[Arguments] = []
 
         def keep(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+            received.append(hidden)
             recorded.append((args, {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}))
             return hidden
 
-        with self._resident(lambda name: not self._is_head(name)), _replaced(self.layers, keep):
-            self.model.base_model(tokens, use_cache=False)
-        return recorded
+        with _replaced(self.layers, keep):
+            self.model.base_model(tokens_BS, use_cache=False)
+        return received[0], recorded
 
     @torch.no_grad()
     def logits(self, batches: Iterator[Tensor] | Sequence[Tensor]) -> Iterator[Tensor]:
@@ -228,7 +241,7 @@ class ModelSource:
             bad = int((~torch.isfinite(tensor)).sum())
             raise SourceError(
                 f"{self.path}: {name} holds {bad} NaN or infinite values of {tensor.numel()}; "
-                "such a model cannot be compressed, get a sound copy"
+                "such a model cannot be used, get a sound copy"
             )
         return tensor
 

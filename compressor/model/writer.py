@@ -133,7 +133,7 @@ class Workspace:
 def copy_other_files(source: Path, to: Path, except_for: Path) -> list[str]:
     """Copy every file of a model directory that holds no weights, verbatim; a README under another name.
 
-    Returns: the names copied.
+    Returns: their names as written.
     """
     copied = []
     skipped = {path.resolve() for path in (except_for, except_for.with_name(except_for.name + ".partial"))}
@@ -150,7 +150,7 @@ def copy_other_files(source: Path, to: Path, except_for: Path) -> list[str]:
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        copied.append(relative.as_posix())
+        copied.append(target.relative_to(to).as_posix())
     return copied
 
 
@@ -232,11 +232,17 @@ def writing(path: Path) -> Iterator[None]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step: it is the old one or the new one, never half of it."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory where a file is to be written; name a file in it")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     with writing(path):
-        unfinished.write_text(text, encoding="utf-8")
-        _sync(unfinished)
-        unfinished.rename(path)
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            _sync(unfinished)
+            unfinished.rename(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
 
 
 def _sync(path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from compressor.report_html import numbers
 
-NEEDED = ("model", "path", "out", "rows", "size_bytes", "source_size_bytes", "bits_per_weight", "model_bits_per_weight")
 _OPTIONAL = (
     "quality",
     "tasks",
@@ -90,12 +89,7 @@ class Model:
     def protocol(self) -> str | None:
         """How text became predictions, in words."""
         known = (self.report["quality"] or {}).get("protocol")
-        if not known:
-            return None
-        begin = "begun with BOS" if known["bos"] else "no BOS"
-        how = "one document each" if known["documents"] else f"stride {known['stride']}"
-        samples = f"samples of {'up to ' if known['documents'] else ''}{known['seq_len']} tokens"
-        return f"{samples}, {how}, {begin}, computed in {known['dtype']}"
+        return protocol(known) if known else None
 
     @property
     def computation(self) -> str | None:
@@ -163,6 +157,13 @@ class Model:
         batch, rate, original = self.decoding
         beside = f"; {rate / original:.2f} × the original’s {numbers.number(original, 3)}" if original else ""
         return Tile("Decoding speed", numbers.number(rate, 3), f"tokens per second at batch {batch}{beside}")
+
+
+def protocol(known: Mapping[str, Any]) -> str:
+    """How text became predictions, in words."""
+    begin = "begun with BOS" if known["bos"] else "no BOS"
+    how = "one document each" if known["documents"] else f"stride {known['stride']}"
+    return f"samples of {'up to ' if known['documents'] else ''}{known['seq_len']}, {how}, {begin}, {known['dtype']}"
 
 
 def figures(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,16 +14,17 @@ from compressor.report_html.model import Model
 from compressor.report_html.plots import Reports, common_text, judged_text, origins, plot_data
 
 
-def render(reports: Reports, title: str | None = None) -> str:
+def render(reports: Reports, title: str | None = None, plots: Mapping[str, Any] | None = None) -> str:
     """A page about one model, or one that compares several.
 
     Args:
         reports: Contents of report.json files, at least one.
         title: None takes the model's name, or how many there are.
+        plots: Their `plot_data`, if it is known already.
     """
     from plotly.offline import get_plotlyjs
 
-    plots = plot_data(reports)
+    plots = plot_data(reports) if plots is None else plots
     models = _models(reports, plots)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["prose"] = tables.prose

@@ -8,6 +8,7 @@ the median of the rounds' own ratios, which a machine that is busy for a whole r
 Sources of the figures: see `compressor.runtime.measure`.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -213,6 +214,9 @@ def _checked(
     for option, value in at_least_one:
         if value < 1:
             raise RecipeError(f"{option} {value}: nothing to measure; give 1 or more")
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise RecipeError(f"--threads {threads}: this machine runs {cores} at once; lower --threads")
     if not batches:
         raise RecipeError("--batch: no batch size; give one or more")
     room = {name: ModelSource(place, CPU).max_positions for name, place in models.items()}

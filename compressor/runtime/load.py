@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compressor.model.generation import generate_plainly
 from compressor.model.source import ModelSource
 
 
@@ -64,11 +65,11 @@ def continuation(
     if seed is not None:
         torch.manual_seed(seed)
     ids_1S = ids[None].to(model.device)
+    generate_plainly(model, sample=seed is not None)
     out = model.generate(
         ids_1S,
         attention_mask=torch.ones_like(ids_1S),
         max_new_tokens=max_new_tokens,
-        do_sample=seed is not None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     text = tokenizer.decode(out[0, ids_1S.shape[1] :], skip_special_tokens=True)

@@ -1,6 +1,7 @@
 """Whether the files of a directory are whole, and hold the bytes that the run computed."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +18,12 @@ CHUNK_BYTES = 2**24
 
 
 def check_files(directory: Path) -> str:
-    """All shards are whole, and hold what the index says."""
+    """All shards are whole, and hold what the index says: each tensor once, in the shard that it names."""
     for shard in _shards(directory):
         size = shard.stat().st_size
         cut = sorted((span.end, name) for name, span in _spans(shard).items() if span.end > size)
         refuse([f"{shard}: ends at byte {size:,} where {name} needs {end:,}" for end, name in cut])
+    refuse(_misplaced(directory))
     checkpoint = Checkpoint(directory)
     return f"{len(checkpoint.headers)} tensors, whole; files: {len(checkpoint.files())}"
 
@@ -31,9 +33,9 @@ def check_hashes(directory: Path, manifest: Manifest | None, progress: Progress)
     if manifest is None:
         raise NotCheckedError(f"no {MANIFEST}: nothing says what the tensors should be")
     known, kinds, contents = manifest.tensors, [], []
-    found = {name: (shard, span) for shard in _shards(directory) for name, span in _spans(shard).items()}
-    total, done = sum(span.end - span.begin for _, span in found.values()), 0
-    for name, (shard, span) in found.items():
+    found = [(name, shard, span) for shard in _shards(directory) for name, span in _spans(shard).items()]
+    total, done = sum(span.end - span.begin for _, _, span in found), 0
+    for name, shard, span in found:
         progress(done, total, f"hash of {name}")
         done += span.end - span.begin
         expected = known.get(name)
@@ -44,7 +46,7 @@ def check_hashes(directory: Path, manifest: Manifest | None, progress: Progress)
             kinds.append(f"{shard}: {name} is {span.dtype} {list(span.shape)} where the run computed {computed}")
         elif _sha256(shard, span) != expected["sha256"]:
             contents.append(f"{shard}: {name} holds other bytes than the run computed")
-    lost = [f"{directory}: {name} of {MANIFEST} is missing" for name in known if name not in found]
+    lost = [f"{directory}: {name} of {MANIFEST} is missing" for name in sorted(known.keys() - {name for name, _, _ in found})]
     refuse([*lost, *kinds, *contents])
     return f"{len(known)} tensors, {total:,} bytes, as the run computed them"
 
@@ -68,11 +70,39 @@ def check_config(directory: Path, manifest: Manifest | None) -> str:
     return f"{same}: {source.model.config.model_type}, packed layers: {len(packed)}"
 
 
+def check_copies(directory: Path, manifest: Manifest | None) -> str:
+    """The tokenizer and what else was copied from the original is as it was: with another one a model writes nonsense."""
+    if manifest is None:
+        raise NotCheckedError(f"no {MANIFEST}: nothing says what the other files should be")
+    problems = []
+    for name, known in manifest.files.items():
+        file = directory / name
+        if not file.is_file():
+            problems.append(f"{file}: is missing")
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != known:
+            problems.append(f"{file}: is not what the run copied from the original")
+    refuse(problems)
+    return f"{len(manifest.files)} files, as in the original"
+
+
 def _shards(directory: Path) -> list[Path]:
     """The files with weights, whole or not."""
     if (directory / SINGLE).is_file():
         return [directory / SINGLE]
     return [directory / shard for shard in sorted(set(find_shards(directory).values()))]
+
+
+def _misplaced(directory: Path) -> list[str]:
+    """Tensors that stand in two shards, of which loaders would take either, or in another than the index names."""
+    index, places = find_shards(directory), defaultdict[str, list[str]](list)
+    for shard in _shards(directory):
+        for name in _spans(shard):
+            places[name].append(shard.name)
+    return [
+        f"{directory}: {name} is in {' and '.join(shards)} where the index has it in {index.get(name, 'none')}"
+        for name, shards in places.items()
+        if shards != [index.get(name)]
+    ]
 
 
 def _spans(shard: Path) -> dict[str, Span]:

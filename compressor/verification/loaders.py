@@ -11,11 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
+from compressor.errors import SourceError
 from compressor.evaluation.predict import final_hidden
+from compressor.model.memory import available_memory, parameters
 from compressor.model.quantization_config import OWN
 from compressor.model.source import ModelSource
 from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
@@ -28,6 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # trained models of 4 to 8 blocks (float16 0.004, bfloat16 0.04), fp32 about 1000 roundings. A misread layer costs far more.
 LIMITS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.2}
 STOCK = Path(__file__).with_name("stock.py")
+SHARE = 0.5  # of the available memory, at most, for stock transformers, which holds the whole model
+SHORT_OF_MEMORY = ("MemoryError", "Cannot allocate memory")  # Python's words, and the system's, which torch passes on
 
 
 def check_logits(directory: Path, manifest: Manifest | None, device: torch.device, progress: Progress) -> str:
@@ -42,8 +45,8 @@ def check_logits(directory: Path, manifest: Manifest | None, device: torch.devic
     return _judge(found, record.dtype, f"{directory}: log-probabilities", "what the run computed")
 
 
-def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | None) -> str:
-    """Stock transformers, without this package, finds every key and computes what our resident reader computes."""
+def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | None, progress: Progress) -> str:
+    """Stock transformers, without this package, finds every key and computes what our streaming reader computes in fp32."""
     method = (source.raw_config.get("quantization_config") or {}).get("quant_method")
     if method == OWN:
         raise NotCheckedError(f"it does not know the layout `{OWN}`: that is for compressor.load")
@@ -64,9 +67,11 @@ def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | No
         if key.rpartition(".")[0] in known  # else the original, too, has it for nothing
     ]
     refuse(problems)
-    with torch.no_grad():
-        ours_SV = source.whole()(tokens_1S, use_cache=False).logits[0]
-    record = Record.of(tokens_1S, torch.float32, ours_SV)
+    try:
+        ours_SV = streamed_logits(source, tokens_1S, progress)
+    except SourceError as error:
+        raise NotCheckedError(f"it finds every key, but its logits have none of ours to be compared with: {error}") from error
+    record = Record.of(tokens_1S, source.dtype, ours_SV)
     return _judge(record.difference(stock["logits"]), record.dtype, f"{directory}: log-probabilities of transformers", "ours")
 
 
@@ -101,11 +106,13 @@ def _check_tokens(source: ModelSource, tokens_1S: Tensor) -> None:
 
 
 def _check_memory(source: ModelSource) -> None:
-    state = source.model.state_dict()
-    needed = 4 * sum(state[name].numel() for name in source.names) + sum(f.stat().st_size for f in source.checkpoint.files())
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise NotCheckedError(f"dense in float32 it takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are available")
+    """Whether stock transformers may load the model, which it does on the CPU."""
+    files = sum(file.stat().st_size for file in source.checkpoint.files())
+    needed, free = parameters(source) * torch.float32.itemsize + files, available_memory(torch.device("cpu"))
+    if needed > SHARE * free:
+        raise NotCheckedError(
+            f"dense in float32 it takes {needed / 1e6:,.1f} MB, more than half of the {free / 1e6:,.1f} MB that are available"
+        )
 
 
 def _ask(directory: Path, tokens_1S: Tensor) -> dict[str, Any]:
@@ -116,8 +123,12 @@ def _ask(directory: Path, tokens_1S: Tensor) -> dict[str, Any]:
         tokens = map(str, tokens_1S[0].tolist())
         command = [sys.executable, "-P", str(STOCK), str(directory), str(answer), *tokens]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode != 0:
+        if done.returncode < 0:
+            raise NotCheckedError(f"it was ended by signal {-done.returncode}, most likely for lack of memory")
+        if done.returncode > 0:
             reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            if any(words in done.stderr for words in SHORT_OF_MEMORY):
+                raise NotCheckedError(f"it ran out of memory ({reason})")
             raise WrongError(f"{directory}: stock transformers cannot load it ({reason})")
         found: dict[str, Any] = torch.load(answer, weights_only=True)
         return found

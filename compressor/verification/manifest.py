@@ -1,6 +1,7 @@
 """manifest.json: what a run computed, taken from memory, so that what happens to the files afterwards shows.
 
-    {"version": 1, "config_sha256": …, "tensors": {name: {"dtype", "shape", "sha256"}}, "probe": {…} or null}
+    {"version": 1, "config_sha256": …, "files": {name: sha256}, "tensors": {name: {"dtype", "shape", "sha256"}},
+     "probe": {…} or null}
 
 Tensors are hashed before they are written the first time; the probe is what the model computed while the run had it in
 memory (see compressor.verification.probe). Neither depends on the code that writes or reads files.
@@ -31,6 +32,7 @@ class Manifest:
     """What a directory is to be compared with."""
 
     config_sha256: str
+    files: Mapping[str, str]  # by name, the hashes of those copied from the original: tokenizer, chat template, …
     tensors: Mapping[str, Entry]  # by name
     probe: Record | None  # None for an architecture that cannot be streamed
 
@@ -38,7 +40,13 @@ class Manifest:
         """The content of manifest.json."""
         probe = self.probe.to_dict() if self.probe is not None else None
         tensors = {name: dict(self.tensors[name]) for name in sorted(self.tensors)}
-        data = {"version": VERSION, "config_sha256": self.config_sha256, "tensors": tensors, "probe": probe}
+        data = {
+            "version": VERSION,
+            "config_sha256": self.config_sha256,
+            "files": dict(self.files),
+            "tensors": tensors,
+            "probe": probe,
+        }
         return json.dumps(data, separators=(",", ":")) + "\n"
 
 
@@ -71,6 +79,7 @@ def read_manifest(directory: Path) -> Manifest | None:
             raise ValueError(f"version {data['version']} where {VERSION} is known")
         probe = Record.from_dict(data["probe"]) if data["probe"] is not None else None
         tensors = {name: {key: entry[key] for key in ("dtype", "shape", "sha256")} for name, entry in data["tensors"].items()}
-        return Manifest(data["config_sha256"], tensors, probe)
+        files = {str(name): str(known) for name, known in data["files"].items()}
+        return Manifest(data["config_sha256"], files, tensors, probe)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise SourceError(f"{file}: cannot be read ({error!r}); get the directory again from where it came") from error

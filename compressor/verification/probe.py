@@ -42,10 +42,14 @@ class Record:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Record":
         """Inverse of `to_dict`. Raises ValueError, LookupError or TypeError if the data is something else."""
-        ids, values = torch.tensor(data["logits"]["ids"]), torch.tensor(data["logits"]["log_probabilities"]).double()
-        if ids.dim() != 2 or ids.shape != values.shape or len(ids) != len(data["tokens"]):
-            raise ValueError(f"{len(data['tokens'])} tokens, {list(ids.shape)} ids, {list(values.shape)} values")
-        return cls(tuple(map(int, data["tokens"])), str(data["dtype"]), ids, values)
+        tokens, rows = data["tokens"], data["logits"]["ids"]
+        for number in (*tokens, *(number for row in rows for number in row)):
+            if type(number) is not int or not 0 <= number < 2**31:
+                raise ValueError(f"{number!r} is no token")
+        ids, values = torch.tensor(rows), torch.tensor(data["logits"]["log_probabilities"], dtype=torch.float64)
+        if ids.numel() == 0 or ids.dim() != 2 or ids.shape != values.shape or len(ids) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens, {list(ids.shape)} ids, {list(values.shape)} values")
+        return cls(tuple(tokens), str(data["dtype"]), ids, values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

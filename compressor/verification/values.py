@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import SourceError
+from compressor.evaluation.score import divergence
 from compressor.model.architecture import linear_layers
 from compressor.model.source import ModelSource
 from compressor.verification.check import Progress, refuse
@@ -59,7 +60,7 @@ def check_reference(source: ModelSource, reference: Path, progress: Progress) ->
     unchanged = len([name for name in source.checkpoint if name in original.checkpoint])
     return (
         f"{unchanged} tensors equal, {len(packed)} packed layers alike (least cosine similarity {least[0]:.3f}, {least[1]}); "
-        f"{_divergence(source, original, progress)}"
+        f"{_kl(source, original, progress)}"
     )
 
 
@@ -107,12 +108,15 @@ def _likeness(source: ModelSource, original: ModelSource, layer: str) -> float:
     return float(ours.flatten() @ theirs.flatten()) / lengths if lengths else float(torch.equal(ours, theirs))
 
 
-def _divergence(source: ModelSource, original: ModelSource, progress: Progress) -> str:
+def _kl(source: ModelSource, original: ModelSource, progress: Progress) -> str:
     """How far apart the two are on the probe: for information, since it is no measure of quality."""
     tokens = probe_tokens(source)
     try:
         log_p, log_q = (streamed_logits(one, tokens, progress).double().log_softmax(-1) for one in (original, source))
     except SourceError as error:
         return f"KL not computed: {error}"
-    kl = float((log_p.exp() * (log_p - log_q)).nan_to_num(0.0).sum(-1).mean())
+    for one, log_probs in ((original, log_p), (source, log_q)):
+        if log_probs.isnan().any():
+            return f"KL not computed: the logits of {one.path} are not finite in {one.dtype}"
+    kl = float(divergence(log_p, log_q).mean())
     return f"KL {kl:.3g} nats/token on the {tokens.numel()} tokens of the probe"

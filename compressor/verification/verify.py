@@ -9,7 +9,7 @@ from compressor.errors import SourceError
 from compressor.model.checkpoint import read_config
 from compressor.model.source import ModelSource
 from compressor.verification.check import Check, Progress, attempt
-from compressor.verification.files import check_config, check_files, check_hashes
+from compressor.verification.files import check_config, check_copies, check_files, check_hashes
 from compressor.verification.loaders import check_logits, check_transformers
 from compressor.verification.manifest import read_manifest
 from compressor.verification.values import check_reference, check_values
@@ -43,12 +43,13 @@ def verify(
         attempt("files", lambda: check_files(directory)),
         attempt("hashes", lambda: check_hashes(directory, manifest, progress)),
         attempt("config", lambda: check_config(directory, manifest)),
+        attempt("copies", lambda: check_copies(directory, manifest)),
     ]
     tokens = torch.tensor([manifest.probe.tokens]) if manifest is not None and manifest.probe is not None else None
     loading: dict[str, Callable[[], str]] = {
         "values": lambda: check_values(ModelSource(directory, CPU), progress),
         "logits": lambda: check_logits(directory, manifest, device, progress),
-        "transformers": lambda: check_transformers(directory, ModelSource(directory, CPU), tokens),
+        "transformers": lambda: check_transformers(directory, ModelSource(directory, CPU), tokens, progress),
     }
     if reference is not None:
         loading["reference"] = lambda: check_reference(ModelSource(directory, device), reference, progress)

@@ -14,6 +14,10 @@ shards, which the kernel can drop at any time; the peak of the anonymous pages a
 beside it. `ru_maxrss` would not do: a child starts with that of the process it was forked from. The forecast of
 `--dry-run` stands beside both; it must be within 30 % of the peak.
 
+A run verifies what it wrote before it is done, and that counts: it streams, with one block in memory at a time. Stock
+transformers, which then loads the whole model, does so in a process of its own, if that takes at most half of the memory
+that is available: VmHWM is of one process, and this one is left out.
+
 Exit status: 0 all limits hold, 1 one is broken, 2 a run failed. Needs 25 GB of disk, 1 GB with --skip-7b.
 """
 

@@ -27,7 +27,7 @@ from compressor.evaluation.tasks.harness import answer
 from compressor.evaluation.tasks.harness import quiet as quiet_harness
 from compressor.evaluation.tasks.loading import load
 from compressor.evaluation.tasks.subject import Place, Subject
-from compressor.judging import available_memory
+from compressor.model.memory import available_memory
 
 SHOTS = 5
 ANSWER = 256  # tokens

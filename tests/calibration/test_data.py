@@ -77,8 +77,8 @@ def test_parquet_and_text_files_are_read(tmp_path, tokenizer):
     texts = [f"paragraph {i} " + "words " * 400 for i in range(40)]
     pyarrow.parquet.write_table(pyarrow.table({"content": texts}), tmp_path / "a.parquet")
     (tmp_path / "a.txt").write_text("\n\n".join(texts))
-    assert set(data._file(tmp_path / "a.parquet")) == set(texts)
-    assert "\n\n".join(data._file(tmp_path / "a.txt")) == "\n\n".join(texts)
+    assert set(data._file(tmp_path / "a.parquet", whole=False)) == set(texts)
+    assert "\n\n".join(data._file(tmp_path / "a.txt", whole=False)) == "\n\n".join(texts)
 
 
 def test_a_hub_data_set_is_streamed_by_name_config_split_and_column(monkeypatch):

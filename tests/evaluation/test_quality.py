@@ -126,6 +126,20 @@ def test_passages_of_different_lengths_are_scored_as_each_alone(path: str, text:
         assert torch.equal(scores.best, alone.argmax(-1))
 
 
+@pytest.mark.parametrize("path", OPEN)
+def test_a_model_with_learned_positions_scores_more_predictions_than_it_has_positions(
+    path: str, tiny: Callable[..., Path]
+) -> None:
+    """They share a batch, and are padded no further than the model goes."""
+    model = tiny("gpt2")
+    tokens = torch.randint(3, 320, (4, 63), generator=torch.Generator().manual_seed(0))
+    passages = [Passage(row[: 63 - 2 * n]) for n, row in enumerate(tokens)]
+    found = score([OPEN[path](model)], passages).models[0]
+    for passage, scores in zip(passages, found, strict=True):
+        alone = plain(model, passage.tokens[None])[0, :-1]
+        torch.testing.assert_close(scores.nll, -alone.gather(-1, passage.tokens[1:, None])[:, 0], rtol=1e-4, atol=1e-5)
+
+
 def test_several_models_are_judged_as_each_alone(text: Text, rounded: Path) -> None:
     both = measure(
         [Streamed(ModelSource(p, CPU)) for p in (rounded, DEMO_MODEL)], [text], PROTOCOL, OPEN["streamed"](DEMO_MODEL)

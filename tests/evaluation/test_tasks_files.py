@@ -158,6 +158,14 @@ def test_questions_are_asked_and_beginnings_continued(tmp_path: Path, row: Row, 
     assert made.rows == [{"context": context, "choices": ["to", "fro"], "label": 1}]
 
 
+def test_blanks_count_only_if_every_row_has_one(tmp_path: Path) -> None:
+    asked = [{"question": text, "choices": ["to", "fro"], "label": 1} for text in ("What does _ mean?", "Why?")]
+    mixed, alone = (read(write(tmp_path / f"{len(rows)}.jsonl", rows)) for rows in (asked, asked[:1]))
+    assert (mixed.kind, alone.kind) == ("choice", "blank")
+    assert [row["context"] for row in mixed.rows] == ["Question: What does _ mean?\nAnswer:", "Question: Why?\nAnswer:"]
+    assert alone.rows == [{"contexts": ["What does to", "What does fro"], "rest": "mean?", "label": 1}]
+
+
 @pytest.mark.parametrize("label", [2, "2", "C", "the third"])
 def test_a_label_is_an_index_a_letter_or_a_text(tmp_path: Path, label: Any) -> None:
     row = {"question": "Which?", "choices": ["one", "two", "the third"], "answer": label}

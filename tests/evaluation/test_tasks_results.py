@@ -179,6 +179,7 @@ def test_the_work_is_counted_before_it_is_done() -> None:
 def test_the_work_is_told_in_a_sentence(seconds: float, time: str) -> None:
     assert Work(12, 34567, 0).sentence(seconds) == f"12 questions, 34,567 tokens to read with each model, about {time} in all"
     assert "34,567 tokens to read and at most 80 to write with each model" in Work(12, 34567, 80).sentence(seconds)
+    assert "; 3 prompts are longer than the model takes" in Work(12, 34567, 0, 3).sentence(seconds)
 
 
 def test_progress_ends_at_its_end() -> None:

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from reports import report
+from reports import full, report
 
 from compressor.cli.report import report as command
 from compressor.errors import CompressorError, OutputError
 from compressor.report_html.plots import plot_data
+from compressor.report_html.schema import NEEDED
 
 
 @pytest.fixture
@@ -49,6 +51,57 @@ def test_an_older_page_is_replaced(runs: list[Path]) -> None:
     (runs[0] / "report.html").write_text("old")
     command(runs[:1])
     assert "old" not in (runs[0] / "report.html").read_text(encoding="utf-8")[:20]
+
+
+def test_a_report_without_the_optional_parts_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({key: report()[key] for key in NEEDED}))
+    command([tmp_path])
+    assert "demo-int4" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("part", "path"),
+    [
+        *(("rows[0]", ("rows", 0, key)) for key in ("layer", "option", "bits_per_weight", "error")),
+        *(("quality", ("quality", key)) for key in ("perplexity", "tokens", "texts", "positions", "protocol")),
+        *(("quality.protocol", ("quality", "protocol", key)) for key in ("seq_len", "stride", "bos", "documents", "dtype")),
+        *(("quality.texts[0]", ("quality", "texts", 0, key)) for key in ("name", "sha256")),
+        *(("quality.positions[0]", ("quality", "positions", 0, key)) for key in ("first", "last", "tokens")),
+        ("tasks[0]", ("tasks", 0, "metric")),
+        ("samples[0]", ("samples", 0, "reference")),
+        ("verification[0]", ("verification", 0, "outcome")),
+        ("speed.rows[0]", ("speed", "rows", 0, "batch")),
+        ("calibration", ("calibration", "sha256")),
+    ],
+)
+def test_a_part_that_lacks_a_key_is_named(part: str, path: tuple[str | int, ...], tmp_path: Path) -> None:
+    whole = full()
+    inner: Any = whole
+    for step in path[:-1]:
+        inner = inner[step]
+    del inner[path[-1]]
+    (tmp_path / "report.json").write_text(json.dumps(whole))
+    with pytest.raises(OutputError) as caught:
+        command([tmp_path])
+    assert f"not a report of a run, {part} lacks {path[-1]}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rows": None}, "rows is no list"),
+        ({"rows": ["x"]}, "rows[0] is no object"),
+        ({"rows": [{"layer": "a", "option": "b", "bits_per_weight": 4, "error": "c"}]}, "rows[0].error is no number"),
+        ({"size_bytes": "large"}, "size_bytes is no number"),
+        ({"quality": [1]}, "quality is no object"),
+        ({"tasks": {}}, "tasks is no list"),
+    ],
+)
+def test_a_part_of_another_type_is_named(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report(**changes)))
+    with pytest.raises(OutputError) as caught:
+        command([tmp_path])
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """The verbs that judge models: eval and compare."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from harness import CommandLine
 
 from compressor import api
+from compressor.errors import RecipeError
+from compressor.judging import evaluate
 
 FEW = ("--samples", 2, "--seq-len", 32)
 
@@ -72,6 +76,47 @@ class TestEval:
         self, options: tuple[object, ...], tiny: Path, compress: CommandLine
     ) -> None:
         assert "stride" in compress("eval", tiny, *FEW, *options).error
+
+    def test_a_name_that_looks_like_markup_is_shown_as_it_is(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+        odd = tmp_path / "a[red]b[" / "x]"
+        shutil.copytree(tiny, odd)
+        result = compress("eval", odd, *FEW)
+        assert result.code == 0
+        assert "a[red]b[/x]" in result.out.replace("\n", "")
+
+    @pytest.mark.parametrize(
+        "limit", [("--max-kl", "nan"), ("--max-kl", -1), ("--min-top1", 95), ("--max-ppl-increase", "inf")]
+    )
+    def test_a_limit_that_cannot_be_is_refused(self, limit: tuple[str, object], tiny: Path, compress: CommandLine) -> None:
+        assert limit[0] in compress("eval", tiny, "--reference", tiny, *FEW, *limit).error
+
+    def test_a_number_of_questions_without_a_task_is_refused(self, tiny: Path, compress: CommandLine) -> None:
+        assert "--tasks" in compress("eval", tiny, *FEW, "--limit", 3).error
+
+    def test_a_task_that_is_not_known_is_refused_before_the_text_is_judged(self, tiny: Path, compress: CommandLine) -> None:
+        assert "`no_such`" in compress("eval", tiny, *FEW, "--tasks", "no_such").error
+
+    def test_figures_without_kl_do_not_replace_those_with_it(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+        out = tmp_path / "judged"
+        small = ("--method", "rtn", "--set", "evaluation.samples=2", "--set", "evaluation.seq_len=32", "--no-verify")
+        assert compress("quantize", tiny, "--out", out, *small).code == 0
+        assert "--reference" in compress("eval", out, *FEW, "--save").error
+        assert compress("eval", out, "--reference", tiny, *FEW, "--save").code == 0
+
+    def test_what_a_model_was_calibrated_on_is_judged_by_its_held_out_part(
+        self, tiny: Path, tmp_path: Path, compress: CommandLine
+    ) -> None:
+        file, out = tmp_path / "own.jsonl", tmp_path / "out"
+        file.write_text("".join(json.dumps({"text": f"def f{n}(): return {n}\n" * 9}) + "\n" for n in range(400)))
+        options = ("--samples", 4, "--seq-len", 32, "--calibration", file, "--no-eval", "--no-verify")
+        assert compress("quantize", tiny, "--out", out, *options).code == 0
+        ours, other = (compress("eval", m, *FEW, "--data", file, "--json").json["texts"][0]["split"] for m in (out, tiny))
+        assert (ours, other) == ("held-out", "all")
+
+    def test_several_processes_are_refused(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("compressor.distributed._world", lambda: 2)
+        with pytest.raises(RecipeError, match="without torchrun"):
+            evaluate(tiny)
 
 
 class TestCompare:

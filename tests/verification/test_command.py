@@ -59,14 +59,14 @@ def test_sound_output_exits_with_0_and_shows_every_check(made: Path, tiny: Calla
     code, out, _ = compress("verify", made, "--reference", tiny("llama"))
     assert code == 0
     lines = [line.split()[:2] for line in out.splitlines()]
-    passed = [["passed", name] for name in ("files", "hashes", "config", "values", "logits")]
+    passed = [["passed", name] for name in ("files", "hashes", "config", "copies", "values", "logits")]
     assert lines == [*passed, ["skipped", "transformers"], ["passed", "reference"]]
 
 
 def test_damage_exits_with_1_and_names_the_tensor_on_one_line(damaged: Path, compress: Any) -> None:
     code, out, err = compress("verify", damaged)
     assert code == 1
-    assert err.endswith(f"{damaged}: 2 of 6 checks failed; get it again from where it came, or make it again\n")
+    assert err.endswith(f"{damaged}: 2 of 7 checks failed; get it again from where it came, or make it again\n")
     assert [line for line in out.splitlines() if line.startswith("failed") and SCALE in line]
 
 

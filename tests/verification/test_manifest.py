@@ -143,8 +143,9 @@ def test_a_model_that_cannot_be_streamed_has_no_probe_but_is_compressed(tiny: Ca
     report = api.run(recipe, tiny("gptj"), tmp_path / "out", device="cpu", verify=False)
     assert any("cannot be streamed" in warning for warning in report.warnings)
     found = {check.check: check for check in verify(tmp_path / "out")}
-    assert found["logits"].outcome == "skipped"
-    assert {check.outcome for name, check in found.items() if name != "logits"} == {"passed"}, found
+    skipped = {name for name, check in found.items() if check.outcome == "skipped"}
+    assert skipped == {"logits", "transformers"}, found
+    assert {check.outcome for name, check in found.items() if name not in skipped} == {"passed"}, found
 
 
 def test_the_record_of_a_large_vocabulary_is_small() -> None:
@@ -161,11 +162,49 @@ def test_the_record_of_a_large_vocabulary_is_small() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"version": 2}', '{"version": 1}', '{"version":1,"config_sha256":"","tensors":{},"probe":{}}']
+    "text",
+    ["{", "[]", '{"version": 2}', '{"version": 1}', '{"version":1,"config_sha256":"","files":{},"tensors":{},"probe":{}}'],
 )
 def test_a_manifest_of_another_kind_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(SourceError, match=r"manifest\.json: cannot be read"):
+        read_manifest(tmp_path)
+
+
+SOUND: dict[str, Any] = {
+    "tokens": [1, 2],
+    "dtype": "float32",
+    "logits": {"ids": [[3, 4], [5, 6]], "log_probabilities": [[-1.0, -2.0]] * 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ids"),
+    [
+        ([1, 2.5], [[3, 4], [5, 6]]),
+        ([1, 2.0], [[3, 4], [5, 6]]),
+        ([1, True], [[3, 4], [5, 6]]),
+        ([1, -2], [[3, 4], [5, 6]]),
+        ([1, 2**70], [[3, 4], [5, 6]]),
+        ([1], [[3, 4], [5, 6]]),
+        ([1, 2], [[3, 4], [5, -6]]),
+        ([1, 2], [[3, 4], [5, 6.5]]),
+        ([1, 2], [[3, 4], [5]]),
+        ([1, 2], [[], []]),
+        ([1, 2], [3, 4]),
+        ([], []),
+    ],
+)
+def test_a_damaged_probe_is_refused(tokens: list[Any], ids: list[Any], tmp_path: Path) -> None:
+    record: dict[str, Any] = {**SOUND, "logits": dict(SOUND["logits"])}
+    text = {"version": 1, "config_sha256": "", "files": {}, "tensors": {}, "probe": record}
+    (tmp_path / MANIFEST).write_text(json.dumps(text))
+    assert read_manifest(tmp_path) is not None
+    record["tokens"], record["logits"]["ids"] = tokens, ids
+    if not all(ids):
+        record["logits"]["log_probabilities"] = ids
+    (tmp_path / MANIFEST).write_text(json.dumps(text))
+    with pytest.raises(SourceError, match=r"manifest\.json: cannot be read .*; get the directory again"):
         read_manifest(tmp_path)
 
 

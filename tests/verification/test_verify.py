@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import change_config, change_tensors, tensors
 
 from compressor import api
@@ -17,7 +18,8 @@ from compressor.errors import SourceError
 from compressor.formats.int_group import IntGroup
 from compressor.model import shards
 from compressor.model.checkpoint import INDEX, SINGLE
-from compressor.verification import loaders
+from compressor.model.source import ModelSource
+from compressor.verification import loaders, values
 from compressor.verification import verify as verification
 from compressor.verification.check import Check, NotCheckedError
 from compressor.verification.verify import verify
@@ -88,7 +90,7 @@ def flip_a_byte(directory: Path, name: str) -> None:
 class TestSoundOutput:
     def test_passes_every_check(self, made: SimpleNamespace) -> None:
         found = answers(made.out, made.model)
-        assert list(found) == ["files", "hashes", "config", "values", "logits", "transformers", "reference"]
+        assert list(found) == ["files", "hashes", "config", "copies", "values", "logits", "transformers", "reference"]
         assert {check.outcome for check in found.values()} == {"passed"}, found
 
     @pytest.mark.usefixtures("alone")
@@ -122,6 +124,7 @@ class TestSoundOutput:
             "files": "passed",
             "hashes": "skipped",
             "config": "passed",
+            "copies": "skipped",
             "values": "passed",
             "logits": "skipped",
             "transformers": "passed",
@@ -205,6 +208,33 @@ class TestDamage:
         (out / INDEX).write_text(json.dumps(index))
         assert "lm_head.weight" in failures(out)["files"]
 
+    def test_a_tensor_in_another_shard_than_the_index_names(self, out: Path) -> None:
+        first = in_shards(out)[0].name
+        index = json.loads((out / INDEX).read_text())
+        name, holder = f"{LAYER}.weight_scale", index["weight_map"][f"{LAYER}.weight_scale"]
+        assert holder != first
+        index["weight_map"][name] = first
+        (out / INDEX).write_text(json.dumps(index))
+        assert failures(out)["files"] == f"{out}: {name} is in {holder} where the index has it in {first}"
+
+    @pytest.mark.parametrize("there", [0, -1])
+    def test_a_tensor_in_two_shards(self, there: int, out: Path) -> None:
+        files = in_shards(out)
+        name = "lm_head.weight" if there else f"{LAYER}.weight_scale"
+        holder = next(file for file in files if name in shards.spans(file))
+        assert holder != files[there]
+        content = load_file(files[there])
+        save_file({**content, name: load_file(holder)[name] * 2}, files[there])
+        found = failures(out)
+        both = " and ".join(sorted((holder.name, files[there].name)))
+        assert found["files"] == f"{out}: {name} is in {both} where the index has it in {holder.name}"
+        assert found["hashes"] == f"{files[there]}: {name} holds other bytes than the run computed"
+
+    def test_a_tensor_that_the_index_does_not_name(self, out: Path) -> None:
+        shard = in_shards(out)[0]
+        save_file({**load_file(shard), "more": torch.ones(3)}, shard)
+        assert failures(out)["files"] == f"{out}: more is in {shard.name} where the index has it in none"
+
     def test_nan_in_a_scale(self, out: Path) -> None:
         change_tensors(out, lambda content: content[f"{LAYER}.weight_scale"][0, 0].fill_(torch.nan))
         assert f"{LAYER}.weight_scale holds 1 NaN or infinite values of 512 (and 1 more" in failures(out)["values"]
@@ -260,12 +290,45 @@ class TestReaders:
     def test_without_memory_transformers_is_skipped_with_both_numbers(
         self, made: SimpleNamespace, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(loaders.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
-        check = answers(out)["transformers"]
-        assert check.outcome == "skipped"
         dense = 4 * sum(tensor.numel() for tensor in tensors(made.model).values())
         needed = dense + (out / SINGLE).stat().st_size
-        assert check.detail == f"dense in float32 it takes {needed / 1e6:.1f} MB, 1.0 MB are available"
+        monkeypatch.setattr(loaders, "available_memory", lambda device: 2 * needed - 1)
+        check = answers(out)["transformers"]
+        assert check.outcome == "skipped"
+        assert check.detail == (
+            f"dense in float32 it takes {needed / 1e6:.1f} MB, more than half of the {2 * needed / 1e6:.1f} MB "
+            "that are available"
+        )
+        monkeypatch.setattr(loaders, "available_memory", lambda device: 2 * needed)
+        assert answers(out)["transformers"].outcome == "passed"
+
+    @pytest.mark.parametrize(
+        ("program", "said"),
+        [
+            ("import os; os.kill(os.getpid(), 9)", "it was ended by signal 9, most likely for lack of memory"),
+            ("raise MemoryError", "it ran out of memory (MemoryError)"),
+            (
+                "raise OSError(12, 'Cannot allocate memory')",
+                "it ran out of memory (OSError: [Errno 12] Cannot allocate memory)",
+            ),
+        ],
+    )
+    def test_transformers_that_runs_out_of_memory_is_skipped(
+        self, program: str, said: str, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(loaders, "STOCK", tmp_path / "stock.py")
+        loaders.STOCK.write_text(program)
+        assert answers(out)["transformers"] == Check("transformers", "skipped", said)
+
+    def test_what_transformers_is_compared_with_is_streamed(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(ModelSource, "whole")
+        assert answers(out)["transformers"].outcome == "passed"
+
+    def test_what_cannot_be_streamed_is_not_compared_with_transformers(self, tiny: Callable[..., Path]) -> None:
+        check = answers(tiny("gptj"))["transformers"]
+        assert check.outcome == "skipped"
+        assert "finds every key, but its logits have none of ours to be compared with" in check.detail
+        assert "cannot be streamed" in check.detail
 
 
 @pytest.mark.usefixtures("alone")
@@ -285,6 +348,19 @@ class TestReference:
         other = Path(shutil.copytree(made.model, tmp_path / "other"))
         change_tensors(other, lambda content: content["model.norm.weight"][3:4].add_(1e-3))
         assert f"model.norm.weight differs from that of {other}" in failures(made.out, other)["reference"]
+
+    def test_logits_that_are_not_finite_are_reported_rather_than_a_divergence(
+        self, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert answers(made.out, made.model)["reference"].detail.endswith("nats/token on the 32 tokens of the probe")
+        sound = values.streamed_logits
+
+        def overflowing(source: ModelSource, *rest: Any) -> torch.Tensor:
+            return sound(source, *rest) * (torch.nan if source.path == made.out else 1)
+
+        monkeypatch.setattr(values, "streamed_logits", overflowing)
+        detail = answers(made.out, made.model)["reference"].detail
+        assert detail.endswith(f"KL not computed: the logits of {made.out} are not finite in torch.float32")
 
     def test_of_other_shapes_fails(self, made: SimpleNamespace, tiny: Callable[..., Path]) -> None:
         other = tiny("llama", intermediate_size=384)

@@ -38,7 +38,7 @@ def expected(encoder: Encoder, requests: Sequence[Any], questions: int) -> Work:
     tokens = sum(len(passage.tokens) for passage in read)
     lengths = [_length(request.args[1]) for request in written]
     tokens += sum(len(encoder.prompt(r.args[0], length)) for r, length in zip(written, lengths, strict=True))
-    return Work(questions, tokens, sum(lengths))
+    return Work(questions, tokens, sum(lengths), len(encoder.cut))
 
 
 class Adapter(LM):  # type: ignore[misc]

@@ -25,6 +25,7 @@ class Encoder:
         self.begin = int(begin)
         self._begin_text = tokenizer.decode([self.begin])
         self._pairs: dict[tuple[str, str], Passage] = {}
+        self.cut: set[str] = set()  # contexts that lost their beginning
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text; the begin token where the tokenizer puts one, but not twice."""
@@ -55,6 +56,7 @@ class Encoder:
                 f"tasks: {continuation[:40]!r} after {context[-40:]!r} has {len(predicted)} tokens of its own where "
                 f"1 … {self.max_length - 1} can be judged; leave the task out"
             )
+        self._note_cut(context, len(before) + len(predicted), self.max_length)
         tokens = torch.tensor([*before, *predicted])[-self.max_length :]
         return Passage(tokens, len(tokens) - len(predicted))
 
@@ -79,7 +81,13 @@ class Encoder:
                 f"tasks: answers of up to {max_tokens} tokens are to be written where the model was made for "
                 f"{self.max_length}; leave the task out"
             )
-        return (self.ids(context) or [self.begin])[-(self.max_length - max_tokens) :]
+        ids, room = self.ids(context) or [self.begin], self.max_length - max_tokens
+        self._note_cut(context, len(ids), room)
+        return ids[-room:]
+
+    def _note_cut(self, context: str, length: int, room: int) -> None:
+        if length > room:
+            self.cut.add(context)
 
     def _ids(self, text: str, special: bool) -> list[int]:
         return [int(one) for one in self.tokenizer.encode(text, add_special_tokens=special, verbose=False)]

@@ -87,21 +87,27 @@ def from_memory(name: str) -> Questions:
 
 
 def in_context(name: str, encoder: Encoder, seed: int) -> Questions:
-    """Each fact after sentences that hold it, among others of its relation."""
+    """Each fact after sentences that hold it, among as many others of its relation as the model has room for."""
+    for beside in range(BESIDE, 1, -1):
+        rows = _told(seed, beside)
+        longest = max(_tokens(encoder, row["context"], row["target"]) for row in rows)
+        if longest <= encoder.max_length:
+            return Questions(name, "cloze", rows)
+    raise RecipeError(
+        f"{name}: a question takes up to {longest} tokens where the model was made for {encoder.max_length}; "
+        "leave the task out"
+    )
+
+
+def _told(seed: int, beside: int) -> list[dict[str, str]]:
     draw, facts = random.Random(seed), table()
     rows = []
     for fact in facts:
         others = [f for f in facts if f.relation == fact.relation and f != fact]
-        told = [fact, *draw.sample(others, min(BESIDE - 1, len(others)))]
+        told = [fact, *draw.sample(others, min(beside - 1, len(others)))]
         draw.shuffle(told)
         rows.append({"context": _after([f.sentence for f in told], fact), "target": fact.answer})
-    longest = max(_tokens(encoder, row["context"], row["target"]) for row in rows)
-    if longest > encoder.max_length:
-        raise RecipeError(
-            f"{name}: a question takes up to {longest} tokens where the model was made for {encoder.max_length}; "
-            "leave the task out"
-        )
-    return Questions(name, "cloze", rows)
+    return rows
 
 
 def in_long_context(name: str, encoder: Encoder, seed: int, share: float) -> Questions:

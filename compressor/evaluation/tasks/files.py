@@ -64,6 +64,8 @@ def read(path: Path, longest_answer: int = LONGEST_ANSWER) -> Questions:
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     if kind == "choice" and all(len(BLANK.findall(row["context"])) == 1 for row in made):
         return Questions(name, "blank", [_filled(row) for row in made])
+    if kind == "choice":
+        made = [_asked(row) for row in made]
     if kind == "generation":
         made = _with_examples(made)
     return Questions(name, kind, made, longest_answer)
@@ -111,14 +113,8 @@ def _choice(row: Row) -> Row:
     choices = row["choices"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one.strip() for one in choices):
         raise ValueError("choices are not a list of two or more texts")
-    context = _text(row, key)
     given = row["label"] if "label" in row else row["answer"]
-    blank = len(BLANK.findall(context)) == 1
-    return {
-        "context": context if key in CONTINUED or blank else prompt(context),
-        "choices": choices,
-        "label": _index(given, choices),
-    }
+    return {"context": _text(row, key), "asked": key in ASKED, "choices": choices, "label": _index(given, choices)}
 
 
 def _index(label: Any, choices: list[str]) -> int:
@@ -137,6 +133,11 @@ def _index(label: Any, choices: list[str]) -> int:
 def _filled(row: Row) -> Row:
     before, after = BLANK.split(row["context"])
     return {"contexts": [before + choice for choice in row["choices"]], "rest": after.strip(), "label": row["label"]}
+
+
+def _asked(row: Row) -> Row:
+    context = prompt(row["context"]) if row["asked"] else row["context"]
+    return {"context": context, "choices": row["choices"], "label": row["label"]}
 
 
 def _pair(row: Row) -> Row:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from compressor.model.generation import generate_plainly
+
 AT_ONCE = 16  # prompts
 
 
@@ -35,11 +37,11 @@ def continuations(
     ids_BS = torch.tensor([[pad] * (length - len(ids)) + list(ids) for ids in prompts])
     mask_BS = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
     end = [tokenizer.decode([tokenizer.eos_token_id])] if tokenizer.eos_token_id is not None else []
+    generate_plainly(model)
     out = model.generate(
         ids_BS.to(model.device),
         attention_mask=mask_BS.to(model.device),
         max_new_tokens=max_tokens,
-        do_sample=False,
         pad_token_id=pad,
         stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, [*stops, *end], length)]),
     )

@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compressor.calibration.data import load_tokenizer
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.tasks.encode import Encoder
 from compressor.evaluation.tasks.loading import load
 from compressor.evaluation.tasks.results import Answers, TaskResult, Tasks, results
 from compressor.evaluation.tasks.subject import Place, Subject
-from compressor.evaluation.tasks.work import Work, parameters
+from compressor.evaluation.tasks.work import Work
+from compressor.model.memory import dense_bytes
 from compressor.model.source import ModelSource
 
 FEWSHOT_SEED = 1234  # the harness's own: which examples stand before a question of the hub
@@ -64,6 +67,18 @@ def run_tasks(
         announce(work, sum(work.seconds(source) for source in sources))
         answers = [answer(Subject(path, place), tasks, encoder, limit, tell) for path in everyone]
     return results(tasks, *answers)
+
+
+def load_tasks(model: Path, names: Sequence[str], limit: int | None = None, seed: int = 0) -> Tasks:
+    """The harness's tasks behind names, made for a model.
+
+    Raises:
+        RecipeError: see run_tasks.
+    """
+    _check_options(names, limit)
+    source = ModelSource(model, torch.device("cpu"))
+    with quiet():
+        return load(names, Encoder(load_tokenizer(model), source.max_positions), limit, seed)
 
 
 def expected_work(tasks: Tasks, encoder: Encoder, limit: int | None = None) -> Work:
@@ -128,7 +143,7 @@ def _check_room(tasks: Tasks, sources: Sequence[ModelSource], place: Place) -> N
         return
     free = place.available(place.device)
     for source in sources:
-        needed = parameters(source) * source.dtype.itemsize
+        needed = dense_bytes(source)
         if needed > free:
             why = f"tasks {', '.join(writing)} have it write, which" if writing else "resident in memory it"
             remedy = "leave these tasks out" if writing else "leave out --resident"

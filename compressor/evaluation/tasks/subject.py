@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compressor.evaluation.predict import Predictor, Resident, Streamed
+from compressor.model.memory import available_memory
 from compressor.model.source import ModelSource
 
 
@@ -19,7 +20,7 @@ class Place:
     device: torch.device
     dtype: torch.dtype
     resident: bool  # rather than streamed
-    available: Callable[[torch.device], int]  # bytes of memory
+    available: Callable[[torch.device], int] = available_memory  # bytes
 
 
 class Subject:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from compressor.evaluation.tasks.generation import AT_ONCE
+from compressor.model.memory import parameters
 from compressor.model.source import ModelSource
 
 READ_AT_ONCE = 1024  # rows of the product that stands for reading
@@ -20,6 +21,7 @@ class Work:
     questions: int
     tokens: int  # read
     written: int  # tokens generated, at most
+    cut: int = 0  # prompts that are too long for the model and lose their beginning
 
     def sentence(self, seconds: float) -> str:
         """What is going to be done, in words."""
@@ -31,7 +33,10 @@ class Work:
             if seconds < 6000
             else f"{seconds / 3600:.1f} h"
         )
-        return f"{self.questions:,} questions, {self.tokens:,} tokens to read{writing} with each model, about {time} in all"
+        cut = f"; {self.cut:,} prompts are longer than the model takes and lose their beginning" if self.cut else ""
+        return (
+            f"{self.questions:,} questions, {self.tokens:,} tokens to read{writing} with each model, about {time} in all{cut}"
+        )
 
     def seconds(self, source: ModelSource) -> float:
         """An estimate from the speed of one matrix product: 2 operations for each parameter and token.
@@ -42,13 +47,6 @@ class Work:
         reading = self.tokens * _seconds_per_row(source, READ_AT_ONCE)
         writing = self.written * _seconds_per_row(source, AT_ONCE)
         return (reading + writing) * parameters(source) / WEIGHTS
-
-
-def parameters(source: ModelSource) -> int:
-    """How many a model has; tied ones count once."""
-    state = source.model.state_dict()
-    count: int = sum(state[name].numel() for name in source.names)
-    return count
 
 
 def _seconds_per_row(source: ModelSource, rows: int) -> float:
