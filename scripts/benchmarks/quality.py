@@ -37,7 +37,7 @@ def measure(model: Path, options: argparse.Namespace, method: str, bits: int, pl
         device="cpu",
     )
     texts: dict[str, dict[str, Any]] = {"held out": dict(report.quality)} if report.quality else {}
-    for text in options.eval:
+    for text in options.eval or ():
         judged = evaluate(out, model, data=text, samples=options.eval_samples, seq_len=options.seq_len, device="cpu")
         texts[Path(text).stem] = judged.to_dict()
     for quality in texts.values():
