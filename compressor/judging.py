@@ -17,12 +17,13 @@ from compressor.evaluation.tasks.work import Work
 from compressor.evaluation.text import make_protocol
 from compressor.inputs import Judged, calibration_source, computation_dtype, judged, sample_length
 from compressor.model.memory import available_memory, dense_bytes
-from compressor.model.source import ModelSource
+from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline import Event, Tell
 from compressor.runtime.load import continuation
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 48
+SHARE = 0.5  # of the available memory, at most, for a model that only writes samples: nothing may end a long run for them
 
 
 def silent(event: Event) -> None:
@@ -199,10 +200,16 @@ def continuations(model: Path, reference: Path, text: Judged, count: int, templa
     written: list[list[str]] = []
     for path in (reference, model):
         source = ModelSource(path, template.device, template.dtype)
-        check_memory([source])
+        needed, free = dense_bytes(source), available_memory(source.device)
+        if needed > SHARE * free:
+            raise SourceError(
+                f"{path}: resident in {source.dtype} takes {needed / 1e9:.1f} GB, more than half of the {free / 1e9:.1f} GB "
+                "that are available"
+            )
         whole = source.whole()
         written.append([continuation(whole, tokenizer, ids[:PROMPT_TOKENS], NEW_TOKENS) for ids in beginnings])
         del whole, source
+        return_freed_memory()
     return [
         {
             "prompt": str(tokenizer.decode(ids[:PROMPT_TOKENS], skip_special_tokens=True)),

@@ -71,6 +71,17 @@ class TestEval:
         monkeypatch.setattr("compressor.judging.available_memory", lambda device: 1000)
         assert "--resident" in compress("eval", tiny, *FEW, "--resident").error
 
+    def test_a_run_writes_no_samples_where_a_model_would_take_most_of_the_memory(
+        self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("compressor.judging.available_memory", lambda device: 3_000_000)  # the model takes 2.7 MB
+        changes = ["evaluation.samples=2", "evaluation.seq_len=64"]
+        report = api.quantize(
+            tiny, tmp_path / "out", method="rtn", changes=changes, device="cpu", dtype="float32", verify=False
+        )
+        assert report.samples == []
+        assert [w for w in report.warnings if "no samples were generated" in w and "more than half" in w]
+
     @pytest.mark.parametrize("options", [("--stride", 0), ("--stride", 33), ("--stride", 8, "--documents")])
     def test_a_stride_that_makes_no_sense_is_refused(
         self, options: tuple[object, ...], tiny: Path, compress: CommandLine
