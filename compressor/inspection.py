@@ -114,8 +114,7 @@ def _parameters(source: ModelSource) -> tuple[Parameter, ...]:
     headers, packed, state = source.checkpoint.headers, source.packed(), source.model.state_dict()
     owned: dict[str, list[str]] = {}
     for stored in headers:
-        base, _, part = stored.rpartition(".")
-        owned.setdefault(f"{base}.weight" if part.startswith("weight_") else stored, []).append(stored)
+        owned.setdefault(source.packing.owner(stored), []).append(stored)
     module_of = {stored: module for module, stored in source.names.items()}
     return tuple(
         Parameter(

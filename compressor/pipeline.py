@@ -205,10 +205,10 @@ def _stored_layers(
         layer, base = name.removesuffix(".weight"), on_disk.removesuffix(".weight")
         if not name.endswith(".weight") or layer not in block.layers:
             continue
-        if on_disk in tensors:
-            stored[layer] = block.layers[layer].parameter(tensors[on_disk])  # a transpose is its own inverse
-        else:
+        if layer in formats:
             shape = block.shape(layer)
             parts = {part: tensors[f"{base}.{part}"] for part in formats[layer].checkpoint_parts(shape)}
             stored[layer] = QuantizedTensor(formats[layer], shape, parts)
+        else:
+            stored[layer] = block.layers[layer].parameter(tensors[on_disk])  # a transpose is its own inverse
     return stored

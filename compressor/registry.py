@@ -51,14 +51,21 @@ def build(kind: str, spec: Any) -> Any:
             f"expected a mapping with the key `{kind}`, got {spec!r}; write for example `{kind}: {available(kind)[0]}`"
         )
     name = str(spec[kind])
+    return validate(exported(kind, name), {key: value for key, value in spec.items() if key != kind}, where=name)
+
+
+def exported(kind: str, name: str) -> Any:
+    """The class that `kind: NAME` builds.
+
+    Raises:
+        RecipeError: there is none.
+    """
     if "." not in name and name not in available(kind):
         raise RecipeError(f"no {kind} named `{name}`; {suggestion(name, available(kind))}")
     try:
-        module = importlib.import_module(name if "." in name else f"compressor.{PACKAGES[kind]}.{name}")
-        made = module.EXPORT
+        return importlib.import_module(name if "." in name else f"compressor.{PACKAGES[kind]}.{name}").EXPORT
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"{kind} `{name}`: {error}; the module must be importable and define EXPORT") from error
-    return validate(made, {key: value for key, value in spec.items() if key != kind}, where=name)
 
 
 def validate(cls: type[T], values: Any, where: str) -> T:

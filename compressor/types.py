@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from compressor.codes import Codes
 from compressor.errors import SourceError
 
 
@@ -30,9 +31,14 @@ class Grid(Protocol):
     def pack(self, codes: Tensor) -> "QuantizedTensor": ...  # all codes of the weight, [O, I / step]
 
 
+PartSpec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor on disk
+
+
 @runtime_checkable
 class Format(Option, Protocol):
     """Byte layout, exact size and CPU reference of one weight format; `dequantize` is the ground truth."""
+
+    part_names: ClassVar[tuple[str, ...]]  # of all tensors that a layer may have on disk; two of them tell that it is packed
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         """Exact size of a weight of this shape, scales and padding included. Raises ValueError if it cannot be held."""
@@ -40,13 +46,26 @@ class Format(Option, Protocol):
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> Grid:
         """Choose scales for a weight, by search for the least error (weighted by column) or from its range alone."""
 
-    def dequantize(self, packed: "QuantizedTensor") -> Tensor: ...  # fp32 [O, I]
+    def codes(self, packed: "QuantizedTensor") -> Codes:
+        """What a packed weight holds, unpacked: its integers, scales and zero points, these in the dtype they are stored in.
 
-    def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, dtype and shape of every tensor on disk: what `dequantize` reads and a loader must expect."""
+        Raises:
+            SourceError: the parts contradict each other.
+        """
+
+    def stored(self, codes: Codes, shape: tuple[int, int]) -> "QuantizedTensor":
+        """Inverse of `codes`, bit for bit, for a weight of shape (O, I)."""
+
+    def dequantize(self, packed: "QuantizedTensor") -> Tensor: ...  # `values` of the codes, fp32 [O, I]
+
+    def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
+        """Name, dtype and shape of every tensor on disk: what `codes` reads and a loader must expect.
+
+        Others may have stored scales in another floating-point dtype.
+        """
 
     def compressed_tensors(self) -> dict[str, Any] | None:
-        """The weight arguments of a compressed-tensors scheme, or None if that layout cannot hold the format."""
+        """`format` and `weights` of a compressed-tensors scheme, or None if that layout cannot hold the format."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,32 @@
 """`quantization_config` of config.json: which layers are packed, and how. Written for our output, read for anybody's.
 
-Two layouts. `compressed-tensors` holds everything that stock transformers and vLLM can load; byte facts and the JSON were
-taken from compressed-tensors 0.20 (https://github.com/vllm-project/compressed-tensors). `compressor` is our own, for the
-rest: it lists each packed layer with its format as a recipe would write it.
+Three layouts are written. `compressed-tensors` holds everything that stock transformers and vLLM can load; byte facts and the
+JSON were taken from compressed-tensors 0.20 (https://github.com/vllm-project/compressed-tensors). `gptq` is for one format
+(compressor/model/gptq_config.py). `compressor` is our own, for the rest: it lists each packed layer with its format as a
+recipe would write it.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from compressor import registry
 from compressor.errors import RecipeError, SourceError
+from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
+from compressor.model.gptq_config import AUTO_ROUND, GPTQ, Reader, auto_round_reader, gptq_reader, refuse_set, write_gptq
 from compressor.types import Format
 
 STATIC = ("static", "weight")  # kinds of activation order that leave nothing to be stored
 COMPRESSED_TENSORS, OWN = "compressed-tensors", "compressor"
-PACKED_SUFFIX = ".weight_packed"
+STOCK_NEEDS = {
+    COMPRESSED_TENSORS: ("compressed-tensors",),
+    GPTQ: ("optimum", "gptqmodel"),
+    AUTO_ROUND: ("auto-round",),
+}  # packages
+LAYOUTS = {"pack-quantized": True, "int-quantized": False}  # of compressed-tensors; whether codes are packed
+STRATEGIES = ("group", "channel")
 
 
 def write(formats: Mapping[str, Format], linears: Iterable[str], transposed: Iterable[str]) -> dict[str, Any]:
@@ -25,28 +35,32 @@ def write(formats: Mapping[str, Format], linears: Iterable[str], transposed: Ite
     Args:
         formats: Packed layers by their full module name.
         linears: Full names of all `nn.Linear` modules of the model, the head included.
-        transposed: Full names of the model's other linear modules (`Conv1D`), which compressed-tensors cannot hold.
+        transposed: Full names of the model's other linear modules (`Conv1D`), which the layouts of others cannot hold.
     """
-    schemes = {layer: fmt.compressed_tensors() for layer, fmt in formats.items()}
-    if any(scheme is None for scheme in schemes.values()) or set(transposed) & set(formats):
-        layers = {layer: registry.describe(fmt) for layer, fmt in formats.items()}
-        return {"quant_method": OWN, "version": 1, "layers": layers}
     distinct: dict[Format, list[str]] = {}
     for layer, fmt in formats.items():
         distinct.setdefault(fmt, []).append(layer)
+    plain = not set(transposed) & set(formats)
+    first = next(iter(distinct), None)
+    if plain and len(distinct) == 1 and isinstance(first, GptqInt) and first.portable:
+        return write_gptq(first, formats, linears)
+    schemes = {fmt: fmt.compressed_tensors() for fmt in distinct}
+    if not plain or None in schemes.values():
+        layers = {layer: registry.describe(fmt) for layer, fmt in formats.items()}
+        return {"quant_method": OWN, "version": 1, "layers": layers}
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(distinct) == 1 else layers,
-            "format": "pack-quantized",
-            "weights": fmt.compressed_tensors(),
+            **(schemes[fmt] or {}),
             "input_activations": None,
             "output_activations": None,
         }
         for i, (fmt, layers) in enumerate(distinct.items())
     }
+    layouts = {group["format"] for group in groups.values()}
     return {
         "quant_method": COMPRESSED_TENSORS,
-        "format": "pack-quantized",
+        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -55,33 +69,41 @@ def write(formats: Mapping[str, Format], linears: Iterable[str], transposed: Ite
     }
 
 
-def reader(config: Mapping[str, Any], where: str) -> Callable[[str], Format]:
-    """A function from a packed layer's full name to its format.
+def reader(config: Mapping[str, Any], where: str) -> Callable[[str, Set[str]], Format]:
+    """A function from a packed layer's full name, and the names of its stored parts, to its format.
 
     Raises:
         SourceError: (also by the function) a quantization method, scheme or layer that cannot be read.
     """
     quantization = config.get("quantization_config") or {}
-    method = quantization.get("quant_method")
-    if method == OWN:
-        try:
-            formats = {layer: _shipped(spec) for layer, spec in quantization["layers"].items()}
-        except (RecipeError, KeyError, AttributeError) as error:
-            raise SourceError(f"{where}: quantization_config cannot be read ({error})") from error
-        return lambda layer: _found(formats.get(layer), layer, where)
-    if method == COMPRESSED_TENSORS:
-        try:
-            groups = [
-                (group.get("targets", []), _from_group({"format": quantization.get("format"), **group}, where))
-                for group in quantization.get("config_groups", {}).values()
-                if isinstance(group, Mapping)
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{where}: quantization_config cannot be read ({error})") from error
-        return lambda layer: _found(
-            next((fmt for targets, fmt in groups if any(_targets(t, layer) for t in targets)), None), layer, where
-        )
-    raise SourceError(f"{where}: quantized with method `{method}`, which cannot be read; use the original model")
+    method: Any = quantization.get("quant_method")
+    if method not in _READERS:
+        raise SourceError(f"{where}: quantized with method `{method}`, which cannot be read; use the original model")
+    with _readable(where):
+        found = _READERS[method](quantization, where)
+
+    def read(layer: str, stored: Set[str]) -> Format:
+        with _readable(where):
+            fmt = found(layer, stored)
+        if fmt is None:
+            raise SourceError(f"{where}: layer {layer} is packed but quantization_config does not say how")
+        return fmt
+
+    return read
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Turn what a config lacks, or has of the wrong kind, into one sentence."""
+    try:
+        yield
+    except (RecipeError, ValueError, LookupError, TypeError, AttributeError, re.error) as error:
+        raise SourceError(f"{where}: quantization_config cannot be read ({error})") from error
+
+
+def _own_reader(config: Mapping[str, Any], where: str) -> Reader:
+    formats = {layer: _shipped(spec) for layer, spec in config["layers"].items()}
+    return lambda layer, stored: formats.get(layer)
 
 
 def _shipped(spec: Mapping[str, Any]) -> Format:
@@ -92,29 +114,66 @@ def _shipped(spec: Mapping[str, Any]) -> Format:
     return fmt
 
 
+def _compressed_tensors_reader(config: Mapping[str, Any], where: str) -> Reader:
+    sparsity, transforms = config.get("sparsity_config") or {}, config.get("transform_config") or {}
+    others = {
+        "kv_cache_scheme": config.get("kv_cache_scheme"),
+        "sparsity_config": sparsity.get("format", "dense") != "dense" and sparsity,
+        "transform_config": transforms.get("config_groups"),
+    }
+    refuse_set(others, where)
+    formats = {
+        target: _from_group({"format": config.get("format"), **group}, where)
+        for group in config.get("config_groups", {}).values()
+        for target in group.get("targets", [])
+    }
+
+    def read(layer: str, stored: Set[str]) -> Format | None:
+        found = [target for target in formats if target in {"Linear", layer} or _matches(target, layer)]
+        return formats[min(found, key=_generality)] if found else None
+
+    return read
+
+
 def _from_group(group: Mapping[str, Any], where: str) -> Format:
-    weights = group.get("weights") or {}
+    weights, activations = group.get("weights") or {}, group.get("input_activations")
     layout = group.get("format") or "pack-quantized"
     ordered = weights.get("actorder") not in (*STATIC, None, False)
-    if layout != "pack-quantized" or group.get("input_activations") or ordered:
+    if layout not in LAYOUTS or ordered:
         raise SourceError(
-            f"{where}: quantized as {layout} with actorder {weights.get('actorder')} and activations "
-            f"{group.get('input_activations')}; only packed weights without a stored order can be read"
+            f"{where}: quantized as {layout} with actorder {weights.get('actorder')}; "
+            f"only {' and '.join(LAYOUTS)} without a stored order can be read"
         )
-    if weights.get("type") != "int" or weights.get("strategy") not in ("group", "channel"):
+    if activations:
+        raise SourceError(
+            f"{where}: activations are quantized to {activations.get('num_bits')} bits, which is not computed here; "
+            "only models with activations of 16 bits can be read"
+        )
+    if weights.get("type") != "int" or weights.get("strategy") not in STRATEGIES:
         raise SourceError(
             f"{where}: quantization scheme {weights.get('type')}/{weights.get('strategy')} cannot be read; "
             "only packed integers per group or channel can"
         )
-    size = weights.get("group_size") or -1
-    return IntGroup(bits=weights["num_bits"], group_size=size, symmetric=weights.get("symmetric", True))
+    return IntGroup(
+        bits=weights["num_bits"],
+        group_size=weights.get("group_size") or -1,
+        symmetric=weights.get("symmetric", True),
+        packed=LAYOUTS[layout],
+    )
 
 
-def _targets(target: str, layer: str) -> bool:
-    return target in {"Linear", layer} or (target.startswith("re:") and bool(re.match(target[3:], layer)))
+def _matches(target: str, layer: str) -> bool:
+    return target.startswith("re:") and bool(re.match(target[3:], layer))
 
 
-def _found(fmt: Format | None, layer: str, where: str) -> Format:
-    if fmt is None:
-        raise SourceError(f"{where}: layer {layer} is packed but quantization_config does not say how")
-    return fmt
+def _generality(target: str) -> int:
+    """Names go before expressions, and these before the class of all layers."""
+    return 2 if target == "Linear" else int(target.startswith("re:"))
+
+
+_READERS: Mapping[str, Callable[[Mapping[str, Any], str], Reader]] = {
+    OWN: _own_reader,
+    COMPRESSED_TENSORS: _compressed_tensors_reader,
+    GPTQ: gptq_reader,
+    AUTO_ROUND: auto_round_reader,
+}

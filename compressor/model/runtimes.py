@@ -1,16 +1,17 @@
 """Which runtimes can load a model directory, and why the others cannot.
 
 The first two were run. The rest is as read in their sources, not run: vLLM (`compressed_tensors_wNa16.py`,
-`compressed_tensors/utils.py`, `marlin_utils.py`), SGLang (the same files), llama.cpp.
+`compressed_tensors/utils.py`, `marlin_utils.py`, `auto_gptq.py`), SGLang (the same files), llama.cpp.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.model.architecture import fused_groups, linear_layers
-from compressor.model.quantization_config import COMPRESSED_TENSORS, OWN
+from compressor.model.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.source import ModelSource
 from compressor.types import Format
 
@@ -38,11 +39,13 @@ def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
     packed = source.packed()
     layout = (source.raw_config.get("quantization_config") or {}).get("quant_method")
     named = source.raw_config.get("architectures") or [source.model.config.model_type]
-    stock = next(_stock_obstacles(layout, packed), None)
-    served = stock or next(_serving_obstacles(source, packed), None)
+    foreign = f"does not know the layout `{OWN}`: it would start from random weights" if layout == OWN else None
+    stock = foreign or next(_stock_obstacles(packed), None)
+    served = foreign or next(_serving_obstacles(source, packed), None)
     needs = f"if it knows {named[0]}"
-    odd = any(fmt.bits not in SAME_IN_EVERY_VERSION for fmt in packed.values() if isinstance(fmt, IntGroup))
-    install = f"with compressed-tensors{' 0.18 or newer' if odd else ''} installed" if layout else "as any dense model"
+    odd = any(fmt.bits not in SAME_IN_EVERY_VERSION for fmt in packed.values() if isinstance(fmt, IntGroup) and fmt.packed)
+    packages = f"{' and '.join(STOCK_NEEDS.get(layout or '', ()))}{' 0.18 or newer' if odd else ''}"
+    install = f"with {packages} installed" if layout else "as any dense model"
     widths = sorted({fmt.bits for fmt in packed.values() if isinstance(fmt, IntGroup)} - set(KERNEL_BITS))
     humming = f"{needs} and has Humming kernels, as newer versions do, for {_list(widths)} bits" if widths else needs
     too_odd = f"its kernels take {_list(KERNEL_BITS)} bits, this model has layers of {_list(widths)}" if widths else None
@@ -56,14 +59,11 @@ def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
     )
 
 
-def _stock_obstacles(layout: str | None, packed: Mapping[str, Format]) -> Iterator[str]:
-    """What keeps transformers, and all that read the same layout, from loading a model."""
-    if layout == OWN:
-        yield f"does not know the layout `{OWN}`: it would start from random weights"
-    if layout == COMPRESSED_TENSORS:
-        for layer, fmt in packed.items():
-            if isinstance(fmt, IntGroup) and not fmt.symmetric:
-                yield f"{layer}: packed zero points do not reload"
+def _stock_obstacles(packed: Mapping[str, Format]) -> Iterator[str]:
+    """What keeps transformers from loading a model in a layout that it knows."""
+    for layer, fmt in packed.items():
+        if isinstance(fmt, IntGroup) and fmt.packed and not fmt.symmetric:
+            yield f"{layer}: packed zero points do not reload"
 
 
 def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Iterator[str]:
@@ -73,8 +73,12 @@ def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Ite
         if len(schemes) > 1:
             yield f"{group}: its layers are fused, which must be stored alike, but are {' and '.join(sorted(schemes))}"
     for layer, fmt in packed.items():
-        if isinstance(fmt, IntGroup) and fmt.group_size not in KERNEL_GROUPS:
+        if isinstance(fmt, IntGroup | GptqInt) and fmt.group_size not in KERNEL_GROUPS:
             yield f"{layer}: group_size {fmt.group_size} is none of {_list(KERNEL_GROUPS)}, which the kernels take"
+        if isinstance(fmt, IntGroup) and not fmt.packed:
+            yield f"{layer}: a byte for each code is taken with activations of 8 bits only"
+        if isinstance(fmt, GptqInt) and (fmt.bits not in KERNEL_BITS or not fmt.symmetric):
+            yield f"{layer}: stored as {fmt.label}, of which the kernels take {_list(KERNEL_BITS)} bits without zero points"
 
 
 def _list(numbers: tuple[int, ...] | list[int]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from compressor.errors import SourceError
 from compressor.evaluation.predict import final_hidden
 from compressor.model.memory import available_memory, parameters
-from compressor.model.quantization_config import OWN
+from compressor.model.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.source import ModelSource
 from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
 from compressor.verification.manifest import MANIFEST, Manifest
@@ -50,8 +50,9 @@ def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | No
     method = (source.raw_config.get("quantization_config") or {}).get("quant_method")
     if method == OWN:
         raise NotCheckedError(f"it does not know the layout `{OWN}`: that is for compressor.load")
-    if method is not None and find_spec("compressed_tensors") is None:
-        raise NotCheckedError("it needs the package compressed-tensors, which is not installed here")
+    needed = [package for package in STOCK_NEEDS.get(method or "", ()) if find_spec(package.replace("-", "_")) is None]
+    if needed:
+        raise NotCheckedError(f"it needs the package {needed[0]}, which is not installed here")
     _check_memory(source)
     tokens_1S = probe_tokens(source) if tokens is None else tokens
     _check_tokens(source, tokens_1S)

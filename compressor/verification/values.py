@@ -35,16 +35,14 @@ def check_reference(source: ModelSource, reference: Path, progress: Progress) ->
     """What was not compressed is the original's, byte for byte; what was, resembles it."""
     original = ModelSource(reference, source.device)
     packed = source.packed()
-    bases = {source.names[f"{layer}.weight"].removesuffix(".weight") for layer in packed}
     problems = []
     for name in source.checkpoint:
-        base, _, part = name.rpartition(".")
-        if not (part.startswith("weight_") and base in bases):
+        if source.packing.owner(name) not in source.packing:
             problems += _compare_bytes(source, original, name)
     problems += [
         f"{source.path}: {name} of {reference} is missing"
         for name in original.checkpoint
-        if name not in source.checkpoint and name.removesuffix(".weight") not in bases
+        if name not in source.checkpoint and name not in source.packing
     ]
     least = (1.0, "none")
     for done, layer in enumerate(packed):

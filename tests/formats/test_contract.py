@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from compressor import registry
+from compressor.codes import values
 from compressor.recipe import load_recipe
-from compressor.types import Format
+from compressor.types import Format, QuantizedTensor
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -41,6 +42,27 @@ def test_packing_loses_nothing(fmt, weight):
     grid = fmt.fit(weight)
     codes = grid.round(weight, 0)
     assert torch.equal(grid.pack(codes).dequantize(), grid.decode(codes, 0))
+
+
+def test_a_packed_weight_is_what_its_codes_stand_for(fmt, weight):
+    grid = fmt.fit(weight)
+    packed = grid.pack(grid.round(weight, 0))
+    assert torch.equal(values(fmt.codes(packed)), fmt.dequantize(packed))
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+def test_codes_are_stored_again_byte_for_byte(scale_dtype, fmt, weight):
+    """In whatever dtype others may have stored the scales."""
+    grid = fmt.fit(weight)
+    packed = grid.pack(grid.round(weight, 0))
+    parts = {n: part.to(scale_dtype) if part.is_floating_point() else part for n, part in packed.parts.items()}
+    again = fmt.stored(fmt.codes(QuantizedTensor(fmt, SHAPE, parts)), SHAPE)
+    assert (again.format, again.shape, again.parts.keys()) == (fmt, SHAPE, parts.keys())
+    assert all(again.parts[n].dtype == part.dtype and torch.equal(again.parts[n], part) for n, part in parts.items())
+
+
+def test_the_names_of_its_parts_are_known(fmt):
+    assert set(fmt.checkpoint_parts(SHAPE)) <= set(fmt.part_names)
 
 
 def test_columns_one_at_a_time_give_the_same_codes_as_all_at_once(fmt, weight):

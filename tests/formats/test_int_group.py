@@ -4,6 +4,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from compressor.formats.int_group import IntGroup
+from compressor.types import QuantizedTensor
 
 
 @pytest.fixture
@@ -16,6 +17,24 @@ def squared_error(fmt, weight, **fit):
     return float((grid.decode(grid.round(weight, 0), 0) - weight).square().sum())
 
 
+def oracle(fmt):
+    """The compressed-tensors package's own packer for a format."""
+    strategy = {"strategy": "channel"} if fmt.group_size == -1 else {"strategy": "group", "group_size": fmt.group_size}
+    arguments = QuantizationArgs(num_bits=fmt.bits, type="int", symmetric=fmt.symmetric, **strategy)
+    layout = "pack-quantized" if fmt.packed else "int-quantized"
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments, format=layout)
+    return scheme, BaseCompressor.get_value_from_registry(layout)
+
+
+def compressed_tensors(fmt, packed):
+    """What it makes of our values, scales and zero points."""
+    codes, (scheme, compressor) = fmt.codes(packed), oracle(fmt)
+    given = {"weight": packed.dequantize(), "weight_scale": packed.parts["weight_scale"].float()}
+    if not fmt.symmetric:
+        given["weight_zero_point"] = (codes.zero.int() - 2 ** (fmt.bits - 1)).to(torch.int8)
+    return compressor.compress(given, scheme)
+
+
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_bytes_are_those_of_compressed_tensors(bits, group_size, weight):
@@ -23,13 +42,38 @@ def test_bytes_are_those_of_compressed_tensors(bits, group_size, weight):
     fmt = IntGroup(bits=bits, group_size=group_size)
     grid = fmt.fit(weight)
     packed = grid.pack(grid.round(weight, 0))
-    arguments = fmt.compressed_tensors()
-    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments), format="pack-quantized")
-    theirs = BaseCompressor.get_value_from_registry("pack-quantized").compress(
-        {"weight": packed.dequantize(), "weight_scale": packed.parts["weight_scale"].float()}, scheme
-    )
+    theirs = compressed_tensors(fmt, packed)
+    assert QuantizationArgs(**fmt.compressed_tensors()["weights"]) == oracle(fmt)[0].weights
     assert torch.equal(theirs["weight_packed"], packed.parts["weight_packed"])
     assert torch.equal(theirs["weight_shape"], packed.parts["weight_shape"])
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize(("bits", "is_packed"), [(4, True), (3, True), (8, True), (8, False), (4, False)])
+def test_bytes_of_the_asymmetric_kind_are_those_of_compressed_tensors(is_packed, bits, group_size, weight):
+    fmt = IntGroup(bits=bits, group_size=group_size, symmetric=False, packed=is_packed)
+    grid = fmt.fit(weight)
+    packed = grid.pack(grid.round(weight, 0))
+    theirs = compressed_tensors(fmt, packed)
+    for name in packed.parts.keys() - {"weight_scale"}:
+        assert torch.equal(theirs[name], packed.parts[name]), name
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_what_compressed_tensors_packs_is_read_and_stored_again(is_packed, dtype, symmetric, weight):
+    """Their words with scales of any dtype: the same values as they make of them, and the same bytes again."""
+    fmt = IntGroup(bits=8, group_size=64, symmetric=symmetric, packed=is_packed)
+    grid = fmt.fit(weight)
+    given = grid.pack(grid.round(weight, 0))
+    parts = {**compressed_tensors(fmt, given), "weight_scale": given.parts["weight_scale"].to(dtype)}
+    packed = QuantizedTensor(fmt, given.shape, {name: parts[name] for name in given.parts})
+    scheme, compressor = oracle(fmt)
+    theirs = compressor.decompress({**parts, "weight_scale": parts["weight_scale"].float()}, scheme)["weight"]
+    assert torch.equal(packed.dequantize(), theirs)
+    again = fmt.stored(fmt.codes(packed), packed.shape).parts
+    assert all(again[name].dtype == part.dtype and torch.equal(again[name], part) for name, part in packed.parts.items())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

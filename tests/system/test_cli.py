@@ -297,7 +297,7 @@ class TestRecipes:
         recipe = yaml.safe_load(compress("quantize", *self.OPTIONS, "--print-recipe").out)
         assert recipe["passes"][0] == {
             "pass": "gptq",
-            "options": [{"format": "int_group", "bits": 3, "group_size": 64, "symmetric": False}],
+            "options": [{"format": "int_group", "bits": 3, "group_size": 64, "symmetric": False, "packed": True}],
             "layers": ["*"],
             "ignore": ["lm_head", "*.o_proj"],
             "search": True,
@@ -448,6 +448,7 @@ class TestTheResult:
             "bits": 4,
             "group_size": 128,
             "symmetric": True,
+            "packed": True,
         }
         assert len(plan) == 16
 

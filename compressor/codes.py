@@ -1,0 +1,124 @@
+"""What the bytes of a packed weight mean, apart from how they lie: integers, table entries and scales, one per element.
+
+A format (compressor/formats) reads these off its bytes on disk, and makes bytes of them; a layout of the kernels
+(compressor/kernels/layouts) arranges them for fast multiplication, and gives them back. Neither knows of the other.
+
+Shape suffixes: O out_features, I in_features, V vectors of a codebook, D the length of one, P planes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class IntCodes:
+    """Integers with scales and zero points shared by blocks of the weight.
+
+        w[o, i] = (codes[o, i] - zero[o // a, i // b]) * scale[o // a, i // b],  scale and zero being [O / a, I / b]
+
+    Groups along the input channels of one output channel have a = 1; groups of output channels for each input channel
+    (AdaDim) have b = 1.
+    """
+
+    bits: int
+    codes_OI: Tensor  # uint8, below 2**bits
+    scale: Tensor  # as it is stored, bf16, fp16 or fp32 [O / a, I / b]
+    zero: Tensor  # uint8 [O / a, I / b]
+    order_I: Tensor | None = None  # int64: column i multiplies input channel order[i]; None: its own
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4Codes:
+    """E2M1 numbers (sign, two bits of exponent, one of mantissa: 0 .5 1 1.5 2 3 4 6) with one scale per group.
+
+    w[o, i] = e2m1(codes[o, i]) * scale[o, i // b] * factor
+    """
+
+    codes_OI: Tensor  # uint8, 0 … 15, the sign in bit 3
+    scale_OG: Tensor  # float8_e4m3fn (NVFP4, b = 16), float8_e8m0fnu (MXFP4, b = 32), or bf16 with G = 1 (LLM-FP4)
+    factor: float = 1.0  # of the whole weight
+
+
+@dataclass(frozen=True, slots=True)
+class VectorCodes:
+    """Vectors of 8 output channels out of a codebook, for each input channel (VPTQ), and perhaps a second to add.
+
+    w[8 v + d, i] = codebook[index[v, i], d] + residual[residual_index[v, i], d]
+    """
+
+    index_VI: Tensor  # int32 [O / 8, I]
+    codebook: Tensor  # bf16 [entries, 8]
+    residual_index_VI: Tensor | None = None
+    residual: Tensor | None = None  # bf16 [entries, 8]
+
+
+@dataclass(frozen=True, slots=True)
+class SignCodes:
+    """A sum of planes of signs, each with one scale per group of input channels.
+
+    w[o, i] = sum over p of (1 - 2 negative[p, o, i]) * scale[p, o, i // b]
+    """
+
+    negative_POI: Tensor  # uint8, 0 or 1
+    scale_POG: Tensor  # bf16
+
+
+@dataclass(frozen=True, slots=True)
+class DenseCodes:
+    """The numbers themselves, to be held without loss."""
+
+    w_OI: Tensor  # bf16
+
+
+Codes = IntCodes | Fp4Codes | VectorCodes | SignCodes | DenseCodes
+
+
+def shape(codes: Codes) -> tuple[int, int]:
+    """(out_features, in_features) of the weight."""
+    match codes:
+        case IntCodes():
+            rows, columns = codes.codes_OI.shape
+        case Fp4Codes():
+            rows, columns = codes.codes_OI.shape
+        case VectorCodes():
+            rows, columns = 8 * codes.index_VI.shape[0], codes.index_VI.shape[1]
+        case SignCodes():
+            rows, columns = codes.negative_POI.shape[1:]
+        case DenseCodes():
+            rows, columns = codes.w_OI.shape
+    return rows, columns
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def values(codes: Codes) -> Tensor:
+    """The weight that the codes stand for, fp32 [O, I], each product and sum rounded once."""
+    match codes:
+        case IntCodes():
+            rows, columns = codes.codes_OI.shape
+            a, b = rows // codes.scale.shape[0], columns // codes.scale.shape[1]
+            weight = codes.codes_OI.float()
+            scale, zero = codes.scale.float()[:, None, :, None], codes.zero.float()[:, None, :, None]
+            weight.unflatten(1, (-1, b)).unflatten(0, (-1, a)).sub_(zero).mul_(scale)
+            if codes.order_I is None:
+                return weight
+            return torch.empty_like(weight).index_copy_(1, codes.order_I, weight)
+        case Fp4Codes():
+            table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.codes_OI.device)
+            elements = table[codes.codes_OI.int()].unflatten(1, (codes.scale_OG.shape[1], -1))
+            scaled: Tensor = elements * (codes.scale_OG.float() * codes.factor)[..., None]
+            return scaled.flatten(1)
+        case VectorCodes():
+            vectors = codes.codebook.float()[codes.index_VI]  # [V, I, 8]
+            if codes.residual is not None and codes.residual_index_VI is not None:
+                vectors = vectors + codes.residual.float()[codes.residual_index_VI]
+            return vectors.transpose(1, 2).flatten(0, 1).contiguous()
+        case SignCodes():
+            signs = 1 - 2 * codes.negative_POI.float().unflatten(2, (codes.scale_POG.shape[2], -1))
+            planes: Tensor = signs * codes.scale_POG.float()[..., None]
+            return planes.flatten(2).sum(0)
+        case DenseCodes():
+            return codes.w_OI.float()

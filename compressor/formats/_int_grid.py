@@ -1,0 +1,147 @@
+"""Scales and zero points for integers that share them by groups of input channels: how every such format fits a weight.
+
+Scales are searched to minimise the squared error of the group's weights, each weighted by the importance of its input
+channel. Source: Frantar et al., "GPTQ" (ICLR 2023), the range-shrinking search of the authors' code; the
+weighting, the sign and the refinement around the best step are ours.
+
+A symmetric grid has one value more on its lower side; a negative scale turns it round, which matters at 2 and 3 bits.
+
+Shape suffixes: O out_features, I in_features, G groups in a row, E elements of a group, C adjacent columns.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.codes import IntCodes
+from compressor.types import Format, QuantizedTensor
+
+COARSE = tuple(1 - 0.05 * i for i in range(15))  # shares of the full range that are tried
+FINE = tuple(0.01 * i for i in (-4, -3, -2, -1, 1, 2, 3, 4))  # then these around the best of them
+AT_ONCE = 2**20  # elements searched together: few enough for a cache, and bounds the temporaries
+LEAST = {torch.bfloat16: torch.finfo(torch.bfloat16).smallest_normal, torch.float16: 2.0**-24}  # scales above zero
+
+
+def groups(in_features: int, group_size: int) -> int:
+    """Groups in a row, one if group_size is -1. Raises ValueError if they do not divide it."""
+    size = in_features if group_size == -1 else group_size
+    if in_features % size:
+        near = max(d for d in range(1, min(size, in_features) + 1) if in_features % d == 0)
+        raise ValueError(
+            f"in_features {in_features} is not a multiple of group_size {size}; "
+            f"use a divisor such as {near}, or -1 for the whole row"
+        )
+    return in_features // size
+
+
+@dataclass(frozen=True)
+class IntGrid:
+    """Codes are uint8 in [0, 2**bits)."""
+
+    format: Format
+    bits: int
+    scale_OG: Tensor  # fp32, values that the stored dtype holds
+    zero_OG: Tensor  # fp32, integral, in code units
+    group_size: int  # columns
+    scale_dtype: torch.dtype
+    step: int = 1
+
+    def round(self, w_OC: Tensor, column: int) -> Tensor:
+        codes = torch.empty(w_OC.shape, dtype=torch.uint8, device=w_OC.device)
+        for part, scale, zero in self._groups(column, w_OC.shape[1]):
+            codes[:, part] = (w_OC[:, part] / scale).add_(zero).round_().clamp_(0, 2**self.bits - 1)
+        return codes
+
+    def decode(self, codes: Tensor, column: int) -> Tensor:
+        values = torch.empty(codes.shape, device=codes.device)
+        for part, scale, zero in self._groups(column, codes.shape[1]):
+            values[:, part] = (codes[:, part] - zero).mul_(scale)
+        return values
+
+    def pack(self, codes: Tensor) -> QuantizedTensor:
+        scale, zero = self.scale_OG.to(self.scale_dtype), self.zero_OG.to(torch.uint8)
+        return self.format.stored(IntCodes(self.bits, codes, scale, zero), (codes.shape[0], codes.shape[1]))
+
+    def _groups(self, column: int, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The groups that adjacent columns lie in: which of them, and the group's scale and zero point [O, 1]."""
+        size = self.group_size
+        for group in range(column // size, (column + count - 1) // size + 1):
+            part = slice(max(group * size - column, 0), min((group + 1) * size - column, count))
+            yield part, self.scale_OG[:, group, None], self.zero_OG[:, group, None]
+
+
+@dataclass(frozen=True)
+class IntFit:
+    """What is to be fitted.
+
+    Args:
+        bits: Width of a code.
+        group_size: Adjacent input channels that share a scale; -1 for the whole row.
+        symmetric: Zero points are 2**(bits - 1), scales may be negative.
+        scale_dtype: In which scales are stored: bf16 or fp16.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: torch.dtype
+
+    def grid(self, fmt: Format, w_OI: Tensor, importance_I: Tensor | None, search: bool) -> IntGrid:
+        """The grid of a format for one weight; arguments and errors as of `Format.fit`."""
+        columns = w_OI.shape[1]
+        count = groups(columns, self.group_size)
+        importance = torch.ones(columns, device=w_OI.device) if importance_I is None else importance_I.float()
+        importance_GE = importance.view(count, -1)
+        fitted = [
+            self._fit_rows(chunk.float().unflatten(1, (count, -1)), importance_GE, search)
+            for chunk in w_OI.split(max(1, AT_ONCE // columns))
+        ]
+        scale, zero = (torch.cat(part).contiguous() for part in zip(*fitted, strict=True))
+        return IntGrid(fmt, self.bits, scale, zero, columns // count, self.scale_dtype)
+
+    def _fit_rows(self, w_OGE: Tensor, importance_GE: Tensor, search: bool) -> tuple[Tensor, Tensor]:
+        """Scale and zero point [O, G] of some rows."""
+        best = self._range(w_OGE, 1.0, 1)
+        if not search:
+            return best
+        signs = (1, -1) if self.symmetric else (1,)
+        least = self._error(w_OGE, importance_GE, *best)
+        share = torch.ones_like(least)
+        sign = torch.ones_like(least)
+        for stage in (COARSE, FINE):
+            around_share, around_sign = share.clone(), sign.clone()
+            for step in stage:
+                for turn in signs if stage is COARSE else (1,):
+                    tried_share = torch.full_like(share, step) if stage is COARSE else around_share + step
+                    tried_sign = torch.full_like(sign, turn) if stage is COARSE else around_sign
+                    found = self._range(w_OGE, tried_share, tried_sign)
+                    error = self._error(w_OGE, importance_GE, *found)
+                    better = error < least
+                    least = torch.where(better, error, least)
+                    share, sign = torch.where(better, tried_share, share), torch.where(better, tried_sign, sign)
+                    best = (torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1]))
+        return best
+
+    def _range(self, w_OGE: Tensor, share: Tensor | float, sign: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Scale (rounded as stored) and zero point when `share` of the group's range is represented."""
+        top = 2**self.bits - 1
+        if self.symmetric:
+            scale = self._stored(w_OGE.abs().amax(-1) * (2 * share / top))
+            return scale * sign, torch.full_like(scale, 2 ** (self.bits - 1))
+        low, high = w_OGE.amin(-1).clamp(max=0), w_OGE.amax(-1).clamp(min=0)
+        scale = self._stored((high - low) * (share / top))
+        return scale, (-low * share / scale).round().clamp(0, top)
+
+    def _error(self, w_OGE: Tensor, importance_GE: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
+        """Weighted squared error [O, G] of rounding to a grid."""
+        scale, zero = scale_OG[..., None], zero_OG[..., None]
+        codes = (w_OGE / scale).add_(zero).round_().clamp_(0, 2**self.bits - 1)
+        missed = codes.sub_(zero).mul_(scale).sub_(w_OGE)
+        return missed.square_().mul_(importance_GE).sum(-1)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        """The scale as it will be read back; a group of zeros gets 1, one that underflows the least that is stored."""
+        rounded = scale.to(self.scale_dtype).float()
+        return torch.where(scale == 0, 1.0, rounded.clamp(LEAST[self.scale_dtype], torch.finfo(self.scale_dtype).max))
