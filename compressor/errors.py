@@ -5,6 +5,7 @@
   x SourceError        the checkpoint cannot be read, or holds what cannot be compressed
   x CalibrationError   the data does not determine the statistics a pass needs
   x OutputError        the result cannot be written where it was asked for
+  x KernelError        a kernel that was asked for is missing or cannot do what it should
 """
 
 
@@ -24,3 +25,6 @@ class CalibrationError(CompressorError): ...
 
 
 class OutputError(CompressorError): ...
+
+
+class KernelError(CompressorError): ...

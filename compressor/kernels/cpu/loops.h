@@ -1,0 +1,95 @@
+/* The loops that compilers turn into good code by themselves; each instruction set's file has its own copy of them. */
+#ifndef COMPRESSOR_LOOPS_H
+#define COMPRESSOR_LOOPS_H
+
+#include "kernels.h"
+
+/* Codes of activations, in the order in which `decode` yields those of the weight. */
+INLINE void reorder(const int8_t *codes, int span, int bits, int8_t *out) {
+    uint32_t words[BLOCK / 4];
+    if (bits >= 4) {
+        memcpy(words, codes, (size_t)span);
+    } else { /* of a lane's 32 columns, first all pairs of columns with j = 0 and 1, then those with j = 2 and 3 */
+        uint16_t pairs[BLOCK / 2], parted[BLOCK / 2];
+        memcpy(pairs, codes, (size_t)span);
+        for (int run = 0; run < span / 2; run += 16)
+            for (int i = 0; i < 8; i++) {
+                parted[run + i] = pairs[run + 2 * i];
+                parted[run + 8 + i] = pairs[run + 2 * i + 1];
+            }
+        memcpy(words, parted, (size_t)span);
+    }
+    if (bits < 8)
+        for (int i = 0; i < span / 4; i++) words[i] = swap_middle(words[i]);
+    memcpy(out, words, (size_t)span);
+}
+
+/* Numbers to the nearest of 255 multiples of `scale`, with 0 in the middle. An infinity or NaN makes `scale` NaN. */
+INLINE void round_span(const float *x, int span, int bits, int8_t *out, float *scale, float *sum) {
+    int32_t top = 0; /* magnitudes compare as integers, and infinity and NaN are the largest */
+    for (int i = 0; i < span; i++) {
+        const int32_t magnitude = (int32_t)(bits_of(x[i]) & 0x7fffffff);
+        top = magnitude > top ? magnitude : top;
+    }
+    const float largest = float_of((uint32_t)top);
+    const int finite = top < 0x7f800000, tiny = largest < 0x1p-119f; /* of a tiny number 127 / largest is infinite */
+    const float steps = finite && !tiny ? 127.0f / largest : 0.0f;
+    int8_t codes[BLOCK];
+    int32_t total = 0;
+    for (int i = 0; i < span; i++) {
+        const float value = finite ? x[i] * steps : 0.0f;
+        codes[i] = (int8_t)bits_of(value + 0x1.8p23f); /* addition rounds to an integer, ties to even, in the lowest bits */
+        total += codes[i];
+    }
+    reorder(codes, span, bits, out);
+    *scale = finite ? largest / 127.0f : float_of(0x7fc00000);
+    *sum = (float)total;
+}
+
+INLINE void round_loop(const Matrix *x, size_t begin, int block, int bits, Activations *out) {
+    const int first = block * BLOCK, spans = BLOCK / out->span;
+    for (int token = 0; token < out->tokens; token++) {
+        const size_t from = (begin + (size_t)token) * (size_t)x->columns + (size_t)first;
+        float values[BLOCK];
+        if (x->is_bf16) {
+            uint16_t halves[BLOCK];
+            memcpy(halves, (const uint16_t *)x->data + from, sizeof halves);
+            for (int i = 0; i < BLOCK; i++) values[i] = float_of((uint32_t)halves[i] << 16);
+        } else {
+            memcpy(values, (const float *)x->data + from, sizeof values);
+        }
+        int8_t *codes = out->codes + ((size_t)block * (size_t)out->tokens + (size_t)token) * BLOCK;
+        for (int i = 0; i < spans; i++) {
+            const size_t at = (size_t)(block * spans + i) * (size_t)out->tokens + (size_t)token;
+            const int column = i * out->span;
+            round_span(values + column, out->span, bits, codes + column, out->scale + at, out->sum + at);
+        }
+    }
+}
+
+INLINE void store_row(const float *sums, const void *bias, int count, size_t at, size_t column, Matrix *y) {
+    float values[ROWS];
+    memcpy(values, sums, sizeof values);
+    if (y->is_bf16) {
+        uint16_t halves[ROWS] = {0};
+        if (bias) memcpy(halves, (const uint16_t *)bias + column, (size_t)count * sizeof *halves);
+        for (int i = 0; i < ROWS; i++) halves[i] = bf16_of(values[i] + float_of((uint32_t)halves[i] << 16));
+        memcpy((uint16_t *)y->data + at, halves, (size_t)count * sizeof *halves);
+    } else {
+        float biases[ROWS] = {0};
+        if (bias) memcpy(biases, (const float *)bias + column, (size_t)count * sizeof *biases);
+        for (int i = 0; i < ROWS; i++) values[i] += biases[i];
+        memcpy((float *)y->data + at, values, (size_t)count * sizeof *values);
+    }
+}
+
+INLINE void store_loop(const float *sums, const void *bias, int tile, int tokens, size_t begin, Matrix *y) {
+    const int first = tile * ROWS, count = at_most(ROWS, y->columns - first);
+    for (int m = 0; m < tokens; m++, sums += ROWS) {
+        const size_t at = (begin + (size_t)m) * (size_t)y->columns + (size_t)first;
+        if (count == ROWS) store_row(sums, bias, ROWS, at, (size_t)first, y); /* by far most: with a constant count */
+        else store_row(sums, bias, count, at, (size_t)first, y);
+    }
+}
+
+#endif

@@ -1,0 +1,63 @@
+"""How the kernels want weights to lie: one file per family, each giving back the codes that it was given."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from compressor.codes import Codes, DenseCodes, Fp4Codes, IntCodes, SignCodes, VectorCodes
+from compressor.errors import KernelError
+from compressor.kernels.layouts.fp4 import Fp4
+from compressor.kernels.layouts.input_groups import InputGroups
+from compressor.kernels.layouts.int_groups import IntGroups
+from compressor.kernels.layouts.lossless import Lossless
+from compressor.kernels.layouts.signs import Signs
+from compressor.kernels.layouts.vectors import Vectors
+
+
+class Layout(Protocol):
+    """An arrangement of a weight's elements; a frozen dataclass whose name says all of it."""
+
+    by_rows: ClassVar[bool]  # every part but `order` begins with the tiles of rows: two weights are joined by joining parts
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def chunk(self) -> int: ...  # columns of a tile: activations come padded to a multiple
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...  # names of the tensors, in the order the operator takes them
+
+    def arrange(self, codes: Any) -> dict[str, Tensor]: ...
+    def restore(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Codes: ...
+
+
+FAMILIES: dict[type, tuple[Any, ...]] = {
+    IntCodes: (IntGroups, InputGroups),
+    Fp4Codes: (Fp4,),
+    VectorCodes: (Vectors,),
+    SignCodes: (Signs,),
+    DenseCodes: (Lossless,),
+}
+
+
+def layout_for(codes: Codes) -> Layout | None:
+    """The layout that takes these codes, or None if no kernel does."""
+    return next((layout for family in FAMILIES[type(codes)] if (layout := family.of(codes)) is not None), None)
+
+
+@functools.cache
+def named(name: str) -> Layout:
+    """The layout of a name.
+
+    Raises:
+        KernelError: no family has a layout of this name.
+    """
+    for families in FAMILIES.values():
+        for family in families:
+            if (layout := family.parse(name)) is not None:
+                found: Layout = layout
+                return found
+    raise KernelError(f"kernels: no layout named `{name}`; was it written by a newer version?")

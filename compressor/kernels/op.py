@@ -1,0 +1,42 @@
+"""The operator that multiplies by a packed weight, so that torch.compile, CUDA graphs and `generate` see one opaque call.
+
+    compressor::packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel) -> Tensor
+
+It is functional and knows no gradient. `parts` are what the layout's `arrange` made, in its order; `kernel` is "auto" or the
+name of a backend (`dispatch`). `torch.library.Library` is used because a call costs 2.5 µs; `custom_op` takes 9.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from compressor.kernels.dispatch import choose
+from compressor.kernels.layouts import named
+
+_LIBRARY = torch.library.Library("compressor", "DEF")
+_LIBRARY.define("packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel) -> Tensor")
+
+
+def _packed_linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str) -> Tensor:
+    arrangement = named(layout)
+    x_MK = x.reshape(-1, x.shape[-1])
+    if getattr(arrangement, "ordered", False):
+        x_MK = x_MK[:, parts[-1]]
+    missing = -x_MK.shape[1] % arrangement.chunk
+    x_MK = pad(x_MK, (0, missing)) if missing else x_MK.contiguous()
+    y_MN = choose(layout, x.device, x.dtype, kernel).linear(x_MK, parts, arrangement, rows, bias)
+    return y_MN.view(*x.shape[:-1], rows)
+
+
+def _packed_linear_shape(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+_LIBRARY.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("compressor::packed_linear", _packed_linear_shape)
+
+packed_linear = torch.ops.compressor.packed_linear.default
