@@ -6,10 +6,13 @@
     compressor.evaluate("out/", reference="model/")
     model = compressor.load("out/")
 
-Importing the package is cheap: torch and transformers are imported with the first function that is used.
+Importing the package is cheap: torch and transformers are imported with the first function that is used. Once transformers is
+imported too, its `AutoModelForCausalLM.from_pretrained` keeps packed weights packed (compressor/runtime/hf.py).
 """
 
 from typing import TYPE_CHECKING, Any
+
+from compressor._on_import import on_import
 
 if TYPE_CHECKING:
     from compressor.api import Forecast, forecast, quantize, quantize_recipe, run
@@ -18,6 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Forecast", "evaluate", "forecast", "generate", "load", "quantize", "quantize_recipe", "run"]
 _HOME = {"evaluate": "compressor.judging", "generate": "compressor.runtime.load", "load": "compressor.runtime.load"}
+
+
+def _register() -> None:
+    from compressor.runtime.hf import register
+
+    register()
+
+
+on_import("transformers.quantizers.auto", _register)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,17 +10,24 @@ import compressor
 model = compressor.load("{out}")
 ```
 
-Load it with the `compressor` package. Plain transformers does not know this layout and would start from random weights.
+Load it with the `compressor` package, or import that before transformers' own `from_pretrained`. Plain transformers does not
+know this layout and would start from random weights.
 """
 
 STOCK_LOADER = """```python
-from transformers import AutoModelForCausalLM  # and `pip install compressed-tensors`
+from transformers import AutoModelForCausalLM  # and `pip install {packages}`
 
 model = AutoModelForCausalLM.from_pretrained("{out}")
 ```
+
+Plain transformers dequantises the weights. With `import compressor` before, or by `compressor.load("{out}")`, they stay
+packed in memory and are multiplied by kernels made for them.
 """
 
-
+STOCK_PACKAGES = {
+    "compressed-tensors": "compressed-tensors",
+    "gptq": "optimum gptqmodel",
+}  # that transformers needs, by layout
 FIGURES = (  # of quality: key, what it is, how it is written
     ("reference_perplexity", "perplexity, original", ".4g"),
     ("perplexity", "perplexity, this model", ".4g"),
@@ -35,7 +42,8 @@ def model_card(report: Mapping[str, Any]) -> str:
     Args:
         report: What report.json holds.
     """
-    loader = (STOCK_LOADER if report.get("layout") == "compressed-tensors" else OWN_LOADER).format(out=report["out"])
+    packages = STOCK_PACKAGES.get(report.get("layout", ""))
+    loader = (STOCK_LOADER if packages else OWN_LOADER).format(out=report["out"], packages=packages)
     lines = [
         "---", "library_name: transformers", "tags:", "- compressed", "---", "",
         f"# {report['out']}", "",

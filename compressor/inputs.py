@@ -12,7 +12,7 @@ from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
-from compressor.model.checkpoint import read_config
+from compressor.model.checkpoint import native_dtype
 from compressor.model.source import ModelSource
 from compressor.plan import make_plan
 from compressor.recipe import Recipe
@@ -132,7 +132,4 @@ def computation_dtype(device: torch.device, wanted: str | None, model: Path) -> 
         if wanted not in DTYPES:
             raise RecipeError(f"dtype {wanted}: not one of {', '.join(DTYPES)}")
         return DTYPES[wanted]
-    config = read_config(model)
-    stored = DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), torch.float32)
-    native = torch.cpu._is_avx512_bf16_supported() and stored is torch.bfloat16
-    return stored if device.type == "cuda" or native else torch.float32
+    return native_dtype(model, device)

@@ -3,10 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 import yaml
 
+from compressor.kernels.cuda import sources
+from compressor.kernels.layouts import Layout, layout_for
 from compressor.model import quantization_config, shards
 from compressor.model.architecture import LinearKind, linear_layers
 from compressor.model.source import ModelSource
@@ -14,7 +18,7 @@ from compressor.model.writer import Workspace, copy_other_files, writing
 from compressor.plan import describe_plan, model_formats, planned_bits
 from compressor.recipe import Recipe, to_yaml
 from compressor.report import Report
-from compressor.types import Plan
+from compressor.types import Format, Plan
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record
 
@@ -34,11 +38,13 @@ def write_model(
         [name for name, kind in kinds.items() if type(kind) is LinearKind],
         [name for name, kind in kinds.items() if type(kind) is not LinearKind],
     )
-    config = json.dumps({**source.raw_config, "quantization_config": entry}, indent=2) + "\n"
+    kernels = write_kernels(workspace, layouts_of(formats, source))
+    config = json.dumps({**source.raw_config, "quantization_config": entry, sources.CONFIG_KEY: kernels}, indent=2) + "\n"
     workspace.write_text("config.json", config)
     copied = copy_other_files(source.path, workspace.model, workspace.out)
     tensors = {name: known for part in workspace.finished.values() for name, known in part["entries"].items()}
     others = {name: hashlib.sha256((workspace.model / name).read_bytes()).hexdigest() for name in copied if name not in MADE}
+    others |= {f"{sources.FOLDER}/{name}": digest for name, digest in kernels.items()}
     manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), others, tensors, probe)
     workspace.write_text(MANIFEST, manifest.text())
     workspace.write_text("recipe.yaml", to_yaml(recipe))
@@ -50,6 +56,31 @@ def write_model(
     state = source.model.state_dict()
     dense = sum(state[name].numel() for name in source.names)  # a tied tensor once
     report.model_bits_per_weight = 8 * sum(shard.data_bytes for shard in files) / dense
+
+
+def layouts_of(formats: Mapping[str, Format], source: ModelSource) -> list[Layout]:
+    """What the kernels will make of packed layers, one entry for each layout."""
+    widths = {fmt: source.model.state_dict()[f"{layer}.weight"].shape[1] for layer, fmt in formats.items()}
+    found = {}
+    for fmt, columns in widths.items():
+        nothing = torch.zeros(16, columns)
+        grid = fmt.fit(nothing, search=False)
+        layout = layout_for(fmt.codes(grid.pack(grid.round(nothing, 0))))
+        if layout is not None:
+            found[layout.name] = layout
+    return list(found.values())
+
+
+def write_kernels(workspace: Workspace, layouts: Iterable[Layout]) -> dict[str, str]:
+    """The CUDA sources that decode the layouts, beside the weights, so that these explain themselves: sha256 by file name."""
+    digests: dict[str, str] = {}
+    for layout in layouts:
+        digests |= sources.digests(layout)
+    if digests:
+        (workspace.model / sources.FOLDER).mkdir(exist_ok=True)
+    for name in digests:
+        workspace.write_text(f"{sources.FOLDER}/{name}", sources.read(name))
+    return digests
 
 
 def default_out(model: Path, plan: Plan) -> Path:

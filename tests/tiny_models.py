@@ -15,7 +15,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import compressor
+from compressor.runtime.hf import stock
 
 VOCABULARY = 384
 POSITIONS = 64
@@ -130,9 +133,15 @@ def some_tokens(batch: int = 2, length: int = 24) -> Tensor:
 @torch.no_grad()
 def stock_logits(path: Path, tokens: Tensor) -> Tensor:
     """What transformers alone computes."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with stock():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     logits: Tensor = model(tokens, use_cache=False).logits
     return logits
+
+
+def exact(path: Path) -> PreTrainedModel:
+    """Our loader, computing in float32 without rounding activations; packed layers stay packed."""
+    return compressor.load(path, dtype=torch.float32, kernel="reference")
 
 
 def tensors(path: Path) -> Tensors:

@@ -16,6 +16,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of a conversation.")] = False,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed. [default: the likeliest token each time]")] = None,
+    kernel: Annotated[str, typer.Option(help="auto, cuda, cpu, or reference, for packed weights.")] = "auto",
     as_json: a.Json = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -29,7 +30,7 @@ def generate(
 
     quiet()
     place = str(compute_device(device))
-    text = continue_prompt(model, prompt, max_new_tokens=max_new_tokens, chat=chat, device=place, seed=seed)
+    text = continue_prompt(model, prompt, max_new_tokens=max_new_tokens, chat=chat, device=place, seed=seed, kernel=kernel)
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:

@@ -97,6 +97,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def native_dtype(path: Path, device: torch.device) -> torch.dtype:
+    """The dtype that a model directory names, where the device computes in it; else float32."""
+    config = read_config(path)
+    named = str(config.get("dtype", config.get("torch_dtype")))
+    stored = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(named, torch.float32)
+    native = torch.cpu._is_avx512_bf16_supported() and stored is torch.bfloat16
+    return stored if device.type == "cuda" or native else torch.float32
+
+
 def find_shards(path: Path) -> Mapping[str, str]:
     """Tensor name -> shard file name, from the only shard's header or the index; of both, transformers takes the former.
 

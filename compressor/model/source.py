@@ -21,13 +21,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from compressor.errors import SourceError
-from compressor.model import quantization_config
 from compressor.model.architecture import check_config, decoder_blocks, linear_layers
 from compressor.model.checkpoint import Checkpoint, read_config
+from compressor.model.names import checkpoint_names
+from compressor.model.packed import PackedLayers
 from compressor.types import Arguments, Block, Format, QuantizedTensor
 
 
@@ -41,9 +40,9 @@ class ModelSource:
         self.checkpoint = Checkpoint(path)
         self.model = skeleton(path, dtype)
         self.prefix, self.layers = decoder_blocks(self.model)
-        quantized = "quantization_config" in self.raw_config
-        self._format_of = quantization_config.reader(self.raw_config, str(path)) if quantized else None
-        self.names = checkpoint_names(self.model, self.checkpoint)
+        self.packing = PackedLayers(path, self.raw_config, self.checkpoint)
+        self.names = checkpoint_names(self.model, self.checkpoint, self.packing)
+        self._outside = [name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")]
         self._tied = self._tie()
         self._check_complete()
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
@@ -61,9 +60,8 @@ class ModelSource:
 
     def packed(self) -> dict[str, Format]:
         """The layers that lie packed in the checkpoint, by full module name."""
-        found = [m for m, name in self.names.items() if m.endswith(".weight") and _is_packed(name, self.checkpoint)]
-        assert not found or self._format_of is not None
-        return {m.removesuffix(".weight"): self._format(m.removesuffix(".weight")) for m in found}
+        layers = {m.removesuffix(".weight"): name for m, name in self.names.items() if name in self.packing}
+        return {layer: self.packing.format(name, layer) for layer, name in layers.items()}
 
     def block(self, index: int, load: bool = True) -> Block:
         """One block; without `load`, on the meta device, for its names and shapes. `release` it when done."""
@@ -87,10 +85,16 @@ class ModelSource:
             self.release(block)
             return_freed_memory()
 
-    def whole(self) -> PreTrainedModel:
-        """The model with every parameter in memory, dense. The source must not be used afterwards."""
-        for index in range(len(self.layers)):
-            self.block(index)
+    def whole(self, linear: Callable[[QuantizedTensor, Tensor | None], nn.Module] | None = None) -> PreTrainedModel:
+        """The model with every parameter in memory. The source must not be used afterwards.
+
+        Args:
+            linear: Makes a module of a packed weight and its bias; it takes the place of the packed layers of the blocks.
+                None has them dequantised.
+        """
+        for index, module in enumerate(self.layers):
+            self._load(module, f"{self.prefix}.{index}", linear)
+            return_freed_memory()
         self._load_outside(lambda name: True)
         self.model.tie_weights(recompute_mapping=False)
         return self.model
@@ -98,37 +102,19 @@ class ModelSource:
     def read(self, name: str) -> Tensor:
         """One parameter or buffer by module name: dense, as stored if it is not packed."""
         stored = self.names[name]
-        if not _is_packed(stored, self.checkpoint):
+        if stored not in self.packing:
             return self.checkpoint.read(stored)
         return self.read_packed(name.removesuffix(".weight")).dequantize()
 
-    def read_packed(self, layer: str) -> QuantizedTensor:
-        """A packed layer by full module name."""
-        base, fmt = self.names[f"{layer}.weight"].removesuffix(".weight"), self._format(layer)
+    def read_packed(self, layer: str, *, meta: bool = False) -> QuantizedTensor:
+        """A packed layer by full module name; with `meta`, its parts on the meta device: names, dtypes and shapes."""
         module = self.model.get_submodule(layer)
         linear = linear_layers(module).get("")
         if linear is None:
             raise SourceError(f"{self.path}: {layer} is packed but no linear layer; such checkpoints cannot be read")
         rows, columns = linear.weight(module).shape
-        try:
-            expected = fmt.checkpoint_parts((rows, columns))
-        except ValueError as error:
-            raise SourceError(f"{self.path}: {layer} cannot be packed as config.json has it: {error}") from error
-        unread = {"weight_g_idx", "weight_zero_point", "weight_global_scale"} - set(expected)
-        for part in sorted(unread):
-            if f"{base}.{part}" in self.checkpoint:
-                raise SourceError(f"{self.path}: {base}.{part} is not part of {fmt.label}; such checkpoints cannot be read")
-        parts = {}
-        for part, (_, shape) in expected.items():
-            if f"{base}.{part}" not in self.checkpoint:
-                raise SourceError(f"{self.path}: {base}.{part} is missing; the checkpoint is not complete")
-            parts[part] = self.checkpoint.read(f"{base}.{part}")
-            if parts[part].shape != shape:
-                raise SourceError(
-                    f"{self.path}: {base}.{part} has shape {list(parts[part].shape)} where {fmt.label} of a "
-                    f"[{rows}, {columns}] weight needs {list(shape)}; the config and the weights do not belong together"
-                )
-        return QuantizedTensor(fmt, (rows, columns), parts)
+        biased = getattr(module, "bias", None) is not None
+        return self.packing.read(self.names[f"{layer}.weight"], layer, (rows, columns), biased=biased, meta=meta)
 
     @torch.no_grad()
     def first_inputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -200,25 +186,29 @@ class ModelSource:
                     start = torch.zeros(*finished.shape[:2], embedding.weight.shape[1], dtype=self.dtype, device=self.device)
                     yield self.model(inputs_embeds=start, use_cache=False).logits
 
-    def _format(self, layer: str) -> Format:
-        if self._format_of is None:
-            raise SourceError(f"{self.path}: layer {layer} is packed but config.json has no quantization_config")
-        return self._format_of(layer)
-
     def _is_head(self, name: str) -> bool:
         """Whether a parameter outside the blocks belongs to an output head that is not tied to the embedding."""
         head = self.model.get_output_embeddings()
         return head is not None and any(name == f"{n}.weight" for n, m in self.model.named_modules() if m is head)
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
-        """Read a module's parameters and persistent buffers, and move everything to the device."""
-        state = {}
-        for name in module.state_dict():
-            state[name] = self._read_sound(f"{prefix}.{name}")
-        for name, layer in linear_layers(module).items():
-            if _is_packed(self.names[f"{prefix}.{name}.weight"], self.checkpoint):
-                state[f"{name}.weight"] = layer.parameter(state[f"{name}.weight"])
-        module.load_state_dict(state, assign=True, strict=True)
+    def _load(
+        self,
+        module: nn.Module,
+        prefix: str,
+        linear: Callable[[QuantizedTensor, Tensor | None], nn.Module] | None = None,
+    ) -> None:
+        """Read a module's parameters and persistent buffers, and move everything to the device; `linear` as in `whole`."""
+        layers = linear_layers(module)
+        packed = [name for name in layers if self.names[f"{prefix}.{name}.weight"] in self.packing]
+        kept = {f"{name}.weight" for name in packed} if linear is not None else set()
+        state = {name: self._read_sound(f"{prefix}.{name}") for name in module.state_dict() if name not in kept}
+        for name in packed if linear is None else ():
+            state[f"{name}.weight"] = layers[name].parameter(state[f"{name}.weight"])
+        module.load_state_dict(state, assign=True, strict=not kept)
+        if linear is not None:
+            for name in packed:
+                bias = getattr(module.get_submodule(name), "bias", None)
+                module.set_submodule(name, linear(self.read_packed(f"{prefix}.{name}"), bias))
         module.requires_grad_(False)
         _move_buffers(module, self.device)
 
@@ -260,8 +250,8 @@ class ModelSource:
         inside = f"{self.prefix}."
         before: list[tuple[nn.Module, str, Tensor]] = []
         loaded: dict[str, Tensor] = {}
-        for name in list(self.model.state_dict()):
-            if name.startswith(inside) or not (wanted(name) or name in self._tied.values()):
+        for name in self._outside:
+            if not (wanted(name) or name in self._tied.values()):
                 continue
             owner = self._tied.get(name, name)
             if owner not in loaded:
@@ -302,7 +292,7 @@ class ModelSource:
             )
         for name, parameter in self.model.state_dict().items():
             stored = self.names.get(name)
-            if stored is None or _is_packed(stored, self.checkpoint):
+            if stored is None or stored in self.packing:
                 continue
             shape = self.checkpoint.headers[stored].shape
             if shape != tuple(parameter.shape):
@@ -337,37 +327,6 @@ def skeleton(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise SourceError(f"{path}: transformers cannot build a causal language model from config.json: {reason}") from error
     assert isinstance(model, PreTrainedModel)
     return model.eval().requires_grad_(False)
-
-
-def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Module name -> checkpoint name, a packed layer under the name its dense weight would have.
-
-    The one place that leans on transformers' internal renaming rules (5.x).
-
-    Raises:
-        SourceError: the checkpoint stores a parameter in several pieces that loading would have to merge.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    names: dict[str, str] = {}
-    for key in checkpoint:
-        base, _, part = key.rpartition(".")
-        stored = f"{base}.weight" if part.startswith("weight_") else key  # a part of a packed layer
-        renamed, converted = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if converted is not None:
-            raise SourceError(
-                f"{checkpoint.path}: {stored} is merged with others when loaded into {renamed}; "
-                f"such checkpoints (`{model.config.model_type}`) are not supported yet"
-            )
-        if renamed in state:
-            names[renamed] = stored
-    return names
-
-
-def _is_packed(stored: str, checkpoint: Checkpoint) -> bool:
-    return stored not in checkpoint and stored.removesuffix(".weight") + quantization_config.PACKED_SUFFIX in checkpoint
 
 
 def _same(a: Any, b: Any) -> bool:

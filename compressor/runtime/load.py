@@ -1,27 +1,72 @@
 """Load a model directory, dense or packed in any layout that we read, as a transformers model."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compressor.kernels.cuda import sources
+from compressor.kernels.dispatch import AUTO
+from compressor.model.checkpoint import native_dtype
 from compressor.model.generation import generate_plainly
 from compressor.model.source import ModelSource
+from compressor.runtime.fuse import make_ready
+from compressor.runtime.linear import packed_linear_module
+
+log = logging.getLogger(__name__)
 
 
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model with dense weights: packed layers are dequantised here, once.
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    kernel: str = AUTO,
+    dense: bool = False,
+    trust_kernels: bool = False,
+) -> PreTrainedModel:
+    """The model; packed layers stay packed and are multiplied by kernels, those that read the same input in one go.
 
     Args:
-        path: Model directory.
+        path: Model directory, dense or packed, written by this package or in a layout of others that it reads.
         device: Where to put it.
-        dtype: Of all floating-point parameters.
+        dtype: Of the computation; None takes the checkpoint's where the device computes in it, else float32.
+        kernel: "auto", or the one to use: "cuda", "cpu" (rounds activations to 8 bits) or "reference" (slow and exact).
+            The choice and its reason are logged by `compressor.kernels.dispatch`.
+        dense: Dequantise packed layers, once, here.
+        trust_kernels: Compile the CUDA sources that lie beside the weights, where they are not this package's own: they run
+            with your rights. Otherwise this package's are used, which decode the same bytes.
 
     Raises:
         SourceError: the directory cannot be read.
+        KernelError: the kernel that is asked for cannot multiply by these weights here.
     """
-    return ModelSource(Path(path), torch.device(device), dtype).whole()
+    place, directory = torch.device(device), Path(path)
+    dtype = dtype or native_dtype(directory, place)
+    source = ModelSource(directory, place, dtype)
+    if dense or not source.packed():
+        return source.whole()
+    config = source.raw_config["quantization_config"]
+    kernel = _kernel(directory, source.raw_config.get(sources.CONFIG_KEY) or {}, place, kernel, trust_kernels)
+    model = source.whole(lambda tensor, bias: packed_linear_module(tensor, bias, place, kernel))
+    make_ready(model, dtype)
+    model.config.quantization_config = config  # so that it saves as it was
+    return model
+
+
+def _kernel(directory: Path, brought: Mapping[str, str], device: torch.device, kernel: str, trust: bool) -> str:
+    """The kernel to ask for, given the CUDA sources that a checkpoint brings."""
+    if device.type != "cuda" or kernel not in (AUTO, "cuda"):
+        return kernel
+    if trust:
+        folder = sources.beside(directory, brought)
+        return f"cuda:{folder}" if sources.foreign(brought) else kernel
+    for name in sources.foreign(brought):
+        log.info("%s: brings another %s than this version has; this version's is used", directory, name)
+    return kernel
 
 
 def generate(
@@ -31,7 +76,9 @@ def generate(
     max_new_tokens: int = 64,
     chat: bool = False,
     device: str = "cpu",
+    dtype: torch.dtype | None = None,
     seed: int | None = None,
+    kernel: str = AUTO,
 ) -> str:
     """A continuation of a prompt, greedy, or sampled if there is a seed.
 
@@ -40,8 +87,10 @@ def generate(
         prompt: Text, or with `chat` the user's turn of a conversation.
         max_new_tokens: At most so many.
         chat: Put the prompt into the tokenizer's chat template.
-        device: Where to run.
+        device: As of `load`.
+        dtype: As of `load`.
         seed: Sample from the model's distribution with this seed.
+        kernel: As of `load`.
 
     Raises:
         CompressorError: no model or tokenizer that can be read, or no chat template.
@@ -49,7 +98,7 @@ def generate(
     from compressor.calibration.data import encode_prompt, load_tokenizer
 
     tokenizer = load_tokenizer(Path(path))
-    model = load(path, device)
+    model = load(path, device, dtype, kernel=kernel)
     ids = torch.tensor(encode_prompt(tokenizer, prompt, chat))
     return continuation(model, tokenizer, ids, max_new_tokens, seed)
 

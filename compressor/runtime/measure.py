@@ -12,7 +12,7 @@ bandwidth of the memory.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from compressor.kernels.dispatch import choose
 from compressor.model.checkpoint import read_config
+from compressor.runtime.linear import PackedWeight, StoredLinear
 from compressor.runtime.load import load
 
 TRIES = 5  # of each way to use the memory's bandwidth; the best counts
@@ -95,14 +97,21 @@ class Resident:
         return torch.randint(known, (batch, length), generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def _runtime(self) -> str:
-        matrices = [tensor for tensor in self.model.state_dict().values() if tensor.dim() > 1]
-        if not all(tensor.is_floating_point() and tensor.itemsize > 1 for tensor in matrices):
-            weights = "packed weights"
+        kernels = sorted(
+            {m.layout.name + ", " + self._kernel(m) for m in self.model.modules() if isinstance(m, PackedWeight)}
+        )
+        if kernels:
+            weights = f"packed weights ({'; '.join(kernels)})"
+        elif any(isinstance(m, StoredLinear) for m in self.model.modules()):
+            weights = "packed weights, dequantised at each call"
         elif "quantization_config" in read_config(self.path):
             weights = "dense weights, dequantised on loading"
         else:
             weights = "dense weights"
         return f"{weights}, transformers {version('transformers')}"
+
+    def _kernel(self, weight: PackedWeight) -> str:
+        return choose(weight.layout.name, self.device, self.model.dtype, weight.kernel).kernel
 
 
 class Bandwidth:
@@ -135,13 +144,21 @@ def now(device: torch.device) -> float:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Of the parameters and stored buffers that one decoding step reads; see the head of this file."""
+    """Of the parameters and buffers that one decoding step reads; see the head of this file."""
     head = model.get_output_embeddings()
     read = [model.get_decoder() or model.base_model, *([head] if head is not None else [])]  # no vision tower
-    tensors = {t.data_ptr(): t for module in read for t in module.state_dict().values()}
+    tensors = {t.data_ptr(): t for module in read for t in _weights(module)}
     tables = {m.weight.data_ptr() for m in model.modules() if isinstance(m, nn.Embedding)}
-    tied = {t.data_ptr() for t in head.state_dict().values()} if head is not None else set()
+    tied = {t.data_ptr() for t in head.parameters()} if head is not None else set()
     return sum(tensor.nbytes for place, tensor in tensors.items() if place not in tables - tied)
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, and buffers but for what a module makes itself (tables of angles)."""
+    yield from model.parameters()
+    for module in model.modules():
+        made = set() if isinstance(module, PackedWeight) else module._non_persistent_buffers_set
+        yield from (buffer for name, buffer in module._buffers.items() if buffer is not None and name not in made)
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import stock_logits
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from compressor import api
 from compressor.assets import DEMO_MODEL
@@ -48,8 +48,7 @@ def of(text: Text, model: Path, reference: Path | None = None, path: str = "stre
 @torch.no_grad()
 def plain(model: Path, tokens: Tensor) -> Tensor:
     """Log-probabilities [B, S, V] by transformers alone, which loads the compressed model itself."""
-    logits: Tensor = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(tokens).logits
-    return logits.double().log_softmax(-1)
+    return stock_logits(model, tokens).double().log_softmax(-1)
 
 
 def stacked(text: Text) -> Tensor:

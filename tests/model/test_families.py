@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, POSITIONS, some_tokens, stock_logits, tensors
+from tiny_models import FAMILIES, POSITIONS, exact, some_tokens, stock_logits, tensors
 from transformers import AutoModelForCausalLM
 
-import compressor
 from compressor import api
 from compressor.calibration.data import load_samples, load_tokenizer
 from compressor.model.source import ModelSource
@@ -84,9 +83,7 @@ def test_streaming_gives_the_logits_of_the_plain_model(case, family):
 
 
 def test_loading_a_dense_checkpoint_gives_the_plain_model(case, family):
-    torch.testing.assert_close(
-        logits(compressor.load(family(case)), some_tokens()), stock_logits(family(case), some_tokens()), **ALIKE
-    )
+    torch.testing.assert_close(logits(exact(family(case)), some_tokens()), stock_logits(family(case), some_tokens()), **ALIKE)
 
 
 def test_stock_transformers_loads_what_was_written_with_the_same_logits(case, rounded):
@@ -95,14 +92,12 @@ def test_stock_transformers_loads_what_was_written_with_the_same_logits(case, ro
         assert made.report.layout == "compressor"
         return
     assert made.report.layout == "compressed-tensors"
-    torch.testing.assert_close(
-        stock_logits(made.out, some_tokens()), logits(compressor.load(made.out), some_tokens()), **ALIKE
-    )
+    torch.testing.assert_close(stock_logits(made.out, some_tokens()), logits(exact(made.out), some_tokens()), **ALIKE)
 
 
 def test_the_result_is_another_model_than_the_original(case, rounded):
     made, tokens = rounded(case), some_tokens()
-    difference = logits(compressor.load(made.out), tokens) - stock_logits(made.source, tokens)
+    difference = logits(exact(made.out), tokens) - stock_logits(made.source, tokens)
     assert difference.abs().max() > LEAST_CHANGE
 
 
@@ -114,7 +109,7 @@ def test_the_loaded_model_is_the_plain_one_with_the_packed_values_for_weights(ca
         parameter = plain.get_parameter(of_stored[f"{layer}.weight"])
         _, values = step_and_values(parts, layer)
         parameter.data = values.T if case in TRANSPOSED else values
-    torch.testing.assert_close(logits(compressor.load(made.out), tokens), logits(plain, tokens), **ALIKE)
+    torch.testing.assert_close(logits(exact(made.out), tokens), logits(plain, tokens), **ALIKE)
 
 
 def test_every_packed_value_is_within_half_a_step_of_the_original(case, rounded):
@@ -144,7 +139,7 @@ def test_a_tied_head_stays_tied_and_is_stored_once(case, rounded):
     made = rounded(case)
     assert "lm_head.weight" not in tensors(made.out)
     assert json.loads((made.out / "config.json").read_text()).get("tie_word_embeddings", True)
-    model = compressor.load(made.out)
+    model = exact(made.out)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -161,7 +156,7 @@ def test_gptq_misses_less_of_the_first_blocks_outputs_than_rounding(case, family
     for layer in [row.layer for row in report.rows[: len(report.rows) // len(ModelSource(family(case), CPU).layers)]]:
         plain.get_submodule(layer).register_forward_pre_hook(lambda m, args, layer=layer: inputs.update({layer: args[0]}))
     logits(plain, text)
-    ours, theirs = compressor.load(tmp_path / "out"), compressor.load(rounding.out)
+    ours, theirs = exact(tmp_path / "out"), exact(rounding.out)
     assert inputs
     for layer, x in inputs.items():
         wanted, by_gptq, by_rounding = (m.get_submodule(layer)(x) for m in (plain, ours, theirs))
@@ -173,7 +168,7 @@ def test_other_group_sizes_load_in_stock_transformers_alike(group_size, tiny, tm
     recipe = api.quantize_recipe(BITS, method="rtn", group_size=group_size, evaluate=False)
     api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu", verify=False)
     torch.testing.assert_close(
-        stock_logits(tmp_path / "out", some_tokens()), logits(compressor.load(tmp_path / "out"), some_tokens()), **ALIKE
+        stock_logits(tmp_path / "out", some_tokens()), logits(exact(tmp_path / "out"), some_tokens()), **ALIKE
     )
 
 

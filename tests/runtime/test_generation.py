@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import exact
 from transformers import PreTrainedModel
 
-import compressor
 from compressor.assets import DEMO_MODEL
 from compressor.calibration.data import load_tokenizer
 from compressor.evaluation.tasks.generation import continuations
@@ -37,15 +37,15 @@ def greedy(model: PreTrainedModel, ids: list[int], ends: list[int]) -> list[int]
 
 
 def test_without_a_seed_it_is_the_likeliest_token_each_time(penalised: Path) -> None:
-    tokenizer, model = load_tokenizer(DEMO_MODEL), compressor.load(DEMO_MODEL)
+    tokenizer, model = load_tokenizer(DEMO_MODEL), exact(DEMO_MODEL)
     ids = tokenizer.encode(PROMPT)
     expected = tokenizer.decode(greedy(model, ids, [0, 2]), skip_special_tokens=True)
-    assert generate(penalised, PROMPT, max_new_tokens=LENGTH) == expected
-    assert continuations(compressor.load(penalised), tokenizer, [ids], [], LENGTH) == [expected]
+    assert generate(penalised, PROMPT, max_new_tokens=LENGTH, dtype=torch.float32) == expected
+    assert continuations(exact(penalised), tokenizer, [ids], [], LENGTH) == [expected]
 
 
 def test_it_ends_where_the_checkpoint_says(penalised: Path) -> None:
-    tokenizer, model = load_tokenizer(DEMO_MODEL), compressor.load(penalised)
+    tokenizer, model = load_tokenizer(DEMO_MODEL), exact(penalised)
     ids = tokenizer.encode(PROMPT)
     end = greedy(model, ids, [])[5]
     model.generation_config.eos_token_id = [2, end]
@@ -59,7 +59,7 @@ def test_it_ends_where_the_checkpoint_says(penalised: Path) -> None:
 
 def test_with_a_seed_it_draws_from_the_models_own_distribution(penalised: Path) -> None:
     """First tokens of many draws against the probabilities: as often as the likeliest should come, within 5 deviations."""
-    tokenizer, model = load_tokenizer(DEMO_MODEL), compressor.load(penalised)
+    tokenizer, model = load_tokenizer(DEMO_MODEL), exact(penalised)
     ids = torch.tensor(tokenizer.encode(PROMPT))
     with torch.no_grad():
         p_V = model(ids[None]).logits[0, -1].softmax(-1)

@@ -13,7 +13,8 @@ ROOT = Path(compressor.__file__).parent
 
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
-    ("types", "errors", "assets"),
+    ("types", "errors", "assets", "codes", "_on_import"),
+    ("kernels",),
     ("registry", "report", "report_html", "distributed"),
     ("recipe", "card"),
     ("formats",),

@@ -1,0 +1,216 @@
+"""Linear layers whose weight stays packed in memory.
+
+`PackedWeight` holds a weight in the layout of the kernels and multiplies by it; `PackedLinear` stands where an `nn.Linear`
+stood and gives out its rows of a `PackedWeight`: all of them, or, after fusing, a part of what several layers that read the
+same activations share. A state dict holds the weight as it lies on disk, so a loaded model saves as it was.
+
+What no layout takes stays a `StoredLinear`: as it lies on disk, dequantised at every call.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from compressor.codes import Codes, IntCodes
+from compressor.kernels.dispatch import AUTO
+from compressor.kernels.layouts import Layout, layout_for
+from compressor.kernels.op import packed_linear
+from compressor.types import Format, QuantizedTensor
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # what floating-point parts are kept as, by their size
+
+
+@dataclass
+class _Product:
+    """A product that several layers take their rows of."""
+
+    x: Tensor
+    version: int | None
+    y: Tensor
+    takers: set[int] = field(default_factory=set)
+
+    def of(self, x: Tensor, taker: int) -> bool:
+        """Whether it is the product with x, and a layer has not had its rows yet."""
+        return self.x is x and self.version == _version(x) and taker not in self.takers
+
+
+class PackedWeight(nn.Module):
+    """A weight [rows, columns] in a layout of the kernels, with its bias.
+
+    Args:
+        layout: How the parts lie.
+        parts: By name; kept as integers, so that a change of the model's dtype leaves them alone.
+        shape: (rows, columns) of the dense weight.
+        bias: [rows], or None.
+        kernel: "auto", or the kernel to use.
+        takers: How many layers share the product.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        layout: Layout,
+        parts: Mapping[str, Tensor],
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        kernel: str = AUTO,
+        takers: int = 1,
+    ) -> None:
+        super().__init__()
+        self.layout, self.shape, self.kernel, self.takers = layout, shape, kernel, takers
+        self._dtypes = {name: part.dtype for name, part in parts.items()}
+        for name, part in parts.items():
+            as_bits = part.view(BITS[part.itemsize]) if part.is_floating_point() else part
+            self.register_buffer(f"part_{name}", as_bits, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self._product: _Product | None = None
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors by name, as the layout made them."""
+        return {name: getattr(self, f"part_{name}").view(dtype) for name, dtype in self._dtypes.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + bias."""
+        y: Tensor = packed_linear(x, list(self.parts.values()), self.bias, self.layout.name, self.shape[0], self.kernel)
+        return y
+
+    def take(self, x: Tensor, taker: int) -> Tensor:
+        """The same, computed once for all layers that share it: they are called one after the other on one tensor.
+
+        The product is kept until each has had its rows.
+        """
+        if self.takers == 1:
+            y: Tensor = self(x)
+            return y
+        product = self._product
+        if product is None or not product.of(x, taker):
+            product = _Product(x, _version(x), self(x))
+        product.takers.add(taker)
+        self._product = product if len(product.takers) < self.takers else None
+        return product.y
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]} x {self.shape[1]}, {self.layout.name}, kernel={self.kernel}"
+
+
+class PackedLinear(nn.Module):
+    """Stands for a linear layer: some rows of a packed weight.
+
+    Args:
+        weight: The packed weight, perhaps shared.
+        rows: Which of its rows.
+        stored: What the weight was made of: its format, and how finely its groups were stored.
+        taker: Number of this layer among those that share the weight.
+    """
+
+    def __init__(self, weight: PackedWeight, rows: slice, stored: "Stored", taker: int = 0) -> None:
+        super().__init__()
+        self.packed, self.rows, self.stored, self.taker = weight, rows, stored, taker
+        self.in_features, self.out_features = weight.shape[1], rows.stop - rows.start
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out_features], or None."""
+        bias = self.packed.bias
+        return None if bias is None else bias[self.rows]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.packed.take(x, self.taker)
+        return y if self.packed.takers == 1 else y[..., self.rows]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out_features, in_features]."""
+        whole: Tensor = self.quantized().dequantize().to(dtype)
+        return whole
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as it lies on disk."""
+        tiles = slice(self.rows.start // 16, -(-self.rows.stop // 16))
+        own = {name: part if name == "order" else part[tiles] for name, part in self.packed.parts.items()}
+        codes = self.packed.layout.restore(own if self.packed.takers > 1 else self.packed.parts, self._shape)
+        return self.stored.again(codes, self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, part in self.quantized().parts.items():
+            destination[f"{prefix}{name}"] = part
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.stored.format.label}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What has to be remembered of a packed tensor to make it again from codes that a layout gives back."""
+
+    format: Format
+    bits: int | None  # of integers, which a layout may widen
+    groups: int | None  # in a row, which a layout may divide
+
+    @staticmethod
+    def of(tensor: QuantizedTensor, codes: Codes) -> "Stored":
+        """Of a tensor and its codes."""
+        if isinstance(codes, IntCodes):
+            return Stored(tensor.format, codes.bits, codes.scale.shape[1])
+        return Stored(tensor.format, None, None)
+
+    def again(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
+        """The tensor."""
+        if isinstance(codes, IntCodes) and self.groups is not None and self.bits is not None:
+            each = codes.scale.shape[1] // self.groups
+            codes = replace(codes, bits=self.bits, scale=codes.scale[:, ::each], zero=codes.zero[:, ::each])
+        return self.format.stored(codes, shape)
+
+
+class StoredLinear(nn.Module):
+    """A linear layer whose weight lies as on disk; each call dequantises it."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.format, self.shape, self.names = tensor.format, tensor.shape, tuple(tensor.parts)
+        for name, part in tensor.parts.items():
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.out_features, self.in_features = tensor.shape
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as it lies on disk."""
+        parts = {name: getattr(self, name).data for name in self.names}
+        return QuantizedTensor(self.format, self.shape, parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.quantized().dequantize().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.label}, no kernel"
+
+
+def packed_linear_module(
+    tensor: QuantizedTensor, bias: Tensor | None, device: torch.device, kernel: str = AUTO
+) -> PackedLinear | StoredLinear:
+    """A layer for a packed weight and its bias [O], on a device."""
+    tensor = QuantizedTensor(tensor.format, tensor.shape, {n: part.to(device) for n, part in tensor.parts.items()})
+    codes = tensor.format.codes(tensor)
+    layout = layout_for(codes)
+    if layout is None:
+        return StoredLinear(tensor, bias)
+    weight = PackedWeight(layout, layout.arrange(codes), tensor.shape, bias, kernel)
+    return PackedLinear(weight, slice(0, tensor.shape[0]), Stored.of(tensor, codes))
+
+
+def _version(x: Tensor) -> int | None:
+    """Counts changes in place; tensors of inference mode have no such count, and a compiler removes such changes."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
