@@ -19,13 +19,20 @@ from compressor.runtime.linear import PackedLinear, PackedWeight
 Tiny = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", params=["compressed-tensors", "compressor"])
+RECIPES = {
+    "compressed-tensors": {"format": "int_group", "bits": 4},
+    "gptq": {"format": "gptq_int", "bits": 4},
+    "compressor": {"format": "int_group", "bits": 4, "symmetric": False},
+}
+
+
+@pytest.fixture(scope="module", params=RECIPES)
 def packed(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model in 4 bits, in a layout that stock transformers knows, and in our own."""
+    """A tiny model in 4 bits, in two layouts that stock transformers knows, and in our own."""
+    recipe = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    recipe.write_text(json.dumps({"passes": [{"pass": "rtn", "options": [RECIPES[request.param]]}], "evaluation": None}))
     out = tmp_path_factory.mktemp("packed") / "int4"
-    symmetric = request.param == "compressed-tensors"
-    report = api.quantize(tiny("llama_tied"), out, bits=4, method="rtn", symmetric=symmetric, evaluate=False, verify=False)
-    assert report.layout == request.param
+    assert api.run(recipe, tiny("llama_tied"), out, verify=False).layout == request.param
     return out
 
 

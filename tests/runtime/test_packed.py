@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compressor
 from compressor import api
+from compressor.errors import KernelError
 from compressor.formats.int_group import IntGroup
 from compressor.kernels.op import packed_linear
 from compressor.runtime.fuse import fuse
@@ -209,3 +210,18 @@ class TestWholeModel:
         compiled = torch.compile(lambda ids: model(ids, use_cache=False).logits, fullgraph=True, backend="aot_eager")
         with torch.no_grad():
             torch.testing.assert_close(compiled(some_tokens()), model(some_tokens()).logits)
+
+    def test_layers_that_no_kernel_takes_are_told_of(
+        self, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        api.quantize(tiny("llama"), tmp_path / "out", bits=4, group_size=8, method="rtn", evaluate=False, verify=False)
+        model, dense = compressor.load(tmp_path / "out"), compressor.load(tmp_path / "out", dense=True)
+        assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+            "int4g8: no kernel takes this; 14 layers are dequantised at every call"
+        ]
+        with torch.no_grad():
+            torch.testing.assert_close(model(some_tokens()).logits, dense(some_tokens()).logits)
+
+    def test_a_kernel_that_cannot_be_had_is_refused_at_once(self, packed: Path) -> None:
+        with pytest.raises(KernelError, match="kernel `cuda` cannot multiply by int4-g128-bf16 on cpu"):
+            compressor.load(packed, kernel="cuda")
