@@ -72,7 +72,8 @@ def prepare(layout: str, device: torch.device, dtype: torch.dtype, wanted: str =
         KernelError: as of `choose`, or they cannot be compiled.
     """
     if choose(layout, device, dtype, wanted).kernel == "cuda":
-        backend("cuda").prepare(named(layout), device, directory_of(wanted))
+        directory = directory_of(wanted)
+        backend("cuda").prepare(named(layout), device, *([directory] if directory else []))
 
 
 def directory_of(wanted: str) -> Path | None:

@@ -7,6 +7,7 @@ parts, the group, the shared memory, the instance and its grid are those that gi
 import ctypes
 import struct
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +166,22 @@ def test_activations_that_are_not_aligned_are_copied(device: Stub) -> None:
     program.load(layout.name, 0).linear(x_MK, list(layout.arrange(codes).values()), y_MN, None, instances.tiles(layout)[0])
     x_pointer = struct.unpack_from(ARGUMENTS, bytes(device.launches[0].arguments))[8]
     assert x_MK.data_ptr() % 16 and x_pointer % 16 == 0
+
+
+@pytest.mark.parametrize("tokens", [0, 1, cuda.FUSED_ROWS, cuda.FUSED_ROWS + 1])
+def test_few_tokens_are_multiplied_fused_and_many_by_the_dense_weight(
+    device: Stub, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    layout = layout_of(codes := parity.int_codes(4, 32, 64, 1, 64))
+    y_MN = cuda.linear(torch.zeros(tokens, 64).bfloat16(), list(layout.arrange(codes).values()), layout, 32, None)
+    assert y_MN.shape == (tokens, 32)
+    names = [device.name(launch) for launch in device.launches]
+    if tokens > cuda.FUSED_ROWS:
+        assert names == [instances.dequantize_name(layout)]
+    else:
+        assert names == [instances.linear_name(layout, instances.choose(layout, tokens, 32, 4))] * min(tokens, 1)
 
 
 def test_nothing_is_compiled_while_a_graph_is_captured(device: Stub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,8 +69,8 @@ TARGET static void round_amx(const Matrix *x, size_t begin, int block, int bits,
     round_loop(x, begin, block, bits, out);
 }
 
-TARGET static void store(const float *sums, const void *bias, int tile, int tokens, size_t begin, Matrix *y) {
-    store_loop(sums, bias, tile, tokens, begin, y);
+TARGET static void store(const float *sums, int tile, int tokens, size_t begin, Matrix *y) {
+    store_loop(sums, tile, tokens, begin, y);
 }
 
 TARGET static void dequantize(const Weight *weight, int tile, Matrix *out) { dequantize_loop(weight, tile, out); }

@@ -180,8 +180,8 @@ TARGET void round_avx512(const Matrix *x, size_t begin, int block, int bits, Act
     round_loop(x, begin, block, bits, out);
 }
 
-TARGET void store_avx512(const float *sums, const void *bias, int tile, int tokens, size_t begin, Matrix *y) {
-    store_loop(sums, bias, tile, tokens, begin, y);
+TARGET void store_avx512(const float *sums, int tile, int tokens, size_t begin, Matrix *y) {
+    store_loop(sums, tile, tokens, begin, y);
 }
 
 TARGET void dequantize_avx512(const Weight *weight, int tile, Matrix *out) { dequantize_loop(weight, tile, out); }

@@ -37,7 +37,7 @@ enum {
     SEGMENT = 512,  /* columns at most that are decoded at once */
     TOKENS = 64,    /* that are multiplied by what was decoded */
     LEAST_RUN = 8,  /* columns of the smallest group that a layout has */
-    AHEAD = 8192,   /* bytes of codes; processors do not foresee what is read between multiplications */
+    AHEAD = 4096,   /* bytes of codes; processors do not foresee what is read between multiplications */
     AHEAD_SCALES = 1024,
 };
 
@@ -78,8 +78,8 @@ typedef struct {
     void (*multiply)(const Segment *segment, const Activations *x, float *sums);
     /* Rounds a block of columns of x, from row `begin` on. */
     void (*round)(const Matrix *x, size_t begin, int block, int bits, Activations *out);
-    /* Writes sums, with the bias if there is one, as columns of y, from row `begin` on. */
-    void (*store)(const float *sums, const void *bias, int tile, int tokens, size_t begin, Matrix *y);
+    /* Writes sums as columns of y, from row `begin` on. */
+    void (*store)(const float *sums, int tile, int tokens, size_t begin, Matrix *y);
     /* Writes the rows of a tile, densely. */
     void (*dequantize)(const Weight *weight, int tile, Matrix *out);
 } Isa;
@@ -127,25 +127,30 @@ INLINE uint32_t swap_middle(uint32_t four) {
     return (four & 0xff0000ff) | (four << 8 & 0x00ff0000) | (four >> 8 & 0x0000ff00);
 }
 
-/* Scales and zero points of a tile's rows, of the group that a column is in. */
-INLINE void read_scales(const Weight *weight, int tile, int column, float *scale, float *zero) {
+/* Scales and zero points of a tile's rows in one group; words: theirs. */
+INLINE void read_scales(const Weight *weight, const uint8_t *words, float *scale, float *zero) {
+    const float bias = weight->bits == 8 ? 0.0f : 128.0f;
+    uint32_t of_rows[ROWS];
+    __builtin_prefetch(words + AHEAD_SCALES);
+    memcpy(of_rows, words, sizeof of_rows);
+    for (int row = 0; row < ROWS; row++) zero[row] = float_of(of_rows[row] & 0xffff0000) - bias;
+    if (weight->half_floats)
+        for (int row = 0; row < ROWS; row++) scale[row] = float_of_half(of_rows[row] & 0xffff);
+    else
+        for (int row = 0; row < ROWS; row++) scale[row] = float_of(of_rows[row] << 16);
+}
+
+/* Where the scales of a tile's rows lie, for the group that a column is in. Those of the next group follow. */
+INLINE const uint8_t *scales_at(const Weight *weight, int tile, int column) {
     const int groups = weight->group ? weight->columns / weight->group : 1;
     const int group = weight->group ? column / weight->group : 0;
-    const float bias = weight->bits == 8 ? 0.0f : 128.0f;
-    uint32_t words[ROWS];
-    const uint8_t *place = weight->scales + ((size_t)tile * (size_t)groups + (size_t)group) * sizeof words;
-    __builtin_prefetch(place + AHEAD_SCALES);
-    memcpy(words, place, sizeof words);
-    for (int row = 0; row < ROWS; row++) zero[row] = float_of(words[row] & 0xffff0000) - bias;
-    if (weight->half_floats)
-        for (int row = 0; row < ROWS; row++) scale[row] = float_of_half(words[row] & 0xffff);
-    else
-        for (int row = 0; row < ROWS; row++) scale[row] = float_of(words[row] << 16);
+    return weight->scales + ((size_t)tile * (size_t)groups + (size_t)group) * (ROWS * sizeof(uint32_t));
 }
 
 INLINE void decode_scales(const Weight *weight, int tile, Segment *segment) {
-    for (int column = 0, n = 0; column < segment->columns; column += segment->run, n++)
-        read_scales(weight, tile, segment->first + column, segment->scale[n], segment->zero[n]);
+    const uint8_t *words = scales_at(weight, tile, segment->first);
+    for (int n = 0; n < segment->columns / segment->run; n++, words += ROWS * sizeof(uint32_t))
+        read_scales(weight, words, segment->scale[n], segment->zero[n]);
 }
 
 /* Asks for what will be read AHEAD bytes after a chunk of codes. */

@@ -97,9 +97,20 @@ static void set_segment(const Weight *weight, int first, Segment *segment) {
     segment->run = at_most(group, segment->columns);
 }
 
-static void multiply_tile(const Isa *isa, const Weight *weight, const Activations *x, int tile, float *sums) {
+/* The bias of a tile's rows, of those that there are. */
+static void read_bias(const void *bias, int is_bf16, int tile, int rows, float out[ROWS]) {
+    for (int i = 0; i < ROWS; i++) {
+        const int row = tile * ROWS + i;
+        if (!bias || row >= rows) out[i] = 0;
+        else out[i] = is_bf16 ? float_of((uint32_t)((const uint16_t *)bias)[row] << 16) : ((const float *)bias)[row];
+    }
+}
+
+/* Sums [tokens][ROWS] of a tile, to the bias. */
+static void multiply_tile(const Isa *isa, const Weight *weight, const Activations *x, int tile, const float bias[ROWS],
+                          float *sums) {
     Segment segment; /* not cleared, which would take as long as a tenth of the product */
-    memset(sums, 0, sizeof *sums * (size_t)x->tokens * ROWS);
+    for (int m = 0; m < x->tokens; m++) memcpy(sums + m * ROWS, bias, ROWS * sizeof *sums);
     for (int first = 0; first < weight->columns; first += segment.columns) {
         set_segment(weight, first, &segment);
         isa->decode(weight, tile, &segment);
@@ -130,8 +141,10 @@ EXPORT int compressor_linear(int isa_number, int bits, int group, int half_float
             for (int block = 0; block < blocks; block++) isa->round(&in, (size_t)begin, block, bits, &rounded);
 #pragma omp for schedule(static)
             for (int tile = 0; tile < tiles; tile++) {
-                multiply_tile(isa, &weight, &rounded, tile, sums);
-                isa->store(sums, bias, tile, count, (size_t)begin, &out);
+                float of_rows[ROWS];
+                read_bias(bias, is_bf16, tile, rows, of_rows);
+                multiply_tile(isa, &weight, &rounded, tile, of_rows, sums);
+                isa->store(sums, tile, count, (size_t)begin, &out);
             }
         }
     }

@@ -67,29 +67,16 @@ INLINE void round_loop(const Matrix *x, size_t begin, int block, int bits, Activ
     }
 }
 
-INLINE void store_row(const float *sums, const void *bias, int count, size_t at, size_t column, Matrix *y) {
-    float values[ROWS];
-    memcpy(values, sums, sizeof values);
-    if (y->is_bf16) {
-        uint16_t halves[ROWS] = {0};
-        if (bias) memcpy(halves, (const uint16_t *)bias + column, (size_t)count * sizeof *halves);
-        for (int i = 0; i < ROWS; i++) halves[i] = bf16_of(values[i] + float_of((uint32_t)halves[i] << 16));
-        memcpy((uint16_t *)y->data + at, halves, (size_t)count * sizeof *halves);
-    } else {
-        float biases[ROWS] = {0};
-        if (bias) memcpy(biases, (const float *)bias + column, (size_t)count * sizeof *biases);
-        for (int i = 0; i < ROWS; i++) values[i] += biases[i];
-        memcpy((float *)y->data + at, values, (size_t)count * sizeof *values);
-    }
-}
-
-INLINE void store_loop(const float *sums, const void *bias, int tile, int tokens, size_t begin, Matrix *y) {
-    const int first = tile * ROWS, count = at_most(ROWS, y->columns - first);
-    for (int m = 0; m < tokens; m++, sums += ROWS) {
-        const size_t at = (begin + (size_t)m) * (size_t)y->columns + (size_t)first;
-        if (count == ROWS) store_row(sums, bias, ROWS, at, (size_t)first, y); /* by far most: with a constant count */
-        else store_row(sums, bias, count, at, (size_t)first, y);
-    }
+INLINE void store_loop(const float *sums, int tile, int tokens, size_t begin, Matrix *y) {
+    const int first = tile * ROWS, count = at_most(ROWS, y->columns - first), all = tokens * ROWS;
+    const size_t item = y->is_bf16 ? sizeof(uint16_t) : sizeof(float);
+    uint16_t halves[TOKENS * ROWS];
+    if (y->is_bf16)
+        for (int i = 0; i < all; i++) halves[i] = bf16_of(sums[i]); /* in one: gcc would unroll it row by row, into scalars */
+    const char *from = y->is_bf16 ? (const char *)halves : (const char *)sums;
+    char *to = (char *)y->data + (begin * (size_t)y->columns + (size_t)first) * item;
+    for (int m = 0; m < tokens; m++, from += ROWS * item, to += (size_t)y->columns * item)
+        memcpy(to, from, (size_t)count * item);
 }
 
 #endif

@@ -31,8 +31,8 @@ static void round_portable(const Matrix *x, size_t begin, int block, int bits, A
     round_loop(x, begin, block, bits, out);
 }
 
-static void store(const float *sums, const void *bias, int tile, int tokens, size_t begin, Matrix *y) {
-    store_loop(sums, bias, tile, tokens, begin, y);
+static void store(const float *sums, int tile, int tokens, size_t begin, Matrix *y) {
+    store_loop(sums, tile, tokens, begin, y);
 }
 
 static void dequantize(const Weight *weight, int tile, Matrix *out) { dequantize_loop(weight, tile, out); }

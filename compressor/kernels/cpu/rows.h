@@ -96,7 +96,8 @@ INLINE void dequantize_loop(const Weight *weight, int tile, Matrix *out) {
     for (int first = 0; first < weight->columns; first += chunk) {
         const size_t count = (size_t)at_most(chunk, out->columns - first);
         decode_rows(weight, tile, first, 128, codes);
-        for (int n = 0; n < chunk / span; n++) read_scales(weight, tile, first + n * span, scale + n * ROWS, zero + n * ROWS);
+        for (int n = 0; n < chunk / span; n++)
+            read_scales(weight, scales_at(weight, tile, first + n * span), scale + n * ROWS, zero + n * ROWS);
         for (int row = 0; row < rows; row++) {
             const size_t at = (size_t)(tile * ROWS + row) * (size_t)out->columns + (size_t)first;
             order_columns(codes + row * 128, weight->bits);

@@ -4,13 +4,14 @@ Kernels are compiled on first use for the device that is there, in a second or t
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
 from compressor.errors import KernelError
-from compressor.kernels.cuda import instances, nvrtc
+from compressor.kernels.cuda import instances, nvrtc, sources
 from compressor.kernels.cuda.program import Program, load
 from compressor.kernels.layouts import Layout
 
@@ -36,12 +37,23 @@ def obstacle(layout: Layout, device: torch.device, dtype: torch.dtype) -> str | 
     return None
 
 
-def prepare(layout: Layout, device: torch.device) -> None:
-    """Compiles and loads what products by a layout need, as has to be done before a CUDA graph is captured."""
-    _program(layout, device)
+def prepare(layout: Layout, device: torch.device, directory: Path = sources.HERE) -> None:
+    """Compiles and loads what products by a layout need, as has to be done before a CUDA graph is captured.
+
+    Waits for what the GPU is doing, too: the first product may read weights before the kernel that arranged them has ended.
+    """
+    _program(layout, device, directory)
+    torch.cuda.synchronize(device)
 
 
-def linear(x_MK: Tensor, parts: Sequence[Tensor], layout: Layout, rows: int, bias: Tensor | None) -> Tensor:
+def linear(
+    x_MK: Tensor,
+    parts: Sequence[Tensor],
+    layout: Layout,
+    rows: int,
+    bias: Tensor | None,
+    directory: Path = sources.HERE,
+) -> Tensor:
     """x W^T + bias, [M, N].
 
     Args:
@@ -50,29 +62,37 @@ def linear(x_MK: Tensor, parts: Sequence[Tensor], layout: Layout, rows: int, bia
         layout: Of the parts.
         rows: N.
         bias: [N], or None.
+        directory: Of the CUDA sources.
     """
     tokens, columns = x_MK.shape
     if tokens > FUSED_ROWS:
-        w_NK = dequantize(parts, layout, rows, columns, x_MK.dtype)
+        w_NK = dequantize(parts, layout, rows, columns, x_MK.dtype, directory)
         return dense_linear(x_MK, w_NK, bias if bias is None else bias.to(x_MK.dtype))
     y_MN = x_MK.new_empty(tokens, rows)
     if y_MN.numel():
         with torch.cuda.device(x_MK.device):
-            own = _program(layout, x_MK.device)
+            own = _program(layout, x_MK.device, directory)
             tile = instances.choose(layout, tokens, rows, own.multiprocessors)
             own.linear(x_MK, parts, y_MN, bias if bias is None else bias.to(x_MK.dtype), tile)
     return y_MN
 
 
-def dequantize(parts: Sequence[Tensor], layout: Layout, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    parts: Sequence[Tensor],
+    layout: Layout,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    directory: Path = sources.HERE,
+) -> Tensor:
     """The weight [N, K], rounded to bf16, its columns in the order in which they are stored."""
     device = parts[0].device
     w_NK = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
     if w_NK.numel():
         with torch.cuda.device(device):
-            _program(layout, device).dequantize(parts, w_NK)
+            _program(layout, device, directory).dequantize(parts, w_NK)
     return w_NK.to(dtype)
 
 
-def _program(layout: Layout, device: torch.device) -> Program:
-    return load(layout.name, torch.cuda.current_device() if device.index is None else device.index)
+def _program(layout: Layout, device: torch.device, directory: Path) -> Program:
+    return load(layout.name, torch.cuda.current_device() if device.index is None else device.index, directory=directory)

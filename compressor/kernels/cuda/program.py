@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -70,7 +71,13 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def load(name: str, device: int, tiles: tuple[Tile, ...] | None = None, overlapping: bool = True) -> Program:
+def load(
+    name: str,
+    device: int,
+    tiles: tuple[Tile, ...] | None = None,
+    overlapping: bool = True,
+    directory: Path = sources.HERE,
+) -> Program:
     """Compiles and loads a layout's kernels, once.
 
     Args:
@@ -78,6 +85,7 @@ def load(name: str, device: int, tiles: tuple[Tile, ...] | None = None, overlapp
         device: torch's number of the GPU.
         tiles: Instances of `linear`; None for those that `instances.choose` chooses from.
         overlapping: May kernels start while the one before still runs? Only some devices can do that.
+        directory: Of the sources.
 
     Raises:
         KernelError: they cannot be compiled or loaded, or a CUDA graph is being captured, which forbids it.
@@ -91,7 +99,7 @@ def load(name: str, device: int, tiles: tuple[Tile, ...] | None = None, overlapp
     properties = torch.cuda.get_device_properties(device)
     tiles = tiles or instances.tiles(layout)
     expressions = [*(instances.linear_name(layout, tile) for tile in tiles), instances.dequantize_name(layout)]
-    cubin = nvrtc.compiled(sources.text(layout), expressions, architecture((properties.major, properties.minor)))
+    cubin = nvrtc.compiled(sources.text(layout, directory), expressions, architecture((properties.major, properties.minor)))
     module, shared = driver().load(cubin.code, device), instances.shared_bytes(layout)
     overlapping = overlapping and properties.major >= 9
 
