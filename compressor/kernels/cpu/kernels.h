@@ -37,8 +37,7 @@ enum {
     SEGMENT = 512,  /* columns at most that are decoded at once */
     TOKENS = 64,    /* that are multiplied by what was decoded */
     LEAST_RUN = 8,  /* columns of the smallest group that a layout has */
-    AHEAD = 4096,   /* bytes of codes; processors do not foresee what is read between multiplications */
-    AHEAD_SCALES = 1024,
+    AHEAD_SCALES = 1024, /* bytes of scales that are asked for before they are needed */
 };
 
 /* A packed weight; see compressor/kernels/layouts/int_groups.py. */
@@ -153,12 +152,13 @@ INLINE void decode_scales(const Weight *weight, int tile, Segment *segment) {
         read_scales(weight, words, segment->scale[n], segment->zero[n]);
 }
 
-/* Asks for what will be read AHEAD bytes after a chunk of codes. */
+/* Asks for what will be read a segment after a chunk, or two: processors do not foresee reading between multiplications. */
 INLINE void prefetch(const Weight *weight, size_t chunk) {
-    const uint8_t *codes = weight->codes + chunk * TILE + AHEAD;
+    const size_t ahead = weight->bits == 8 ? 8192 : 4096;
+    const uint8_t *codes = weight->codes + chunk * TILE + ahead;
     for (int line = 0; line < TILE; line += 64) __builtin_prefetch(codes + line);
     if (weight->bits != 3) return;
-    const uint8_t *high = weight->high + (chunk * TILE + AHEAD) / 2;
+    const uint8_t *high = weight->high + (chunk * TILE + ahead) / 2;
     for (int line = 0; line < TILE / 2; line += 64) __builtin_prefetch(high + line);
 }
 
