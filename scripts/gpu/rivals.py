@@ -1,108 +1,103 @@
 """Other libraries' products by packed weights, where they are installed: what ours are timed beside.
 
-Each function makes `count` weights [rows, columns], random, and returns a product by each. What it raises is written down in
+Each function makes `count` weights [rows, columns], random, and gives a product by each. What it raises is written down in
 place of its figures.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Product = Callable[[Tensor], object]
 GROUP = 128
 
 
-def tinygemm(rows: int, columns: int, count: int) -> Sequence[Product]:
+class Rival(NamedTuple):
+    """Products by several weights, the bytes of one, and what the activations are."""
+
+    products: Sequence[Product]
+    nbytes: int
+    dtype: torch.dtype = torch.bfloat16
+
+
+def tinygemm(rows: int, columns: int, count: int) -> Rival:
     """torch's own, int4 in groups of 128."""
-    device = torch.device("cuda")
-    packed = torch._convert_weight_to_int4pack(
-        torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=device), 8
-    )
-    scales = torch.rand(columns // GROUP, rows, 2, device=device).bfloat16()
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device="cuda")
+    packed = torch._convert_weight_to_int4pack(codes, 8)
+    scales = torch.rand(columns // GROUP, rows, 2, device="cuda").bfloat16()
     weights = [(packed.clone(), scales.clone()) for _ in range(count)]
-    return [functools.partial(_tinygemm, *weight) for weight in weights]
+    return Rival([functools.partial(_tinygemm, *weight) for weight in weights], packed.nbytes + scales.nbytes)
 
 
 def _tinygemm(packed: Tensor, scales: Tensor, x_MK: Tensor) -> Tensor:
     return torch._weight_int4pack_mm(x_MK, packed, GROUP, scales)
 
 
-def gemlite(rows: int, columns: int, count: int) -> Sequence[Product]:
+def gemlite(rows: int, columns: int, count: int) -> Rival:
     """int4 in groups of 128, Triton."""
-    from gemlite.core import DType, GemLiteLinear  # type: ignore[import-not-found]
+    from gemlite.helper import A16W4_HQQ_INT  # type: ignore[import-not-found]
 
     def layer() -> Any:
-        made = GemLiteLinear(
-            4, group_size=GROUP, in_features=columns, out_features=rows, input_dtype=DType.BF16, output_dtype=DType.BF16
-        )
         codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device="cuda")
         scales = torch.rand(rows * columns // GROUP, 1, device="cuda").bfloat16() / 100
-        made.pack(codes, scales, torch.full_like(scales, 8), None)
-        return made
+        return A16W4_HQQ_INT(device="cuda", dtype=torch.bfloat16).from_weights(codes, scales, torch.full_like(scales, 8))
 
-    return [layer() for _ in range(count)]
+    return _of_layers([layer() for _ in range(count)])
 
 
-def humming(rows: int, columns: int, count: int) -> Sequence[Product]:
-    """uint4 in groups of 128, bf16 activations."""
+def humming(rows: int, columns: int, count: int) -> Rival:
+    """int4 in groups of 128, bf16 activations."""
     from humming.layer import HummingLayer  # type: ignore[import-not-found]
-    from humming.utils.test import random_fill_tensor  # type: ignore[import-not-found]
 
     def layer() -> Any:
-        weight = {"dtype": "uint4", "group_size": GROUP, "scale_dtype": "bfloat16", "has_zero_point": False}
-        made = HummingLayer(
-            shape_n=rows,
-            shape_k=columns,
-            weight_config=weight,
-            input_config={"dtype": "bfloat16", "group_size": 0},
-            torch_dtype=torch.bfloat16,
-        ).to("cuda")
-        for tensor in made.parameters():
-            random_fill_tensor(tensor)
+        weight = {"dtype": "int4", "group_size": GROUP, "scale_dtype": "bfloat16"}
+        made = HummingLayer(shape_n=rows, shape_k=columns, weight_config=weight, torch_dtype=torch.bfloat16).cuda()
+        made.load_from_unquantized(torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda"))
         made.transform()
-        made.prepare_default_kernel_configs()
         return made
 
-    return [functools.partial(_humming, layer()) for _ in range(count)]
+    return _of_layers([layer() for _ in range(count)])
 
 
-def _humming(layer: Any, x_MK: Tensor) -> object:
-    return layer(inputs=x_MK)
-
-
-def bitsandbytes(rows: int, columns: int, count: int) -> Sequence[Product]:
+def bitsandbytes(rows: int, columns: int, count: int) -> Rival:
     """NF4 in blocks of 64."""
     import bitsandbytes as library  # type: ignore[import-not-found]
 
-    first = library.nn.Linear4bit(columns, rows, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").cuda()
-    return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    def product() -> tuple[Product, int]:
+        w_NK = torch.randn(rows, columns, dtype=torch.bfloat16, device="cuda")
+        packed, state = library.functional.quantize_4bit(w_NK, blocksize=64, quant_type="nf4")
+        return functools.partial(library.matmul_4bit, B=packed.t(), quant_state=state), packed.nbytes + state.absmax.nbytes
+
+    made = [product() for _ in range(count)]
+    return Rival([one for one, _ in made], made[0][1])
 
 
-def marlin(rows: int, columns: int, count: int) -> Sequence[Product]:
-    """int4 in groups of 128, of IST-DASLab's package; it takes fp16 activations."""
+def marlin(rows: int, columns: int, count: int) -> Rival:
+    """int4 in groups of 128, of IST-DASLab's package, for fp16."""
     import marlin as library  # type: ignore[import-not-found]
 
     def layer() -> Any:
         made = library.Layer(columns, rows, groupsize=GROUP).cuda()
-        made.B.random_(-(2**31), 2**31 - 1)
-        made.s.uniform_(0, 0.01)
+        made.B.copy_(torch.randint(-(2**31), 2**31 - 1, made.B.shape, device="cuda"))
+        made.s.copy_(torch.rand(made.s.shape, device="cuda") / 100)
         return made
 
-    return [functools.partial(_marlin, layer()) for _ in range(count)]
+    return _of_layers([layer() for _ in range(count)], torch.float16)
 
 
-def _marlin(layer: nn.Module, x_MK: Tensor) -> object:
-    return layer(x_MK if x_MK.dtype == torch.float16 else x_MK.view(torch.float16))  # time does not depend on the numbers
+def _of_layers(layers: Sequence[Any], dtype: torch.dtype = torch.bfloat16) -> Rival:
+    """Modules as a rival, whose weight is all of their tensors."""
+    tensors = (*layers[0].parameters(), *layers[0].buffers())
+    return Rival(layers, sum(tensor.nbytes for tensor in tensors), dtype)
 
 
-RIVALS: dict[str, Callable[[int, int, int], Sequence[Product]]] = {
+RIVALS: dict[str, Callable[[int, int, int], Rival]] = {
     "tinygemm": tinygemm,
-    "gemlite": gemlite,
     "humming": humming,
     "bitsandbytes": bitsandbytes,
     "marlin": marlin,
+    "gemlite": gemlite,  # the last, as it is compiled for minutes
 }

@@ -1,28 +1,32 @@
-"""Time of GPU work, from replays of CUDA graphs: what a launch costs the host is not in it."""
+"""Time of GPU work, from replays of CUDA graphs in turns: the host's part is not in it, and a drift is shared by all."""
 
 import json
+import math
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from compiling import compile_all
+from compiling import Wanted, compile_all
 
 from compressor.errors import CompressorError
-from compressor.kernels.cuda import instances, nvrtc
+from compressor.kernels.cuda import nvrtc
 from compressor.kernels.cuda.instances import Tile
 from compressor.kernels.cuda.program import Program, architecture, load
-from compressor.kernels.layouts import Layout
 
-REPLAYS = 15
-CALLS = 32  # in a graph, at least
+ROUNDS = 7
+CALLS = 32  # in a graph, at least: then what a replay costs is below a hundredth
+CACHES = 3  # that the weights of a chain fill
 COPIED = 1 << 31  # bytes of the copy that the memory's bandwidth is taken from
+LIBRARIES = ("torch", "transformers", "triton", "gemlite", "humming-kernels", "bitsandbytes", "marlin")
 
 Call = Callable[[], object]
+Timer = Callable[[], float]
 
 
 class OutOfTimeError(Exception):
@@ -40,10 +44,11 @@ class Budget:
     def __post_init__(self) -> None:
         self.started = self.now()
 
-    def check(self) -> None:
-        """Raises OutOfTimeError if nothing is left."""
-        if self.now() - self.started > 60 * self.minutes:
-            raise OutOfTimeError(f"{self.minutes:g} minutes are spent")
+    def check(self, reserve: float = 0) -> None:
+        """Raises OutOfTimeError if nothing is left but a reserve of some minutes."""
+        if self.now() - self.started > 60 * (self.minutes - reserve):
+            left = f"of {self.minutes:g} minutes only the {reserve:g} are left that are kept for what follows"
+            raise OutOfTimeError(left if reserve else f"{self.minutes:g} minutes are spent")
 
 
 class Gpu:
@@ -55,55 +60,51 @@ class Gpu:
         self.device = f"cuda:{self.index}"
         properties = torch.cuda.get_device_properties(self.index)
         self.multiprocessors, self.cache_bytes = properties.multi_processor_count, properties.L2_cache_size
+        self.stream = torch.cuda.Stream()  # that graphs are captured on
 
     def facts(self) -> dict[str, Any]:
         """What a reader has to know of the machine."""
         try:
-            compiler = nvrtc.library()
-            version, path = ".".join(map(str, compiler.version)), compiler.path.name
+            compiler = ".".join(map(str, nvrtc.library().version))
         except CompressorError as error:
-            version, path = str(error), ""
+            compiler = str(error)
         return {
             "device": self.name,
             "capability": list(torch.cuda.get_device_capability()),
             "multiprocessors": self.multiprocessors,
             "cache_bytes": self.cache_bytes,
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "nvrtc": version,
-            "nvrtc_library": path,
+            "memory_bytes": torch.cuda.get_device_properties(self.index).total_memory,
             "driver": _driver_version(),
+            "cuda": torch.version.cuda,
+            "nvrtc": compiler,
+            "versions": {name: found for name in LIBRARIES if (found := _version(name))},
         }
 
-    def seconds(self, calls: Sequence[Call]) -> float:
-        """Median time of one call, of calls that follow each other in a graph."""
-        repeated = [calls[i % len(calls)] for i in range(max(CALLS, len(calls)))]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for call in calls[:2]:
+    def chain(self, calls: Sequence[Call]) -> Timer:
+        """Calls that follow each other in a graph; the result says, each time it is asked, what one of them takes."""
+        repeated = [*calls] * math.ceil(CALLS / len(calls))
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for call in calls[:2]:  # what is done once, is done before
                 call()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self.stream):
             for call in repeated:
                 call()
-        taken = []
-        for replay in range(3 + REPLAYS):
+
+        def seconds() -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
-            if replay >= 3:
-                taken.append(start.elapsed_time(end) / 1000)
-        return float(median(taken)) / len(repeated)
+            return float(start.elapsed_time(end)) / 1000 / len(repeated)
 
-    def compile(self, layouts: Sequence[Layout]) -> None:
-        """What `kernels` will need, at once."""
-        compile_all(
-            [(layout, instances.tiles(layout)) for layout in layouts], architecture(torch.cuda.get_device_capability())
-        )
+        return seconds
+
+    def compile(self, wanted: Sequence[Wanted]) -> None:
+        """What `kernels` will need, in parallel."""
+        compile_all(wanted, architecture(torch.cuda.get_device_capability()))
 
     def kernels(self, layout: str, tiles: tuple[Tile, ...] | None = None, overlapping: bool = True) -> Program:
         """The kernels of a layout."""
@@ -113,7 +114,8 @@ class Gpu:
         """Read and written by a copy in memory, on random bytes."""
         source = torch.randint(0, 255, (COPIED,), dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        return 2 * COPIED / self.seconds([lambda: target.copy_(source)])
+        taken = in_turns({"copy": self.chain([lambda: target.copy_(source)])})
+        return 2 * COPIED / median(taken["copy"])
 
     def release(self) -> None:
         """Gives memory back between measurements."""
@@ -121,9 +123,18 @@ class Gpu:
         torch.cuda.empty_cache()
 
 
+def in_turns(timers: Mapping[str, Timer], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """What each takes in each round, of which a first is not counted; every other round goes backwards."""
+    taken: dict[str, list[float]] = {name: [] for name in timers}
+    for number in range(rounds + 1):
+        for name in list(timers)[:: -1 if number % 2 else 1]:
+            taken[name].append(timers[name]())
+    return {name: times[1:] for name, times in taken.items()}
+
+
 def copies(nbytes: int, cache_bytes: int) -> int:
     """How many of a weight to go through in turn, so that none is still in the cache when it is its turn again."""
-    return max(2, -(-2 * cache_bytes // nbytes) + 1)
+    return max(2, math.ceil(CACHES * cache_bytes / nbytes))
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
@@ -140,3 +151,10 @@ def _driver_version() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[0]
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None

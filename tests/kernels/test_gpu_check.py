@@ -6,22 +6,31 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import gpu_scripts
 
 # isort: split
 import check
+import compiling
+import concurrency
+import parity
 import pytest
 import sanitizer
 import torch
 import weights
 from checks import Case, Finding, Kernels, Load, dequantised, laid_out, products, worst
-from concurrency import different
+from concurrency import REPLAYS, TIMES, Product, alone, chain, different, in_a_graph, on_two_streams
+from tolerance import TOLERANCE, error
 from torch import Tensor
 
-from compressor.kernels import reference
+from compressor.kernels import cuda, reference
+from compressor.kernels.cuda import instances, nvrtc, program
 from compressor.kernels.cuda.instances import Tile
 from compressor.kernels.layouts import Layout
 
@@ -117,6 +126,99 @@ def test_a_number_that_differs_or_is_none_is_found() -> None:
     other[0, 0], other[1, 2] = 1.001, math.nan
     assert different("", [ones[0], other], ones).error == 2
     assert different("", [other], [other]).error == 1
+
+
+class Graph:
+    """Captures nothing. A replay repeats the chain that was run last, or, if it is broken, does nothing."""
+
+    broken = False
+    chains: ClassVar[list[tuple[Callable[[], list[Tensor]], list[Tensor]]]] = []
+
+    def __init__(self) -> None:
+        self.captured = len(self.chains)
+
+    def replay(self) -> None:
+        again, outputs = self.chains[self.captured]
+        for output, new in zip(outputs, again(), strict=not self.broken):
+            if not self.broken:
+                output.copy_(new)
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """Of a device that is none: torch.cuda's functions do nothing, and the package's product is the reference's."""
+
+    def remembered(order: Sequence[Case], x_MK: Tensor, product: Product) -> list[Tensor]:
+        outputs = chain(order, x_MK, product)
+        Graph.chains.append((lambda: chain(order, x_MK, product), outputs))
+        return outputs
+
+    def multiplied(x_MK: Tensor, parts: Sequence[Tensor], layout: Layout, rows: int, bias: Tensor | None) -> Tensor:
+        y_MN = torch.empty(len(x_MK), rows, dtype=x_MK.dtype)
+        Reference(layout).linear(x_MK, parts, y_MN, bias, Tile(1, 1, 8, 1))
+        return y_MN
+
+    Graph.chains.clear()
+    stream = SimpleNamespace(synchronize=lambda: None)
+    fakes = {"synchronize": lambda: None, "Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": Graph}
+    fakes |= dict.fromkeys(("device", "stream", "graph"), lambda _: nullcontext())
+    fakes |= {"get_device_properties": lambda _: SimpleNamespace(multi_processor_count=4)}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(cuda, "linear", multiplied)
+    monkeypatch.setattr(concurrency, "chain", remembered)
+    torch.manual_seed(0)
+    return [laid_out("int4-row-fp16-ordered", 48, 48, CPU) for _ in range(3)]
+
+
+def test_chains_in_graphs_and_on_streams_pass_where_they_are_right(layers: list[Case]) -> None:
+    found = [*in_a_graph(layers, loading(Reference), 2), *on_two_streams(layers, loading(Reference), 2)]
+    assert len(found) == REPLAYS + 2 * TIMES and not wrong(found)
+
+
+def test_a_replay_that_does_nothing_is_found(layers: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graph, "broken", True)
+    found = list(in_a_graph(layers, loading(Reference), 2))
+    assert [finding.error for finding in found] == [3 * 2 * 48] * REPLAYS
+
+
+def test_a_stream_that_gets_in_the_way_is_found(layers: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    times = count()
+    right = cuda.linear
+
+    def disturbed(*operands: Any) -> Tensor:
+        return right(*operands) * (1.01 if next(times) == 7 else 1)
+
+    monkeypatch.setattr(cuda, "linear", disturbed)
+    assert len(wrong(list(on_two_streams(layers, loading(Reference), 2)))) == 1
+
+
+def test_a_chain_feeds_each_product_with_the_one_before(layers: list[Case]) -> None:
+    x_MK = torch.randn(2, 48).bfloat16()
+    outputs = chain(layers, x_MK, alone(loading(Reference)))
+    for layer, given, got in zip(layers, (x_MK, *outputs), outputs, strict=False):
+        assert error(got, parity.product(given, layer.codes)) < TOLERANCE
+
+
+def test_what_is_compiled_in_parallel_is_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same key of the cache."""
+    asked = []
+
+    def compiled(*what: Any) -> None:
+        asked.append(what)
+        raise InterruptedError
+
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(nvrtc, "compiled", compiled)
+    for name in weights.FORMATS:
+        layout = check.laid_out(name, 48, 640, CPU).layout
+        with pytest.raises(InterruptedError):
+            program.load(layout.name, 0)
+        with pytest.raises(InterruptedError):
+            compiling._compile((layout.name, instances.tiles(layout), program.architecture((9, 0))))
+    assert len(asked) == 2 * len(weights.FORMATS) and asked[::2] == asked[1::2]
 
 
 def test_every_format_fits_its_shapes_and_some_are_ragged() -> None:
