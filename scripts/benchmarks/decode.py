@@ -28,6 +28,7 @@ from compressor.cli.bench import print_speed
 from compressor.runtime.bench import bench
 
 FASTER, MORE_MEMORY = 2.5, 1.1
+PROMPT = 32  # tokens: prompts are not what this is about
 ONE_BILLION = Shape("1B", 16, 2048, 8192, 32, 2048)
 
 
@@ -50,7 +51,9 @@ def measure(blocks: int, bits: int, threads: list[int], place: Path) -> dict[str
     stored = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
     speeds = []
     for count in threads:
-        speed = bench(packed, model, batches=(1, 4, 16), rounds=5, threads=count, dtype=torch.bfloat16, tell=tell)
+        speed = bench(
+            packed, model, batches=(1, 4, 16), prompt=PROMPT, rounds=3, threads=count, dtype=torch.bfloat16, tell=tell
+        )
         speeds.append(speed.to_dict())
     return {"blocks": blocks, "bits": bits, "file_bytes": stored, "held_bytes": held_bytes(packed), "speeds": speeds}
 

@@ -139,21 +139,24 @@ def test_structures_are_those_of_cudas_header(tmp_path: Path) -> None:
 
 
 def test_parameters_lie_where_the_compiler_puts_them(tmp_path: Path) -> None:
-    """The offsets above against C's own, for both kernels."""
+    """The offsets above against C's own, for both kernels, and for one whose parameters leave gaps."""
     source = tmp_path / "layout.c"
     source.write_text("""
 #include <stddef.h>
 typedef struct { const void* part[4]; int rows, columns, group, extra; } Arguments;
 struct Linear { Arguments a; const void *x, *bias, *y; int M, N; };
 struct Dequantize { Arguments a; void* w; int N, K; };
+struct Padded { int a; const void* b; int c; Arguments d; };
 const size_t linear[] = {offsetof(struct Linear, a), offsetof(struct Linear, x), offsetof(struct Linear, bias),
                          offsetof(struct Linear, y), offsetof(struct Linear, M), offsetof(struct Linear, N)};
 const size_t dequantize[] = {offsetof(struct Dequantize, a), offsetof(struct Dequantize, w), offsetof(struct Dequantize, N),
                              offsetof(struct Dequantize, K)};
+const size_t padded[] = {offsetof(struct Padded, a), offsetof(struct Padded, b), offsetof(struct Padded, c),
+                         offsetof(struct Padded, d)};
 """)
     library = tmp_path / "layout.so"
     subprocess.run([stub_driver.GCC or "gcc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
     module = Stub(stub_driver.build(tmp_path)).driver.load(b"", 0)
-    for name, parameters in (("linear", MULTIPLY), ("dequantize", DEQUANTIZE)):
+    for name, parameters in (("linear", MULTIPLY), ("dequantize", DEQUANTIZE), ("padded", ("i", "P", "i", "4P4i"))):
         theirs = (ctypes.c_size_t * len(parameters)).in_dll(ctypes.CDLL(str(library)), name)
         assert module.kernel(name, parameters, 32).offsets == list(theirs)

@@ -2,6 +2,8 @@
 
 import logging
 import multiprocessing
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from compressor.kernels.cuda import cache, nvrtc
 from compressor.kernels.cuda.cache import Cubin
 
 SOURCE = "template <int N> __global__ void fill(int* out) { out[threadIdx.x] = N; }"
+GCC = shutil.which("gcc")
 CUBIN = Cubin(bytes(range(256)) * 4096, {"fill<1>": "_Z4fillILi1EEvPi"})
 
 
@@ -110,6 +113,39 @@ def test_the_directory_follows_the_platforms_convention(monkeypatch: pytest.Monk
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.default_directory() == tmp_path / ".cache" / "compressor" / "kernels"
+
+
+def test_a_user_without_a_home_lacks_only_the_cache(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    cache._tell.cache_clear()
+    for _ in range(2):
+        assert nvrtc.compiled("a", ["k"], "sm_80").code == b"a sm_80"
+    assert compiler.asked == 2
+    assert len(caplog.records) == 1 and "Could not determine home directory" in caplog.text
+
+
+@pytest.mark.skipif(GCC is None, reason="no gcc to compile a stand-in for NVRTC with")
+def test_the_library_finds_the_builtins_that_lie_beside_it(tmp_path: Path) -> None:
+    """It asks for them by their bare name, and some of its versions do not look where they lie themselves."""
+    builtins = "libnvrtc-builtins.so.13.0"
+    (tmp_path / "builtins.c").write_text("int there;")
+    (tmp_path / "nvrtc.c").write_text(f"""
+#include <dlfcn.h>
+int nvrtcVersion(int* major, int* minor) {{ *major = 13; *minor = 0; return dlopen("{builtins}", RTLD_LAZY) ? 0 : 7; }}
+const char* nvrtcGetErrorString(int status) {{ (void)status; return "no builtins"; }}
+""")
+    for source, options in (
+        ("builtins.c", (f"-Wl,-soname,{builtins}", "-o", builtins)),
+        ("nvrtc.c", ("-o", "libnvrtc.so.13")),
+    ):
+        subprocess.run([str(GCC), "-shared", "-fPIC", source, *options], cwd=tmp_path, check=True)
+    assert nvrtc.Nvrtc(tmp_path / "libnvrtc.so.13").version == (13, 0)
 
 
 def test_the_library_of_torchs_own_cuda_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,10 +24,14 @@ class Cubin:
     names: dict[str, str]  # name expression -> name in the code
 
 
-def default_directory() -> Path:
-    """Where compiled kernels are kept if nobody says otherwise."""
+def default_directory() -> Path | None:
+    """Where compiled kernels are kept if nobody says otherwise; None for a user who has no home, as some containers' have."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "compressor" / "kernels"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "compressor" / "kernels"
+    except RuntimeError as error:
+        _tell(Path("~/.cache"), str(error))
+        return None
 
 
 def key_of(*parts: object) -> str:

@@ -4,6 +4,7 @@ What the numbers of a tile mean, and how many registers they cost, is at the top
 registers and bytes on their way; `scripts/gpu/bench` measures them.
 """
 
+import functools
 from typing import NamedTuple
 
 from compressor.kernels.layouts import Layout
@@ -76,6 +77,7 @@ def tiles(layout: Layout) -> tuple[Tile, ...]:
     return (*few, Tile(4, 1, WARPS, flat), Tile(8, 1, WARPS, 1 if layout.chunk > 64 else flat))
 
 
+@functools.cache  # every launch asks
 def choose(layout: Layout, tokens: int, rows: int, multiprocessors: int) -> Tile:
     """The instance for a product of this many tokens and output channels."""
     known = tiles(layout)

@@ -131,8 +131,9 @@ def compiled(source: str, names: Sequence[str], architecture: str, directory: Pa
     compiler = library()
     directory = directory or cache.default_directory()
     key = cache.key_of(source, tuple(names), architecture, OPTIONS, compiler.version)
-    found = cache.read(directory, key)
+    found = cache.read(directory, key) if directory else None
     if found is None:
         found = compiler.compile(source, names, architecture)
-        cache.write(directory, key, found)
+        if directory:
+            cache.write(directory, key, found)
     return found
