@@ -9,3 +9,15 @@ def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def tell_kernels() -> None:
+    """Write to stderr which kernel multiplies, and why."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("compressor.kernels.dispatch")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False

@@ -16,7 +16,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of a conversation.")] = False,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed. [default: the likeliest token each time]")] = None,
-    kernel: Annotated[str, typer.Option(help="auto, cuda, cpu, or reference, for packed weights.")] = "auto",
+    kernel: Annotated[str, typer.Option(help="auto, cuda, cpu, or reference, to multiply by packed weights.")] = "auto",
     as_json: a.Json = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
@@ -24,11 +24,12 @@ def generate(
 
     Example: `compress generate model-int4 --chat --prompt "What is a list?"`
     """
-    from compressor.cli._quiet import quiet
+    from compressor.cli._quiet import quiet, tell_kernels
     from compressor.distributed import compute_device
     from compressor.runtime.load import generate as continue_prompt
 
     quiet()
+    tell_kernels()
     place = str(compute_device(device))
     text = continue_prompt(model, prompt, max_new_tokens=max_new_tokens, chat=chat, device=place, seed=seed, kernel=kernel)
     if as_json:

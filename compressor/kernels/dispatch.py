@@ -56,7 +56,7 @@ def choose(layout: str, device: torch.device, dtype: torch.dtype, wanted: str = 
             on_device = device.type == home
             obstacles[kernel] = _obstacle(kernel, layout, device, dtype) if on_device else f"the activations are on {device}"
             if obstacles[kernel] is None:
-                return _told(kernel, f"{dtype} activations on {device}", layout, directory)
+                return _told(kernel, backend(kernel).about(device), layout, directory)
     if asked in DEVICES:
         raise KernelError(
             f"kernel `{asked}` cannot multiply by {layout} on {device}: {obstacles[asked]}; kernel='auto' takes what can"

@@ -64,6 +64,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             model.set_submodule(layer, StoredLinear(source.read_packed(layer, meta=True), bias))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from compressor.kernels.cuda.sources import CONFIG_KEY
         from compressor.runtime.fuse import make_ready
         from compressor.runtime.linear import StoredLinear, packed_linear_module
 
@@ -73,6 +74,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 device = next(iter(tensor.parts.values())).device
                 model.set_submodule(name, packed_linear_module(tensor, module.bias, device))
         make_ready(model, model.dtype)
+        model.config.__dict__.pop(CONFIG_KEY, None)  # the CUDA sources are not saved with it
         return model
 
     def is_serializable(self) -> bool:

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from compressor.codes import Codes, IntCodes
 from compressor.kernels.dispatch import AUTO
 from compressor.kernels.layouts import Layout, layout_for
+from compressor.kernels.layouts._tiles import ROWS
 from compressor.kernels.op import packed_linear
 from compressor.types import Format, QuantizedTensor
 
@@ -131,7 +132,7 @@ class PackedLinear(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as it lies on disk."""
-        tiles = slice(self.rows.start // 16, -(-self.rows.stop // 16))
+        tiles = slice(self.rows.start // ROWS, -(-self.rows.stop // ROWS))
         own = {name: part if name == "order" else part[tiles] for name, part in self.packed.parts.items()}
         codes = self.packed.layout.restore(own if self.packed.takers > 1 else self.packed.parts, self._shape)
         return self.stored.again(codes, self._shape)
@@ -145,6 +146,35 @@ class PackedLinear(nn.Module):
             destination[f"{prefix}{name}"] = part
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(  # as nn.Module calls it
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = self.quantized()
+        missing = [f"{prefix}{name}" for name in own.parts if f"{prefix}{name}" not in state_dict]
+        missing_keys += missing
+        if missing:
+            return
+        parts = {name: state_dict[f"{prefix}{name}"].to(part.device) for name, part in own.parts.items()}
+        wrong = [name for name, part in own.parts.items() if parts[name].shape != part.shape]
+        if wrong:
+            error_msgs.append(
+                f"{prefix}{wrong[0]}: has shape {list(parts[wrong[0]].shape)}, not {list(own.parts[wrong[0]].shape)}"
+            )
+            return
+        new = self.packed.layout.arrange(own.format.codes(QuantizedTensor(own.format, own.shape, parts)))
+        tiles = slice(self.rows.start // ROWS, -(-self.rows.stop // ROWS))
+        for name, part in self.packed.parts.items():
+            (part[tiles] if self.packed.takers > 1 and name != "order" else part).copy_(new[name])
+        if self.bias is not None and f"{prefix}bias" in state_dict:
+            self.bias.copy_(state_dict[f"{prefix}bias"])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.stored.format.label}"

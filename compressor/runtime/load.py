@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from compressor.distributed import compute_device
 from compressor.kernels.cuda import sources
 from compressor.kernels.dispatch import AUTO
-from compressor.model.checkpoint import native_dtype
+from compressor.model.checkpoint import native_dtype, read_config
 from compressor.model.generation import generate_plainly
 from compressor.model.source import ModelSource
 from compressor.runtime.fuse import make_ready
@@ -44,16 +45,16 @@ def load(
         SourceError: the directory cannot be read.
         KernelError: the kernel that is asked for cannot multiply by these weights here.
     """
-    place, directory = torch.device(device), Path(path)
+    place, directory = compute_device(device), Path(path)
     dtype = dtype or native_dtype(directory, place)
     source = ModelSource(directory, place, dtype)
     if dense or not source.packed():
         return source.whole()
-    config = source.raw_config["quantization_config"]
     kernel = _kernel(directory, source.raw_config.get(sources.CONFIG_KEY) or {}, place, kernel, trust_kernels)
     model = source.whole(lambda tensor, bias: packed_linear_module(tensor, bias, place, kernel))
     make_ready(model, dtype)
-    model.config.quantization_config = config  # so that it saves as it was
+    model.config.quantization_config = source.raw_config["quantization_config"]  # so that it saves as it was,
+    model.config.__dict__.pop(sources.CONFIG_KEY, None)  # but for the sources, which are not saved
     return model
 
 
@@ -97,6 +98,7 @@ def generate(
     """
     from compressor.calibration.data import encode_prompt, load_tokenizer
 
+    read_config(Path(path))  # the first thing to miss in a directory that is not there
     tokenizer = load_tokenizer(Path(path))
     model = load(path, device, dtype, kernel=kernel)
     ids = torch.tensor(encode_prompt(tokenizer, prompt, chat))

@@ -259,11 +259,12 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     here = torch.device("cpu")
     assert cpu.obstacle(layout, here, BF16) is None
     assert cpu.obstacle(layout, here, FP32) is None
-    assert "float16" in (cpu.obstacle(layout, here, torch.float16) or "")
+    assert cpu.obstacle(layout, here, torch.float16) is None
+    assert "float64" in (cpu.obstacle(layout, here, torch.float64) or "")
     other: Any = object()
     assert cpu.obstacle(other, here, BF16) == "no kernel for this layout"
     monkeypatch.setattr(cpu, "library", lambda: None)
-    assert cpu.obstacle(layout, here, BF16) == "the package was built without a C compiler"
+    assert "built without a C compiler" in (cpu.obstacle(layout, here, BF16) or "")
     with pytest.raises(KernelError, match="built without a C compiler; install one"):
         product(activations(1, 1152), weight(4, 128), None)
 

@@ -199,6 +199,31 @@ class TestWholeModel:
         with torch.no_grad():
             assert torch.equal(exact(tmp_path)(some_tokens()).logits, exact(packed)(some_tokens()).logits)
 
+    def test_it_takes_its_own_state_again(self, packed: Path) -> None:
+        model, other = exact(packed), exact(packed)
+        for module in other.modules():
+            if isinstance(module, PackedWeight):
+                for part in module.buffers():
+                    part.zero_()
+        other.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(other(some_tokens()).logits, model(some_tokens()).logits)
+
+    def test_a_state_of_another_shape_is_refused(self, packed: Path) -> None:
+        model = exact(packed)
+        state = {
+            name: part[:-1] if name.endswith("q_proj.weight_packed") else part for name, part in model.state_dict().items()
+        }
+        with pytest.raises(RuntimeError, match=r"q_proj\.weight_packed: has shape"):
+            model.load_state_dict(state)
+
+    def test_half_precision_is_multiplied_by_kernels_too(self, packed: Path) -> None:
+        x, model = torch.randn(3, 128), compressor.load(packed, kernel="cpu")
+        layer = model.get_submodule("model.layers.0.mlp.gate_proj")
+        y = layer(x.half())
+        assert y.dtype == torch.float16
+        torch.testing.assert_close(y.float(), layer(x.half().float()), atol=1e-2, rtol=1e-2)
+
     def test_a_static_cache_makes_no_difference(self, packed: Path) -> None:
         model, options = exact(packed), {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
         ids = some_tokens()[:1, :9]

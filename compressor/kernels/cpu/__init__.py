@@ -76,11 +76,16 @@ def obstacle(layout: Layout, device: torch.device, dtype: torch.dtype) -> str | 
     """Why the kernels cannot multiply by a layout, or None if they can."""
     if not isinstance(layout, IntGroups):
         return "no kernel for this layout"
-    if dtype not in (torch.bfloat16, torch.float32):
-        return f"the activations are {dtype}, neither bfloat16 nor float32"
+    if dtype not in (torch.bfloat16, torch.float32, torch.float16):
+        return f"the activations are {dtype}, not of 16 or 32 bits"
     if library() is None:
-        return "the package was built without a C compiler"
+        return "the package was built without a C compiler; install one, and the package again"
     return None
+
+
+def about(device: torch.device) -> str:
+    """What multiplies, in a few words."""
+    return f"{_built().isas[-1]}, activations rounded to 8 bits"
 
 
 def linear(
@@ -89,13 +94,15 @@ def linear(
     """x W^T + bias, [M, N], in the dtype of x.
 
     Args:
-        x_MK: Activations, bf16 or fp32.
+        x_MK: Activations, bf16, fp32, or fp16, for which fp32 stands in.
         parts: Of the layout.
         layout: An `IntGroups`.
         rows: N.
         bias: [N], or None.
         isa: The instruction set, one of `ISAS`; None for the fastest.
     """
+    if x_MK.dtype == torch.float16:
+        return linear(x_MK.float(), parts, layout, rows, bias, isa).half()
     tokens, columns = x_MK.shape
     x_MK, kernels = x_MK.contiguous(), _built()
     bias = None if bias is None else bias.to(x_MK.dtype)

@@ -26,7 +26,7 @@ def obstacle(layout: Layout, device: torch.device, dtype: torch.dtype) -> str | 
     if torch.version.cuda is None:
         return "this torch is not built for NVIDIA's GPUs"
     if dtype != torch.bfloat16:
-        return f"the activations are {dtype}, not torch.bfloat16"
+        return f"the activations are {dtype}; load the model with dtype=torch.bfloat16"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
@@ -35,6 +35,11 @@ def obstacle(layout: Layout, device: torch.device, dtype: torch.dtype) -> str | 
     except KernelError as error:
         return str(error)
     return None
+
+
+def about(device: torch.device) -> str:
+    """What multiplies, in a few words."""
+    return torch.cuda.get_device_name(device)
 
 
 def prepare(layout: Layout, device: torch.device, directory: Path = sources.HERE) -> None:
