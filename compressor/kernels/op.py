@@ -7,11 +7,13 @@ name of a backend (`dispatch`). `torch.library.Library` is used because a call c
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compressor.errors import KernelError
 from compressor.kernels.dispatch import choose
 from compressor.kernels.layouts import named
 
@@ -36,7 +38,12 @@ def _packed_linear_shape(
     return x.new_empty(*x.shape[:-1], rows)
 
 
+def _no_gradient(context: Any, gradient: Tensor) -> None:
+    raise KernelError("packed layers know no gradient; load the model with dense=True to train it")
+
+
 _LIBRARY.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("compressor::packed_linear", _packed_linear_shape)
+torch.library.register_autograd("compressor::packed_linear", _no_gradient)
 
 packed_linear = torch.ops.compressor.packed_linear.default

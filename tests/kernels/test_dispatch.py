@@ -92,3 +92,12 @@ def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
     assert layout is not None
     parts = list(layout.arrange(made).values())
     torch.library.opcheck(packed_linear, (torch.randn(2, 200), parts, torch.randn(24), layout.name, 24, "reference"))
+
+
+def test_a_gradient_is_refused_where_it_is_asked_for() -> None:
+    made, x = codes(), torch.randn(2, 200, requires_grad=True)
+    layout = layout_for(made)
+    assert layout is not None
+    y = packed_linear(x, list(layout.arrange(made).values()), None, layout.name, 24, "reference")
+    with pytest.raises(KernelError, match="packed layers know no gradient"):
+        y.sum().backward()
