@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from compressor import pipeline
+from compressor import methods, pipeline
 from compressor.calibration.data import Samples
+from compressor.calibration.sensitivity import sensitivities
 from compressor.calibration.stream import CalibrationStream
 from compressor.card import model_card
 from compressor.distributed import Ranks
-from compressor.errors import SourceError
+from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.inputs import Judged, check_shares, load_data, needs_data, prepare, sample_length
 from compressor.judging import continuations, judge, silent
@@ -23,12 +24,12 @@ from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, check_space, check_target
 from compressor.output import default_out, write_model
 from compressor.pipeline import Event, Job, Tell
-from compressor.plan import describe_plan, expected_memory, output_headers, planned_bits
+from compressor.plan import describe_plan, expected_memory, model_formats, output_headers, total_bits
 from compressor.provenance import fingerprint, finished_report, new_report
 from compressor.recipe import Recipe, load_recipe, make_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
-from compressor.types import Plan
+from compressor.types import OneOf, Plan
 from compressor.verification.check import WrongError
 from compressor.verification.probe import Record
 from compressor.verification.verify import verify as verify_directory
@@ -43,14 +44,19 @@ class Forecast:
 
     out: Path
     plan: Plan
-    size_bytes: int  # of the safetensors files and their index, exact
+    size_bytes: int  # of the safetensors files and their index: exact, or at most that
     source_size_bytes: int
-    bits_per_weight: float  # over the compressed layers
+    bits_per_weight: float  # over the compressed layers: exact, or at most that
     expected_peak_memory_bytes: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether no pass has yet to choose: else sizes are the largest there may be."""
+        return not any(isinstance(option, OneOf) for option in self.plan.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**vars(self), "out": str(self.out), "plan": describe_plan(self.plan)}
+        return {**vars(self), "out": str(self.out), "exact": self.exact, "plan": describe_plan(self.plan)}
 
 
 def run(
@@ -132,10 +138,11 @@ def quantize(
 def quantize_recipe(
     bits: int = 4,
     *,
-    method: str = "gptq",
+    method: str | None = None,
+    calibrated: bool = True,
     group_size: int = 128,
     symmetric: bool = True,
-    calibration: str = "builtin",
+    calibration: str | None = None,
     samples: int = 128,
     seq_len: int | None = None,
     seed: int = 0,
@@ -147,26 +154,29 @@ def quantize_recipe(
 
     Args:
         bits: Width of a code.
-        method: A pass: `gptq` (calibrated) or `rtn` (rounding only).
+        method: A name in compressor/methods.py; None takes the best for the number of bits.
+        calibrated: False allows no method that reads text.
         group_size: Adjacent input channels that share a scale; -1 for whole rows.
         symmetric: False stores zero points, which only this project's loader reads.
-        calibration: Where the text comes from.
+        calibration: Where the text comes from; None takes the built-in text.
         samples: Of calibration.
         seq_len: Tokens of each; None takes what the model was made for, at most 2048.
         seed: Of the order of documents.
         ignore: Patterns of layers to leave as they are.
         evaluate: Compare the result with the original.
         changes: `KEY=VALUE` changes to the recipe, as with --set.
+
+    Raises:
+        RecipeError: no recipe comes of it.
     """
+    if calibration is not None and not calibrated:
+        raise RecipeError(
+            f"--calibration {calibration} --no-calibration: one asks for what the other rules out; leave out one of the two"
+        )
+    options = [{"format": "int_group", "bits": bits, "group_size": group_size, "symmetric": symmetric}]
     data = {
-        "passes": [
-            {
-                "pass": method,
-                "options": [{"format": "int_group", "bits": bits, "group_size": group_size, "symmetric": symmetric}],
-                "ignore": list(ignore),
-            }
-        ],
-        "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed},
+        "passes": methods.passes(methods.chosen(method, bits, calibrated=calibrated), options, ignore),
+        "calibration": {"source": calibration or "builtin", "samples": samples, "seq_len": seq_len, "seed": seed},
         "evaluation": {} if evaluate else None,
     }
     return make_recipe(data, changes, "options")
@@ -193,7 +203,7 @@ def forecast(
         judged=judge.samples * sample_length(judge.seq_len or length, source) if judge is not None else 0,
         batch=TOKENS_AT_ONCE,
     )
-    bits, weights = planned_bits(source, recipe.passes, plan)
+    bits, weights = total_bits(source, model_formats(source, recipe.passes, plan))
     return Forecast(
         out=default_out(Path(model), plan) if out is None else Path(out),
         plan=plan,
@@ -213,18 +223,28 @@ def compress_blocks(
     tell: Tell,
 ) -> Record | None:
     """The pipeline, timed. Returns what the model now computes, for the manifest."""
-    source, ranks = job.source, job.ranks
+    source = job.source
     started = time.monotonic()
     stream = None
     if calibration is not None:
-        batches = ranks.mine(calibration.batches(TOKENS_AT_ONCE))
-        stream = CalibrationStream(source.first_inputs(batches), ranks, source.device)
+        stream = open_stream(job, calibration, tell)
     probe = pipeline.compress(job, stream, workspace, finished, report, tell)
     report.seconds = time.monotonic() - started
     report.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if source.device.type == "cuda":
         report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(source.device)
     return probe
+
+
+def open_stream(job: Job, calibration: Samples, tell: Tell) -> CalibrationStream:
+    """The calibration stream before the first block, with what the passes want of it."""
+    source, ranks = job.source, job.ranks
+    batches = ranks.mine(calibration.batches(TOKENS_AT_ONCE))
+    metrics: Sequence[torch.Tensor] = ()
+    if any(step.sensitivity for step in job.passes):
+        metrics = sensitivities(source, batches, ranks, lambda done, total: tell(Event("sensitivity", done, total)))
+    two_streams = any(step.two_streams for step in job.passes)
+    return CalibrationStream(source.first_inputs(batches), ranks, source.device, two_streams=two_streams, metrics=metrics)
 
 
 def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, report: Report, tell: Tell) -> None:

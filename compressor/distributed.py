@@ -61,10 +61,17 @@ class Ranks:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum tensors over ranks, in place."""
+        self._reduce(tensors, dist.ReduceOp.SUM)
+
+    def max_(self, tensors: Sequence[Tensor]) -> None:
+        """Largest elements of tensors over ranks, in place."""
+        self._reduce(tensors, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensors: Sequence[Tensor], how: dist.ReduceOp.RedOpType) -> None:
         if self.world > 1:
             with _together():
                 for tensor in tensors:
-                    dist.all_reduce(tensor)
+                    dist.all_reduce(tensor, how)
 
     def gather(self, mine: Outcome) -> Outcome:
         """Every rank's outcome in one, edits in name order. Packed parts travel as tensors."""

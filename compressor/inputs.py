@@ -14,7 +14,7 @@ from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
 from compressor.model.checkpoint import native_dtype
 from compressor.model.source import ModelSource
-from compressor.plan import make_plan
+from compressor.plan import make_plan, rewritten
 from compressor.recipe import Recipe
 from compressor.types import Plan
 
@@ -31,17 +31,18 @@ class Judged:
 
 
 def prepare(recipe: Recipe, model: Path, device: torch.device, dtype: str | None) -> tuple[ModelSource, Plan]:
-    """The opened model and the plan for it. Reads headers only."""
+    """The opened model and the plan for it. Reads headers only, unless a pass changes the whole model."""
     source = ModelSource(model, device, computation_dtype(device, dtype, model))
     if "quantization_config" in source.raw_config:
         method = source.raw_config["quantization_config"].get("quant_method")
         raise SourceError(f"{model}: already quantized ({method}); compress the original model instead")
+    source = rewritten(source, recipe.passes)
     return source, make_plan(source, recipe.passes)
 
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether a pass of the recipe collects statistics."""
-    return any(step.needs for step in recipe.passes)
+    return any(step.needs or step.together for step in recipe.passes)
 
 
 def sample_length(wanted: int | None, source: ModelSource) -> int:

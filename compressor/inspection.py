@@ -13,6 +13,8 @@ from compressor.model.shards import NAMES
 from compressor.model.source import ModelSource
 from compressor.types import Format
 
+CACHE = "scales of the cache"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -60,6 +62,7 @@ class Inspection:
     model_type: str
     blocks: int
     layout: str  # `dense`, or the quant_method
+    kv_cache: str | None  # what keys and values are rounded to
     kinds: tuple[Kind, ...]
     tensors: tuple[Parameter, ...]
     runtimes: tuple[Runtime, ...]
@@ -99,6 +102,7 @@ def inspect_model(path: Path) -> Inspection:
         model_type=source.model.config.model_type,
         blocks=len(source.layers),
         layout=(source.raw_config.get("quantization_config") or {}).get("quant_method", "dense"),
+        kv_cache=source.cache.kv_cache if source.cache is not None else None,
         kinds=kinds,
         tensors=tensors,
         runtimes=runtimes(source),
@@ -112,6 +116,7 @@ def inspect_model(path: Path) -> Inspection:
 def _parameters(source: ModelSource) -> tuple[Parameter, ...]:
     """What is stored, by the tensor of the model that it is stored for, in the order of the files."""
     headers, packed, state = source.checkpoint.headers, source.packed(), source.model.state_dict()
+    of_cache = source.cache_tensors()
     owned: dict[str, list[str]] = {}
     for stored in headers:
         owned.setdefault(source.packing.owner(stored), []).append(stored)
@@ -119,7 +124,7 @@ def _parameters(source: ModelSource) -> tuple[Parameter, ...]:
     return tuple(
         Parameter(
             name=owner,
-            kind=_kind(source, module_of.get(owner), packed, state),
+            kind=CACHE if owner in of_cache else _kind(source, module_of.get(owner), packed, state),
             weights=state[module_of[owner]].numel() if owner in module_of else 0,
             size_bytes=sum(headers[name].nbytes for name in names),
             parts=tuple(Part(name, NAMES[headers[name].dtype], headers[name].shape) for name in sorted(names)),

@@ -11,11 +11,12 @@ import yaml
 
 from compressor.kernels.cuda import sources
 from compressor.kernels.layouts import Layout, layout_for
+from compressor.kv_cache import CacheRounding
 from compressor.model import quantization_config, shards
 from compressor.model.architecture import LinearKind, linear_layers
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, copy_other_files, writing
-from compressor.plan import describe_plan, model_formats, planned_bits
+from compressor.plan import describe_plan, settled, stored_formats, total_bits
 from compressor.recipe import Recipe, to_yaml
 from compressor.report import Report
 from compressor.types import Format, Plan
@@ -31,12 +32,13 @@ def write_model(
     """Everything of the model directory but the report and the card; `probe` is what the run computed, for the manifest."""
     with writing(workspace.model):
         files = shards.assemble((workspace.part(part) for part in workspace.finished), workspace.model)
-    formats = model_formats(source, recipe.passes, plan)
+    formats = stored_formats(workspace.finished)
     kinds = linear_layers(source.model)
     entry = quantization_config.write(
         formats,
         [name for name, kind in kinds.items() if type(kind) is LinearKind],
         [name for name, kind in kinds.items() if type(kind) is not LinearKind],
+        next((option for option in plan.values() if isinstance(option, CacheRounding)), None),
     )
     kernels = write_kernels(workspace, layouts_of(formats, source))
     config = json.dumps({**source.raw_config, "quantization_config": entry, sources.CONFIG_KEY: kernels}, indent=2) + "\n"
@@ -48,22 +50,25 @@ def write_model(
     manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), others, tensors, probe)
     workspace.write_text(MANIFEST, manifest.text())
     workspace.write_text("recipe.yaml", to_yaml(recipe))
-    workspace.write_text("plan.yaml", yaml.safe_dump(describe_plan(plan), sort_keys=False))
-    bits, weights = planned_bits(source, recipe.passes, plan)
+    chosen = describe_plan(settled(plan, source, recipe.passes, formats))
+    workspace.write_text("plan.yaml", yaml.safe_dump(chosen, sort_keys=False))
+    bits, weights = total_bits(source, formats)
     report.layout = entry["quant_method"]
     report.size_bytes = shards.total_bytes(files)
     report.bits_per_weight = bits / weights
     state = source.model.state_dict()
-    dense = sum(state[name].numel() for name in source.names)  # a tied tensor once
+    original = source.checkpoint.shard_of  # a tensor that is stored twice only now counts once
+    dense = sum(state[name].numel() for name, stored in source.names.items() if stored in original)
     report.model_bits_per_weight = 8 * sum(shard.data_bytes for shard in files) / dense
 
 
 def layouts_of(formats: Mapping[str, Format], source: ModelSource) -> list[Layout]:
     """What the kernels will make of packed layers, one entry for each layout."""
-    widths = {fmt: source.model.state_dict()[f"{layer}.weight"].shape[1] for layer, fmt in formats.items()}
+    model, kinds = source.model, linear_layers(source.model)
+    shapes = {layer: kinds[layer].weight(model.get_submodule(layer)).shape for layer in formats}
     found = {}
-    for fmt, columns in widths.items():
-        nothing = torch.zeros(16, columns)
+    for fmt, shape in dict.fromkeys((fmt, shapes[layer]) for layer, fmt in formats.items()):
+        nothing = torch.zeros(shape)
         grid = fmt.fit(nothing, search=False)
         layout = layout_for(fmt.codes(grid.pack(grid.round(nothing, 0))))
         if layout is not None:
@@ -86,5 +91,6 @@ def write_kernels(workspace: Workspace, layouts: Iterable[Layout]) -> dict[str, 
 def default_out(model: Path, plan: Plan) -> Path:
     """The model's name with what was done appended, beside it."""
     model = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the place of a link
-    labels = sorted({option.label for option in plan.values()})
-    return model.with_name(f"{model.name}-{labels[0] if len(labels) == 1 else 'mixed'}")
+    labels = sorted({option.label for option in plan.values() if not isinstance(option, CacheRounding)})
+    cache = "".join({f"-{option.label}" for option in plan.values() if isinstance(option, CacheRounding)})
+    return model.with_name(f"{model.name}-{labels[0] if len(labels) == 1 else 'mixed'}{cache}")

@@ -6,19 +6,20 @@ Resident are one dense block, the statistics of one pass and the block's packed 
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from compressor.calibration.stream import CalibrationStream
+from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.distributed import Ranks
+from compressor.kv_cache import CacheScales
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.writer import Workspace
-from compressor.plan import block_names, choose, layer_formats, rest_names
+from compressor.plan import block_names, cache_roundings, choose, describe_stored, rest_names, stored_formats
 from compressor.report import Report, Row
-from compressor.types import Block, Format, Outcome, Pass, Plan, QuantizedTensor, Stored, stored_bits
+from compressor.types import Block, Outcome, Pass, Plan, QuantizedTensor, Stored, stored_bits
 from compressor.verification.manifest import entries
 from compressor.verification.probe import Probe, Record
 
@@ -27,7 +28,7 @@ from compressor.verification.probe import Probe, Record
 class Event:
     """Something a person who waits wants to see."""
 
-    stage: str  # "compress", "resume", "evaluate", "write"
+    stage: str  # "sensitivity", "compress", "resume", "evaluate", "write"
     done: int
     total: int
     what: str = ""
@@ -78,13 +79,17 @@ def compress(
             continue
         started = time.monotonic()
         block = job.source.block(index)
+        if stream is not None:
+            stream.enter(block)
         rows, warnings = compress_block(job, block, stream, tell)
+        block.settle()
         if stream is not None and index < total - 1:
             stream.advance(block)
         if probe is not None:
             probe.advance(block)
         if workspace is not None:
-            keep(workspace, part, block_tensors(job.source, block), rows=[asdict(r) for r in rows], warnings=warnings)
+            record = {"rows": [asdict(r) for r in rows], "warnings": warnings, "formats": describe_stored(block)}
+            keep(workspace, part, block_tensors(job.source, block), **record)
         report.rows += rows
         report.warnings += warnings
         job.source.release(block)
@@ -115,19 +120,22 @@ def finish_probe(probe: Probe, report: Report) -> Record | None:
 
 def compress_block(job: Job, block: Block, stream: CalibrationStream | None, tell: Tell) -> tuple[list[Row], list[str]]:
     """Apply every pass to a resident block; returns the report's rows and warnings."""
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}  # what the last pass on a layer made of it
     warnings: list[str] = []
+    total = len(job.source.layers)
+    block.unrounded = {} if any(step.two_streams for step in job.passes) else None
     for step in job.passes:
-        outcome = apply_shared(job, step, block, stream)
-        labels = {n: job.plan[f"{block.prefix}.{unit}"].label for unit, names in step.units(block).items() for n in names}
-        for name in (layer for layer in block.layers if layer in outcome.edits):  # the same order for any number of ranks
+        outcome = apply_shared(job, step, block, stream, tell)
+        for name in (layer for layer in block.layers if layer in outcome.errors):  # the same order for any number of ranks
             stored = outcome.edits[name]
             bits = stored_bits(stored) / block.weight(name).numel()
-            rows.append(Row(f"{block.prefix}.{name}", labels[name], bits, outcome.errors[name]))
-            tell(Event("compress", block.index, len(job.source.layers), rows[-1].layer, rows[-1].error))
+            label = stored.format.label if isinstance(stored, QuantizedTensor) else "dense"
+            rows[name] = Row(f"{block.prefix}.{name}", label, bits, outcome.errors[name])
+            tell(Event("compress", block.index, total, rows[name].layer, rows[name].error))
         block.install(outcome.edits)
+        block.cache = outcome.cache or block.cache
         warnings += outcome.warnings
-    return rows, warnings
+    return list(rows.values()), warnings
 
 
 def replay(
@@ -148,9 +156,12 @@ def replay(
     if not streams and probe is None:
         return
     block = job.source.block(index)
-    formats = layer_formats(job.passes, block, job.plan)
-    stored = _stored_layers(job.source, block, formats, workspace.read(part)) if workspace is not None else {}
+    if stream is not None and streams:
+        stream.enter(block)
+    stored = _stored_layers(job.source, block, workspace, part) if workspace is not None else {}
     block.install(job.ranks.agree(stored) if streams else stored)
+    cache = _stored_cache(job, block, workspace.read(part)) if workspace is not None else None
+    block.cache = job.ranks.agree(cache) if streams else cache
     if stream is not None and streams:
         stream.advance(block)
     if probe is not None:
@@ -159,12 +170,21 @@ def replay(
     return_freed_memory()
 
 
-def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream | None) -> Outcome:
-    """Run a pass on this rank's share of the units; return every rank's results."""
+def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream | None, tell: Tell) -> Outcome:
+    """Run a pass on this rank's share of the units, unless it shares its work out itself; return every rank's results."""
     units, choice = step.units(block), choose(step, block, job.plan)
     layers = [name for names in units.values() for name in names]
     assert stream is not None or not step.needs
-    stats = stream.collect(block, layers, step.needs) if stream is not None else _NoStats()
+
+    def progress(done: int, total: int) -> None:
+        tell(Event("compress", block.index, len(job.source.layers), f"{block.prefix}: step {done} of {total}"))
+
+    if stream is not None:
+        stats = stream.collect(block, layers, step.needs, progress)
+    else:
+        stats = BlockStats({}, {}, job.ranks, (), (), None, progress)
+    if step.together:
+        return step.apply(block, stats, choice)
     costs = {unit: sum(block.weight(name).numel() for name in names) for unit, names in units.items()}
     mine = {unit: choice[unit] for unit in job.ranks.share(costs)}
     return job.ranks.gather(step.apply(block, stats, mine))
@@ -174,41 +194,41 @@ def block_tensors(source: ModelSource, block: Block) -> dict[str, Tensor]:
     """What is written of a block, by name on disk: packed parts, and the other tensors exactly as they were."""
     tensors: dict[str, Tensor] = {}
     for name, stored in block_names(source, block).items():
-        new = block.installed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        layer = name.removesuffix(".weight")
+        new = block.installed.get(layer if layer in block.layers else name)
         if isinstance(new, QuantizedTensor):
             base = stored.removesuffix(".weight")
             tensors |= {f"{base}.{part}": tensor for part, tensor in new.parts.items()}
         elif new is not None:
-            kind = block.layers[name.removesuffix(".weight")]
-            tensors[stored] = kind.parameter(new).to(source.checkpoint.headers[stored].dtype)
+            tensors[stored] = block.layers[layer].parameter(new) if layer in block.layers else new
         else:
             tensors[stored] = source.checkpoint.read(stored)
-    return tensors
+    scales = block.cache.tensors() if block.cache is not None else {}
+    return tensors | {source.beside(f"{block.prefix}.{name}"): scale for name, scale in scales.items()}
 
 
-class _NoStats:
-    """Stands for the statistics when no pass asks for any."""
+def _stored_cache(job: Job, block: Block, tensors: Mapping[str, Tensor]) -> CacheScales | None:
+    """How a finished part rounds keys and values."""
+    found = cache_roundings(job.plan, block)
+    if not found:
+        return None
+    rounding = next(iter(found.values()))
+    return CacheScales.read(rounding, found, lambda name: tensors[job.source.beside(f"{block.prefix}.{name}")])
 
-    def __getitem__(self, key: tuple[str, type[Any]]) -> Any:
-        raise KeyError(f"statistic {key[1].__name__} of {key[0]} was not asked for")
 
-    def taps(self, layers: Iterable[str]) -> list[tuple[str, ...]]:
-        return [(layer,) for layer in layers]
-
-
-def _stored_layers(
-    source: ModelSource, block: Block, formats: Mapping[str, Format], tensors: Mapping[str, Tensor]
-) -> dict[str, Stored]:
-    """The linear layers of a finished part."""
+def _stored_layers(source: ModelSource, block: Block, workspace: Workspace, part: str) -> dict[str, Stored]:
+    """What a finished part holds, as it was installed."""
+    tensors = workspace.read(part)
+    formats = {f.removeprefix(f"{block.prefix}."): fmt for f, fmt in stored_formats({part: workspace.finished[part]}).items()}
     stored: dict[str, Stored] = {}
     for name, on_disk in block_names(source, block).items():
         layer, base = name.removesuffix(".weight"), on_disk.removesuffix(".weight")
-        if not name.endswith(".weight") or layer not in block.layers:
-            continue
         if layer in formats:
             shape = block.shape(layer)
             parts = {part: tensors[f"{base}.{part}"] for part in formats[layer].checkpoint_parts(shape)}
             stored[layer] = QuantizedTensor(formats[layer], shape, parts)
-        else:
+        elif layer in block.layers:
             stored[layer] = block.layers[layer].parameter(tensors[on_disk])  # a transpose is its own inverse
+        elif name in block.dtypes:  # a parameter, no buffer
+            stored[name] = tensors[on_disk]
     return stored

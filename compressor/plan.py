@@ -6,9 +6,29 @@ from typing import Any
 
 from compressor import registry
 from compressor.errors import RecipeError
+from compressor.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attentions
 from compressor.model.checkpoint import Header
+from compressor.model.rewritten import Rewrites
 from compressor.model.source import ModelSource
-from compressor.types import Block, Format, Option, Pass, Plan
+from compressor.types import Block, Format, OneOf, Option, PairedAccumulator, Pass, Plan, QuantizedTensor
+
+# Bytes for each trained weight: latent and gradient, two moments, the start, fp64 sums, the rounded weight with its own
+# gradient and what both pass through.
+TRAINING = 4 + 4 + 8 + 4 + 8 + 4 + 8
+
+
+def rewritten(source: ModelSource, passes: Sequence[Pass]) -> ModelSource:
+    """The model as it is once passes that change the whole of it have done so.
+
+    Raises:
+        RecipeError: such a pass is not the first, or cannot do it.
+    """
+    for number, step in enumerate(passes):
+        if isinstance(step, Rewrites):
+            if number:
+                raise RecipeError(f"passes.{number}: it changes the whole model before any block is read; put it first")
+            return ModelSource(source.path, source.device, source.dtype, step.rewriting(source))
+    return source
 
 
 def make_plan(source: ModelSource, passes: Sequence[Pass]) -> Plan:
@@ -18,23 +38,41 @@ def make_plan(source: ModelSource, passes: Sequence[Pass]) -> Plan:
         RecipeError: a layer's shape does not fit its format, nothing chooses among options, or no layer matches.
     """
     plan: dict[str, Option] = {}
-    for step in passes:
+    for step in (step for step in passes if step.options):
         labels = [option.label for option in step.options]
-        if len(labels) > 1:
+        if len(labels) > 1 and not step.chooses:
             raise RecipeError(
                 f"passes: {len(labels)} options ({', '.join(labels)}) and nothing that chooses among them; name one"
             )
         for index in range(len(source.layers)):
             block = source.block(index, load=False)
             for unit, layers in step.units(block).items():
-                for name in layers:
-                    _check_fit(step.options[0], block, name)
-                if plan.setdefault(f"{block.prefix}.{unit}", step.options[0]) is not step.options[0]:
+                option = _option(step, block, layers)
+                if plan.setdefault(f"{block.prefix}.{unit}", option) is not option:
                     raise RecipeError(f"passes: two of them work on {block.prefix}.{unit}; keep them apart with `layers`")
     if not plan:
         known = ", ".join(source.block(0, load=False).layers)
         raise RecipeError(f"passes: their `layers` and `ignore` leave no layer to work on; a block has {known}")
+    if all(isinstance(option, CacheRounding) for option in plan.values()):
+        raise RecipeError("passes: kv_cache rounds no weight, and nothing else does; put `rtn` or `gptq` before it")
     return plan
+
+
+def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
+    """What a pass may make of a unit: its one option, or those of several that can hold all of its layers."""
+    fitting = tuple(option for option in step.options if all(_fits(option, block, name) for name in layers))
+    if not fitting:
+        for name in layers:
+            _check_fit(step.options[0], block, name)
+    return OneOf(fitting) if step.chooses else step.options[0]
+
+
+def _fits(option: Option, block: Block, name: str) -> bool:
+    """Whether a layer can be held in an option, if that is a format."""
+    try:
+        return not isinstance(option, Format) or option.stored_bits(block.shape(name)) > 0
+    except ValueError:
+        return False
 
 
 def _check_fit(option: Option, block: Block, name: str) -> None:
@@ -42,23 +80,30 @@ def _check_fit(option: Option, block: Block, name: str) -> None:
         try:
             option.stored_bits(block.shape(name))
         except ValueError as error:
-            widths = sorted({block.shape(layer)[1] for layer in block.layers})
-            common = f"; every layer here is {' or '.join(map(str, widths))} wide, a multiple of {math.gcd(*widths)}"
-            raise RecipeError(f"{block.prefix}.{name}: {error}{common if len(widths) > 1 else ''}") from error
+            axis = str(error).partition(" ")[0]  # the one that groups run along
+            sizes = sorted({block.shape(layer)[axis == "in_features"] for layer in block.layers})
+            across = "wide" if axis == "in_features" else "high"
+            common = f"; every layer here is {' or '.join(map(str, sizes))} {across}, a multiple of {math.gcd(*sizes)}"
+            raise RecipeError(f"{block.prefix}.{name}: {error}{common if len(sizes) > 1 else ''}") from error
 
 
 def choose(step: Pass, block: Block, plan: Plan) -> Mapping[str, Any]:
-    """The plan's option for each unit of a block that a pass works on."""
+    """The plan's option for each unit of a block that a pass works on; none if it has none to offer."""
+    if not step.options:
+        return {}
     return {unit: plan[f"{block.prefix}.{unit}"] for unit in step.units(block)}
 
 
 def layer_formats(passes: Sequence[Pass], block: Block, plan: Plan) -> dict[str, Format]:
-    """The format in which each layer of a block ends up, for those that are packed."""
+    """The format of each layer of a block that will be packed: the largest it may get, where a pass chooses."""
     formats: dict[str, Format] = {}
     for step in passes:
+        units = step.units(block)
         for unit, option in choose(step, block, plan).items():
-            if isinstance(option, Format):
-                formats |= dict.fromkeys(step.units(block)[unit], option)
+            if isinstance(option, OneOf):
+                formats |= {name: option.largest(block.shape(name)) for name in units[unit]}
+            elif isinstance(option, Format):
+                formats |= dict.fromkeys(units[unit], option)
     return formats
 
 
@@ -66,6 +111,20 @@ def model_formats(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> di
     """The same for the whole model, by full layer name."""
     blocks = [source.block(index, load=False) for index in range(len(source.layers))]
     return {f"{b.prefix}.{name}": fmt for b in blocks for name, fmt in layer_formats(passes, b, plan).items()}
+
+
+def describe_stored(block: Block) -> dict[str, Any]:
+    """The format of each packed layer of a finished block, by full name, as the journal holds it."""
+    packed = {name: new.format for name, new in block.installed.items() if isinstance(new, QuantizedTensor)}
+    return {f"{block.prefix}.{name}": registry.describe(packed[name]) for name in block.layers if name in packed}
+
+
+def stored_formats(finished: Mapping[str, Mapping[str, Any]]) -> dict[str, Format]:
+    """The format of each packed layer, by full name, from the journal's records of finished parts."""
+    specs = {layer: spec for record in finished.values() for layer, spec in record.get("formats", {}).items()}
+    distinct = {str(spec): spec for spec in specs.values()}
+    built: dict[str, Format] = {key: registry.build("format", spec) for key, spec in distinct.items()}
+    return {layer: built[str(spec)] for layer, spec in specs.items()}
 
 
 def output_headers(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> dict[str, Header]:
@@ -82,7 +141,16 @@ def output_headers(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> d
                     headers[f"{base}.{part}"] = Header(dtype, shape)
             else:
                 headers[stored] = source.checkpoint.headers[stored]
+        for scale in (KEYS, VALUES):
+            for module in cache_roundings(plan, block):
+                headers[source.beside(f"{block.prefix}.{module}.{scale}")] = Header(SCALE_DTYPE, (1,))
     return headers | {name: source.checkpoint.headers[name] for name in rest_names(source)}
+
+
+def cache_roundings(plan: Plan, block: Block) -> dict[str, CacheRounding]:
+    """What keys and values are rounded with, by the name of the attention module inside a block."""
+    planned = {name: plan.get(f"{block.prefix}.{name}") for name in attentions(block.module)}
+    return {name: option for name, option in planned.items() if isinstance(option, CacheRounding)}
 
 
 def block_names(source: ModelSource, block: Block) -> dict[str, str]:
@@ -97,10 +165,10 @@ def rest_names(source: ModelSource) -> list[str]:
     return [name for name in source.checkpoint if name not in inside]
 
 
-def planned_bits(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> tuple[int, int]:
-    """Stored bits and number of weights of the layers that get packed."""
+def total_bits(source: ModelSource, formats: Mapping[str, Format]) -> tuple[int, int]:
+    """Stored bits and number of weights of packed layers, which go by their full names."""
     bits = weights = 0
-    for layer, fmt in model_formats(source, passes, plan).items():
+    for layer, fmt in formats.items():
         index, _, name = layer.removeprefix(f"{source.prefix}.").partition(".")
         shape = source.block(int(index), load=False).shape(name)
         bits, weights = bits + fmt.stored_bits(shape), weights + shape[0] * shape[1]
@@ -108,8 +176,29 @@ def planned_bits(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> tup
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The plan as plan.yaml holds it."""
-    return {unit: registry.describe(option) for unit, option in plan.items()}
+    """The plan as data; where a pass chooses, all that it may choose."""
+    return {unit: _describe(option) for unit, option in plan.items()}
+
+
+def _describe(option: Option) -> Any:
+    if isinstance(option, CacheRounding):
+        return {"kv_cache": option.kv_cache}
+    return registry.describe(option.formats if isinstance(option, OneOf) else option)
+
+
+def settled(plan: Plan, source: ModelSource, passes: Sequence[Pass], stored: Mapping[str, Format]) -> Plan:
+    """The plan with what the passes chose, `stored` by full layer name; layers of a unit that differ are named one by one."""
+    layers_of = {
+        f"{block.prefix}.{unit}": [f"{block.prefix}.{name}" for name in layers]
+        for block in (source.block(index, load=False) for index in range(len(source.layers)))
+        for step in passes
+        for unit, layers in step.units(block).items()
+    }
+    found: dict[str, Option] = {}
+    for unit, option in plan.items():
+        chosen = {layer: stored[layer] for layer in layers_of[unit]} if isinstance(option, OneOf) else {unit: option}
+        found |= {unit: next(iter(chosen.values()))} if len(set(chosen.values())) == 1 else chosen
+    return found
 
 
 def expected_memory(source: ModelSource, passes: Sequence[Pass], *, tokens: int, judged: int, batch: int) -> int:
@@ -134,13 +223,22 @@ def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch
     solved = max(hessians, default=0)
     largest = max(rows * columns for rows, columns in shapes.values())
     outside = max((source.checkpoint.headers[name].nbytes for name in rest_names(source)), default=0)
-    hidden = tokens * _hidden_size(source) * size
-    kept = _parameters(block) * size + 8 * sum(hessians)
+    two_streams = any(step.two_streams for step in passes)
+    paired = any(issubclass(kind, PairedAccumulator) for step in passes for kind in step.needs)
+    hidden = tokens * _hidden_size(source) * size * (3 if two_streams else 1)  # the dense ones before and after the block
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    unrounded = weights if two_streams else 0
+    trained = weights if any(step.two_streams and step.together for step in passes) else 0
+    if any(step.sensitivity for step in passes):
+        hidden += 4 * len(source.layers) * _hidden_size(source) ** 2  # a metric for each block
+    kept = (_parameters(block) + unrounded) * size + 8 * sum(hessians) * (2 if paired else 1)
     return hidden + max(
         2 * outside,  # as stored, and as it is computed with
-        kept + _activations(block, min(tokens, batch), size),  # collecting
+        kept + _activations(block, min(tokens, batch), size) * (2 if paired else 1),  # collecting
         kept + (4 + 4 + 8) * solved,  # factorising: a Hessian, the same in visiting order, its factor in fp64
         kept + (4 + 4) * solved + 3 * 4 * largest,  # rounding: the Hessian, its factor, the weight thrice
+        kept + (4 + 4 + 4) * solved + 3 * 4 * largest if paired else 0,  # the same with a second statistic
+        kept + TRAINING * trained + _activations(block, min(tokens, batch), size) if trained else 0,
     )
 
 

@@ -3,15 +3,17 @@
 Shape suffixes: O out_features, I in_features, T tokens, B samples of a batch, S sequence, D hidden, C adjacent columns.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from compressor.activations import rounded_inputs, rounds_inputs
 from compressor.codes import Codes
 from compressor.errors import SourceError
+from compressor.kv_cache import CacheScales, rounded_cache
 
 
 class Option(Protocol):
@@ -28,7 +30,22 @@ class Grid(Protocol):
     def step(self) -> int: ...  # columns that one code covers: 1, or the length of a codebook's vectors
     def round(self, w_OC: Tensor, column: int) -> Tensor: ...  # codes [O, C / step] of columns column … column + C
     def decode(self, codes: Tensor, column: int) -> Tensor: ...  # their values, fp32 [O, C]
+    def refit(self, w_OC: Tensor, column: int) -> "Grid": ...  # to columns that changed; itself if others share their scales
     def pack(self, codes: Tensor) -> "QuantizedTensor": ...  # all codes of the weight, [O, I / step]
+
+
+@runtime_checkable
+class Rescalable(Grid, Protocol):
+    """A grid whose scales can be changed while the codes stay."""
+
+    @property
+    def width(self) -> int: ...  # adjacent columns that share scales
+    def rescaled(self, column: int, slope_O: Tensor, curvature_O: Tensor) -> "Rescalable":
+        """The scales of columns column … column + width multiplied by what is best, as they are stored.
+
+        Rows that share a scale get one factor, 1 + the sum of their slopes / that of their curvatures, of the loss by the
+        factor; it is not negative, and 1 where there is no curvature.
+        """
 
 
 PartSpec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a tensor on disk
@@ -65,7 +82,22 @@ class Format(Option, Protocol):
         """
 
     def compressed_tensors(self) -> dict[str, Any] | None:
-        """`format` and `weights` of a compressed-tensors scheme, or None if that layout cannot hold the format."""
+        """The entries of a compressed-tensors scheme that describe the format; None if that layout cannot hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """Formats that a pass chooses among by itself, from data or from the weights; each can hold every layer of the unit."""
+
+    formats: tuple[Format, ...]
+
+    @property
+    def label(self) -> str:
+        return "-or-".join(fmt.label for fmt in self.formats)
+
+    def largest(self, shape: tuple[int, int]) -> Format:
+        """The one that takes the most space on disk, its entries in the file's header included: what a forecast says."""
+        return max(self.formats, key=lambda fmt: (fmt.stored_bits(shape), len(str(fmt.checkpoint_parts(shape)))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +114,7 @@ class QuantizedTensor:
 
 
 Stored = Tensor | QuantizedTensor
-Edits = Mapping[str, Stored]  # new weights [O, I] by layer name inside the block
+Edits = Mapping[str, Stored]  # by name inside the block: weights [O, I] of layers, and any other parameter, dense
 
 
 def dense(new: Stored) -> Tensor:
@@ -117,6 +149,10 @@ class Block:
     layers: Mapping[str, LinearLike]  # its linear layers, by name inside the block
     arguments: Callable[[tuple[int, int]], Arguments]  # by the (B, S) of the hidden states
     installed: dict[str, Stored] = field(default_factory=dict)
+    unrounded: dict[str, Tensor] | None = None  # [O, I] of the layers that were packed, before that; None: not kept
+    rounded: Set[str] = frozenset()  # layers that round what they multiply by (compressor/activations.py)
+    cache: CacheScales | None = None  # how it rounds keys and values (compressor/kv_cache.py)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of its dense parameters in the checkpoint
 
     def weight(self, name: str) -> Tensor:
         """The current weight [O, I] of a layer; a view, not to be written to."""
@@ -127,14 +163,20 @@ class Block:
         rows, columns = self.weight(name).shape
         return rows, columns
 
-    def forward(self, hidden_BSD: Tensor) -> Tensor:
+    def forward(self, hidden_BSD: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output [B, S, D] on full sequences without padding, positions from 0.
+
+        Args:
+            hidden_BSD: What enters the block.
+            weights: Dense, named as in `Edits`, used in this call instead of the block's own.
 
         Raises:
             SourceError: the architecture's blocks return more than hidden states.
         """
         args, kwargs = self.arguments((hidden_BSD.shape[0], hidden_BSD.shape[1]))
-        result = self.module(hidden_BSD, *args, **kwargs)
+        given = dict(self._parameter(name, new) for name, new in (weights or {}).items())
+        with rounded_inputs(self.module, self.rounded), rounded_cache(self.module, self.cache):
+            result = torch.func.functional_call(self.module, given, (hidden_BSD, *args), dict(kwargs))
         if not isinstance(result, Tensor):
             raise SourceError(
                 f"{self.prefix}: its blocks return a {type(result).__name__} where hidden states are needed; "
@@ -142,27 +184,87 @@ class Block:
             )
         return result
 
+    def dense_forward(self, hidden_BSD: Tensor) -> Tensor:
+        """What `forward` would return had nothing been packed; what else passes changed, norms say, counts."""
+        assert self.unrounded is not None
+        return replace(self, rounded=frozenset(), cache=None).forward(hidden_BSD, self.unrounded)
+
     def install(self, edits: Edits) -> None:
-        """Adopt new weights: their dense values for later forwards, what is stored for the writer."""
+        """Adopt new weights: their values and how they round activations for later forwards, what is stored for the writer.
+
+        What is dense may still be packed by a later pass, so it is rounded to the checkpoint's dtype only by `settle`.
+        """
         for name, new in edits.items():
+            if self.unrounded is not None and isinstance(new, QuantizedTensor):
+                self.unrounded.setdefault(name, self.weight(name))
             self._set(name, dense(new))
             self.installed[name] = new
+            rounds = isinstance(new, QuantizedTensor) and rounds_inputs(new.format)
+            self.rounded = self.rounded | {name} if rounds else self.rounded - {name}
 
-    def _set(self, name: str, w_OI: Tensor) -> None:
-        self.layers[name].set_weight(self.module.get_submodule(name), w_OI)
+    def settle(self) -> None:
+        """Round what passes made and left dense to the dtype it is stored in: later blocks see what will be read back."""
+        for name, new in self.installed.items():
+            if isinstance(new, Tensor):
+                stored = new.to(self.dtypes[f"{name}.weight" if name in self.layers else name])
+                self.installed[name] = stored
+                self._set(name, stored)
+
+    def _parameter(self, name: str, new: Tensor) -> tuple[str, Tensor]:
+        """Name and value of the module's parameter that an edit is for."""
+        return (f"{name}.weight", self.layers[name].parameter(new)) if name in self.layers else (name, new)
+
+    def _set(self, name: str, new: Tensor) -> None:
+        if name in self.layers:
+            self.layers[name].set_weight(self.module.get_submodule(name), new)
+            return
+        parent, _, leaf = name.rpartition(".")
+        old = self.module.get_parameter(name)
+        setattr(self.module.get_submodule(parent), leaf, nn.Parameter(new.to(old), requires_grad=False))
 
 
 class Accumulator(Protocol):
-    """A statistic of a layer's input, summed over calibration tokens and over ranks."""
+    """A statistic of a layer's input, over calibration tokens and over ranks."""
 
     def __init__(self, in_features: int, device: torch.device) -> None: ...
     def update(self, x_TI: Tensor) -> None: ...
-    def tensors(self) -> Sequence[Tensor]: ...  # summed over ranks in place
+    def merge(self, ranks: "Group") -> None: ...  # with those of the other ranks
+
+
+@runtime_checkable
+class PairedAccumulator(Protocol):
+    """A statistic of a layer's input and of what the dense model has in its place, for the same tokens."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None: ...
+    def update_pair(self, x_TI: Tensor, dense_TI: Tensor) -> None: ...
+    def merge(self, ranks: "Group") -> None: ...
+
+
+class Group(Protocol):
+    """The processes that work together."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def sum_(self, tensors: Sequence[Tensor]) -> None: ...  # over all of them, in place
+    def max_(self, tensors: Sequence[Tensor]) -> None: ...  # the same, element by element
 
 
 class Stats(Protocol):
     """What the calibration stream collected on one block."""
 
+    @property
+    def inputs(self) -> Sequence[Tensor]: ...  # [B, S, D] that enter the block after the compressed ones, of this rank
+    @property
+    def targets(self) -> Sequence[Tensor]: ...  # [B, S, D] that leave the block of the dense model, for the same text
+    @property
+    def metric(self) -> Tensor | None: ...  # what an error of the block's output costs: see calibration/sensitivity.py
+    @property
+    def ranks(self) -> Group: ...
+    def progress(self, done: int, total: int) -> None: ...  # of a pass that takes long
     def __getitem__(self, key: tuple[str, type[Any]]) -> Any: ...  # stats[layer, Hessian]
     def taps(self, layers: Iterable[str]) -> Sequence[tuple[str, ...]]: ...  # layers that read the same tensor
 
@@ -174,6 +276,7 @@ class Outcome:
     edits: Edits
     errors: Mapping[str, float]  # by layer: error relative to the layer's output (or to its weight, without data)
     warnings: tuple[str, ...] = ()
+    cache: CacheScales | None = None  # what keys and values are rounded with from now on
 
 
 OptionT = TypeVar("OptionT", bound=Option)
@@ -183,8 +286,15 @@ Plan = Mapping[str, Option]  # by full unit name, "model.layers.3.mlp.down_proj"
 class Pass(Protocol):
     """One algorithm, one file: a frozen dataclass whose fields are its recipe keys. Holds no state."""
 
-    needs: ClassVar[tuple[type[Accumulator], ...]]
+    chooses: ClassVar[bool]  # among its options, layer by layer: `apply` then gets a OneOf for each unit
+    together: ClassVar[bool]  # all ranks work on all units at once, through `stats.ranks`, and come to the same result
 
+    @property
+    def needs(self) -> tuple[type[Accumulator | PairedAccumulator], ...]: ...
+    @property
+    def two_streams(self) -> bool: ...  # compares with the dense model: `stats.inputs`, `stats.targets`, paired statistics
+    @property
+    def sensitivity(self) -> bool: ...  # reads `stats.metric`
     @property
     def options(self) -> tuple[Any, ...]: ...  # one entry means there is nothing to allocate
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]: ...  # unit -> the layers it rewrites

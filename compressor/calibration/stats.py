@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from compressor.types import Group
+
 
 class Hessian:
     """Second moment of a layer's input, XᵀX / T: the Hessian of its squared output error, up to a factor.
@@ -28,8 +30,9 @@ class Hessian:
             self.total[rows, rows.start :] += x[:, rows].T @ x[:, rows.start :]
         self.tokens += len(x_TI)
 
-    def tensors(self) -> list[Tensor]:
-        return [self.total, self.tokens]
+    def merge(self, ranks: Group) -> None:
+        """Add the tokens of other ranks."""
+        ranks.sum_([self.total, self.tokens])
 
     @property
     def count(self) -> int:
@@ -46,6 +49,50 @@ class Hessian:
             square.copy_(square.triu() + square.triu(1).T)
             mean[rows.stop :, rows] = mean[rows, rows.stop :].T
         return mean
+
+
+class Peak:
+    """Largest magnitude of each channel of a layer's input."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.value = torch.zeros(in_features, device=device)
+
+    def update(self, x_TI: Tensor) -> None:
+        """Look at the inputs of T tokens."""
+        low, high = x_TI.aminmax(dim=0)
+        self.value = torch.maximum(self.value, torch.maximum(-low, high).float())
+
+    def merge(self, ranks: Group) -> None:
+        """Look at those of other ranks."""
+        ranks.max_([self.value])
+
+
+class Mismatch:
+    """(X_dense - X)ᵀ X / T: what the compression of earlier layers took from a layer's input, as far as the input tells.
+
+    W (H + M) then holds the products of the dense model's outputs with the input at hand. Sums are as those of `Hessian`.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def update_pair(self, x_TI: Tensor, dense_TI: Tensor) -> None:
+        """Add the inputs of T tokens."""
+        x = x_TI.float()
+        missing_IT = (dense_TI.float() - x).T
+        for rows in strips(len(self.total)):
+            self.total[rows] += missing_IT[rows] @ x
+        self.tokens += len(x_TI)
+
+    def merge(self, ranks: Group) -> None:
+        """Add the tokens of other ranks."""
+        ranks.sum_([self.total, self.tokens])
+
+    @property
+    def value(self) -> Tensor:
+        """fp32 [I, I]; zero if no token was seen."""
+        return (self.total / self.tokens.clamp(min=1)).float()
 
 
 def strips(width: int) -> Iterator[slice]:

@@ -5,6 +5,7 @@ Shape suffixes: B samples of a batch, S sequence, D hidden, T tokens, I in_featu
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,33 +14,63 @@ from torch import Tensor, nn
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError
 from compressor.model.source import return_freed_memory
-from compressor.types import Accumulator, Block
+from compressor.types import Accumulator, Block, PairedAccumulator
 
 
-class LayerStats:
-    """Accumulators by layer; layers that read the same tensor (a tap) share them."""
+@dataclass(frozen=True)
+class BlockStats:
+    """Accumulators by layer, those that read the same tensor (a tap) sharing them, and what concerns the whole block."""
 
-    def __init__(self, by_leader: Mapping[str, Mapping[type[Any], Accumulator]], leader_of: Mapping[str, str]) -> None:
-        self._by_leader, self._leader_of = by_leader, leader_of
+    by_leader: Mapping[str, Mapping[type[Any], Accumulator | PairedAccumulator]]
+    leader_of: Mapping[str, str]
+    ranks: Ranks
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    metric: Tensor | None
+    told: Callable[[int, int], None]
 
     def __getitem__(self, key: tuple[str, type[Any]]) -> Any:
         layer, kind = key
-        return self._by_leader[self._leader_of[layer]][kind]
+        return self.by_leader[self.leader_of[layer]][kind]
+
+    def progress(self, done: int, total: int) -> None:
+        """Tell whoever waits how far a long pass has come."""
+        self.told(done, total)
 
     def taps(self, layers: Iterable[str]) -> list[tuple[str, ...]]:
         """The layers, grouped by the tensor they read."""
         groups: dict[str, tuple[str, ...]] = {}
         for layer in layers:
-            leader = self._leader_of.get(layer, layer)
+            leader = self.leader_of.get(layer, layer)
             groups[leader] = (*groups.get(leader, ()), layer)
         return list(groups.values())
 
 
 class CalibrationStream:
-    """`hidden[i]`, [B, S, D] on the CPU, is the next block's input for batch i of this rank."""
+    """`hidden[i]`, [B, S, D] on the CPU, is the next block's input for batch i of this rank.
 
-    def __init__(self, hidden: Sequence[Tensor], ranks: Ranks, device: torch.device) -> None:
-        self.hidden, self.ranks, self.device = list(hidden), ranks, device
+    With two streams, `dense[i]` is the same in the dense model, and `targets[i]` what the dense block makes of it.
+
+    Args:
+        hidden: What the first block receives.
+        ranks: Who else has batches.
+        device: To compute on.
+        two_streams: Some pass compares with the dense model.
+        metrics: [D, D] of each block, if some pass weighs errors of its output: see compressor/calibration/sensitivity.py.
+    """
+
+    def __init__(
+        self,
+        hidden: Sequence[Tensor],
+        ranks: Ranks,
+        device: torch.device,
+        *,
+        two_streams: bool = False,
+        metrics: Sequence[Tensor] = (),
+    ) -> None:
+        self.hidden, self.ranks, self.device, self.metrics = list(hidden), ranks, device, metrics
+        self.dense = list(hidden) if two_streams else []
+        self.targets: list[Tensor] = []
 
     @property
     def tokens(self) -> int:
@@ -47,39 +78,39 @@ class CalibrationStream:
         return sum(batch.shape[0] * batch.shape[1] for batch in self.hidden)
 
     @torch.no_grad()
-    def collect(self, block: Block, layers: Sequence[str], needs: Sequence[type[Accumulator]]) -> LayerStats:
+    def enter(self, block: Block) -> None:
+        """Before the first pass on a block: what the dense one makes of the dense stream, where there is one."""
+        self.targets = [self._sound(block, hidden) for hidden in self.dense]
+
+    @torch.no_grad()
+    def collect(
+        self,
+        block: Block,
+        layers: Sequence[str],
+        needs: Sequence[type[Accumulator | PairedAccumulator]],
+        tell: Callable[[int, int], None] = lambda done, total: None,
+    ) -> BlockStats:
         """Run the block on every batch and return what a pass needs to know of its layers' inputs, over all ranks."""
-        stats: dict[str, dict[type[Any], Accumulator]] = {}
+        stats: dict[str, dict[type[Any], Accumulator | PairedAccumulator]] = {}
         leader_of: dict[str, str] = {}
+        metric = self.metrics[block.index].to(self.device) if self.metrics else None
+        found = BlockStats(stats, leader_of, self.ranks, self.hidden, self.targets, metric, tell)
         if not needs:
-            return LayerStats(stats, leader_of)
-        live: list[tuple[Tensor, str]] = []  # tensors read so far in this forward: `is` is safe while they are alive
-        waiting: set[str] = set()
-
-        def see(name: str, x: Tensor) -> None:
-            waiting.discard(name)
-            record(name, x)
-            if not waiting:
-                raise _Enough
-
-        def record(name: str, x: Tensor) -> None:
-            for tensor, leader in live:
-                if tensor is x:
-                    leader_of[name] = leader
-                    return
-            live.append((x, name))
-            leader_of[name] = name
-            if name not in stats:
-                stats[name] = {kind: kind(x.shape[-1], self.device) for kind in needs}
-            for accumulator in stats[name].values():
-                accumulator.update(x.flatten(0, -2))
-
-        with watching(block, layers, see):
-            for hidden in self.hidden:
-                waiting.update(layers)
-                with suppress(_Enough):
-                    block.forward(hidden.to(self.device))
-                live.clear()
+            return found
+        paired = any(issubclass(kind, PairedAccumulator) for kind in needs)
+        for i, hidden in enumerate(self.hidden):
+            inputs = _inputs(block, layers, block.forward, hidden.to(self.device))
+            twins = _inputs(block, layers, block.dense_forward, self.dense[i].to(self.device)) if paired else {}
+            live: list[tuple[Tensor, str]] = []
+            for name, x in inputs.items():
+                leader_of[name] = next((leader for tensor, leader in live if tensor is x), name)
+                if leader_of[name] != name:
+                    continue
+                live.append((x, name))
+                if name not in stats:
+                    stats[name] = {kind: kind(x.shape[-1], self.device) for kind in needs}
+                for accumulator in stats[name].values():
+                    _update(accumulator, x, twins.get(name))
         unseen = [name for name in layers if name not in leader_of]
         if unseen:
             raise CalibrationError(
@@ -87,9 +118,9 @@ class CalibrationStream:
             )
         for name in sorted(stats):
             for accumulator in stats[name].values():
-                self.ranks.sum_(accumulator.tensors())
+                accumulator.merge(self.ranks)
         return_freed_memory()  # the activations': a pass now needs the space
-        return LayerStats(stats, leader_of)
+        return found
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
@@ -99,13 +130,45 @@ class CalibrationStream:
             CalibrationError: the output is not finite.
         """
         for i, hidden in enumerate(self.hidden):
-            out = block.forward(hidden.to(self.device))
-            if not torch.isfinite(out).all():
-                raise CalibrationError(
-                    f"{block.prefix}: its output is not finite on the calibration text; compute in a wider dtype, "
-                    "or check that the model is sound"
-                )
-            self.hidden[i] = out.cpu()
+            self.hidden[i] = self._sound(block, hidden)
+        self.dense, self.targets = self.targets, []
+
+    def _sound(self, block: Block, hidden: Tensor) -> Tensor:
+        """The block's output, on the CPU; finite."""
+        out = block.forward(hidden.to(self.device))
+        if not torch.isfinite(out).all():
+            raise CalibrationError(
+                f"{block.prefix}: its output is not finite on the calibration text; compute in a wider dtype, "
+                "or check that the model is sound"
+            )
+        return out.cpu()
+
+
+def _inputs(
+    block: Block, layers: Iterable[str], forward: Callable[[Tensor], Tensor], hidden_BSD: Tensor
+) -> dict[str, Tensor]:
+    """What each of some layers reads, in the order of reading; the same object where two read the same tensor."""
+    inputs: dict[str, Tensor] = {}
+    waiting = set(layers)
+
+    def see(name: str, x: Tensor) -> None:
+        inputs[name] = x
+        waiting.discard(name)
+        if not waiting:
+            raise _Enough
+
+    with watching(block, layers, see), suppress(_Enough):
+        forward(hidden_BSD)
+    return inputs
+
+
+def _update(accumulator: Accumulator | PairedAccumulator, x: Tensor, dense: Tensor | None) -> None:
+    """Count the tokens of one batch in."""
+    if isinstance(accumulator, PairedAccumulator):
+        assert dense is not None
+        accumulator.update_pair(x.flatten(0, -2), dense.flatten(0, -2))
+    else:
+        accumulator.update(x.flatten(0, -2))
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error

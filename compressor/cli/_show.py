@@ -157,6 +157,7 @@ def print_report(report: "Report", out: str) -> None:
         ("bits per weight, compressed layers", f"{report.bits_per_weight:.3f}"),
         ("bits per weight, whole model", f"{report.model_bits_per_weight:.3f}"),
         *quality_fields(report.quality),
+        ("passes", chain(report.recipe["passes"])),
         ("worst layer", worst_layer(report)),
         ("time and peak memory of compressing", f"{duration(report.seconds)}, {size(report.peak_memory_bytes)}"),
         ("loads with", loaders(out)),
@@ -166,6 +167,11 @@ def print_report(report: "Report", out: str) -> None:
     print_table(out, ("", ""), rows)
     for warning in report.warnings:
         sys.stderr.write(f"warning: {warning}\n")
+
+
+def chain(passes: Sequence[Mapping[str, Any]]) -> str:
+    """The passes of a recipe, in the order they are applied."""
+    return ", then ".join(str(step["pass"]) for step in passes)
 
 
 def worst_layer(report: "Report") -> str:
@@ -200,11 +206,12 @@ def print_forecast(forecast: "Forecast") -> None:
     from collections import Counter
 
     labels = Counter(option.label for option in forecast.plan.values())
+    most = "" if forecast.exact else "at most "
     rows = [
         ("would write", str(forecast.out)),
         ("plan", ", ".join(f"{count} units {label}" for label, count in labels.items())),
-        ("size", f"{size(forecast.size_bytes)} ({forecast.size_bytes:,} bytes) of {size(forecast.source_size_bytes)}"),
-        ("bits per weight, compressed layers", f"{forecast.bits_per_weight:.3f}"),
+        ("size", f"{most}{size(forecast.size_bytes)} ({forecast.size_bytes:,} bytes) of {size(forecast.source_size_bytes)}"),
+        ("bits per weight, compressed layers", f"{most}{forecast.bits_per_weight:.3f}"),
         ("expected peak memory", size(forecast.expected_peak_memory_bytes)),
     ]
     print_table("dry run", ("", ""), rows)

@@ -34,7 +34,8 @@ def inspect(
         return
     rows = [(k.name, f"{k.weights:,}", size(k.size_bytes), f"{found.share(k):.1%}", f"{k.bits:.3f}") for k in found.kinds]
     rows.append(("total", f"{found.weights:,}", size(found.size_bytes), "100.0%", f"{found.model_bits_per_weight:.3f}"))
-    title = f"{model}: {found.model_type}, {found.blocks} blocks, {found.layout}"
+    cache = f", cache in {found.kv_cache}" if found.kv_cache is not None else ""
+    title = f"{model}: {found.model_type}, {found.blocks} blocks, {found.layout}{cache}"
     print_table(title, ("kind", "weights", "size", "share", "bits per weight"), rows)
     if tensors:
         sys.stdout.writelines(_describe(found, tensor) for tensor in found.tensors)
@@ -44,7 +45,7 @@ def inspect(
 def _describe(found: "Inspection", tensor: "Parameter") -> str:
     """One line, which a pipe can search: the names of tensors are not broken."""
     parts = ", ".join(f"{part.name.rpartition('.')[2]} {part.dtype} {list(part.shape)}" for part in tensor.parts)
-    bits = f"{tensor.bits:.3f} bits" if tensor.weights else "unknown to the model"
+    bits = f"{tensor.bits:.3f} bits" if tensor.weights else tensor.kind
     return f"{tensor.name}: {parts}; {bits}, {size(tensor.size_bytes)}, {found.share(tensor):.2%}\n"
 
 

@@ -13,14 +13,24 @@ from compressor.cli._compress import compress
 def quantize(
     model: a.Model = Path(),
     bits: Annotated[int, typer.Option(help="Bits of a weight, 2 to 8.")] = 4,
-    method: Annotated[str, typer.Option(help="gptq (calibrated) or rtn (rounding only, no data).")] = "gptq",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="learned, gptq, adadim, awq or rotated (calibrated), hqq or rtn (weights alone). "
+            "[default: learned up to 4 bits, gptq above; hqq with --no-calibration]"
+        ),
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Adjacent input channels that share a scale; -1 for a whole row.")] = 128,
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="Store zero points too. Then only compressor.load reads the result.")
     ] = False,
     calibration: Annotated[
-        str, typer.Option(help="builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].")
-    ] = "builtin",
+        str | None,
+        typer.Option(help="builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]. [default: builtin]"),
+    ] = None,
+    no_calibration: Annotated[
+        bool, typer.Option("--no-calibration", help="Look at the weights alone: the best method that reads no text.")
+    ] = False,
     samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a sample. [default: the model's maximum, at most 2048]")
@@ -52,6 +62,7 @@ def quantize(
     recipe = quantize_recipe(
         bits,
         method=method,
+        calibrated=not no_calibration,
         group_size=group_size,
         symmetric=not asymmetric,
         calibration=calibration,

@@ -6,11 +6,12 @@ weighting, the sign and the refinement around the best step are ours.
 
 A symmetric grid has one value more on its lower side; a negative scale turns it round, which matters at 2 and 3 bits.
 
-Shape suffixes: O out_features, I in_features, G groups in a row, E elements of a group, C adjacent columns.
+Shape suffixes: O out_features, I in_features, G groups in a row, E elements of a group, K scales tried, C adjacent columns.
 """
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,21 +20,33 @@ from compressor.codes import IntCodes
 from compressor.types import Format, QuantizedTensor
 
 COARSE = tuple(1 - 0.05 * i for i in range(15))  # shares of the full range that are tried
-FINE = tuple(0.01 * i for i in (-4, -3, -2, -1, 1, 2, 3, 4))  # then these around the best of them
+FINE = tuple(0.01 * i for i in (0, -4, -3, -2, -1, 1, 2, 3, 4))  # then these around the best of them
 AT_ONCE = 2**20  # elements searched together: few enough for a cache, and bounds the temporaries
 LEAST = {torch.bfloat16: torch.finfo(torch.bfloat16).smallest_normal, torch.float16: 2.0**-24}  # scales above zero
 
 
-def groups(in_features: int, group_size: int) -> int:
-    """Groups in a row, one if group_size is -1. Raises ValueError if they do not divide it."""
-    size = in_features if group_size == -1 else group_size
-    if in_features % size:
-        near = max(d for d in range(1, min(size, in_features) + 1) if in_features % d == 0)
+def rescaled(scale: Tensor, slope: Tensor, curvature: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales times 1 + slope / curvature, not beyond zero, as they will be read back; those without curvature as they are."""
+    found = (scale * (1 + slope / curvature).clamp(min=0)).to(dtype).float()
+    found = found.abs().clamp(LEAST[dtype], torch.finfo(dtype).max).copysign(scale)
+    return torch.where(curvature > 0, found, scale)
+
+
+def groups(features: int, group_size: int, axis: str = "in_features") -> int:
+    """Groups in a row (in a column if axis is `out_features`), one if group_size is -1.
+
+    Raises:
+        ValueError: they do not divide it.
+    """
+    size = features if group_size == -1 else group_size
+    if features % size:
+        near = max(d for d in range(1, min(size, features) + 1) if features % d == 0)
+        whole = "row" if axis == "in_features" else "column"
         raise ValueError(
-            f"in_features {in_features} is not a multiple of group_size {size}; "
-            f"use a divisor such as {near}, or -1 for the whole row"
+            f"{axis} {features} is not a multiple of group_size {size}; "
+            f"use a divisor such as {near}, or -1 for the whole {whole}"
         )
-    return in_features // size
+    return features // size
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class IntGrid:
     zero_OG: Tensor  # fp32, integral, in code units
     group_size: int  # columns
     scale_dtype: torch.dtype
+    symmetric: bool  # no zero points are stored
     step: int = 1
 
     def round(self, w_OC: Tensor, column: int) -> Tensor:
@@ -59,6 +73,18 @@ class IntGrid:
         for part, scale, zero in self._groups(column, codes.shape[1]):
             values[:, part] = (codes[:, part] - zero).mul_(scale)
         return values
+
+    def refit(self, w_OC: Tensor, column: int) -> "IntGrid":
+        return self  # a scale is shared with other columns
+
+    @property
+    def width(self) -> int:
+        return self.group_size
+
+    def rescaled(self, column: int, slope_O: Tensor, curvature_O: Tensor) -> "IntGrid":
+        group, scale_OG = column // self.group_size, self.scale_OG.clone()
+        scale_OG[:, group] = rescaled(scale_OG[:, group], slope_O, curvature_O, self.scale_dtype)
+        return replace(self, scale_OG=scale_OG)
 
     def pack(self, codes: Tensor) -> QuantizedTensor:
         scale, zero = self.scale_OG.to(self.scale_dtype), self.zero_OG.to(torch.uint8)
@@ -99,32 +125,37 @@ class IntFit:
             for chunk in w_OI.split(max(1, AT_ONCE // columns))
         ]
         scale, zero = (torch.cat(part).contiguous() for part in zip(*fitted, strict=True))
-        return IntGrid(fmt, self.bits, scale, zero, columns // count, self.scale_dtype)
+        return IntGrid(fmt, self.bits, scale, zero, columns // count, self.scale_dtype, self.symmetric)
 
     def _fit_rows(self, w_OGE: Tensor, importance_GE: Tensor, search: bool) -> tuple[Tensor, Tensor]:
         """Scale and zero point [O, G] of some rows."""
-        best = self._range(w_OGE, 1.0, 1)
         if not search:
-            return best
-        signs = (1, -1) if self.symmetric else (1,)
-        least = self._error(w_OGE, importance_GE, *best)
-        share = torch.ones_like(least)
-        sign = torch.ones_like(least)
-        for stage in (COARSE, FINE):
-            around_share, around_sign = share.clone(), sign.clone()
-            for step in stage:
-                for turn in signs if stage is COARSE else (1,):
-                    tried_share = torch.full_like(share, step) if stage is COARSE else around_share + step
-                    tried_sign = torch.full_like(sign, turn) if stage is COARSE else around_sign
-                    found = self._range(w_OGE, tried_share, tried_sign)
-                    error = self._error(w_OGE, importance_GE, *found)
-                    better = error < least
-                    least = torch.where(better, error, least)
-                    share, sign = torch.where(better, tried_share, share), torch.where(better, tried_sign, sign)
-                    best = (torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1]))
-        return best
+            return self._range(w_OGE, torch.ones(()), torch.ones(()))
+        signs = (1.0, -1.0) if self.symmetric else (1.0,)
+        coarse = torch.tensor(list(itertools.product(COARSE, signs)), device=w_OGE.device)[..., None, None]
+        share, sign = self._least(w_OGE, importance_GE, coarse[:, 0], coarse[:, 1])
+        fine = torch.tensor(FINE, device=w_OGE.device)[:, None, None]
+        share, sign = self._least(w_OGE, importance_GE, share + fine, sign.expand(len(fine), *sign.shape))
+        return self._range(w_OGE, share, sign)
 
-    def _range(self, w_OGE: Tensor, share: Tensor | float, sign: Tensor | int) -> tuple[Tensor, Tensor]:
+    def _least(self, w_OGE: Tensor, importance_GE: Tensor, shares: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of K shares of the range and signs, [K, O, G] or one for all groups, the first with the least error, [O, G]."""
+        least = torch.full(w_OGE.shape[:2], torch.inf, device=w_OGE.device)
+        share, sign = torch.ones_like(least), torch.ones_like(least)
+        together = max(1, AT_ONCE // w_OGE.numel())
+        for tried in zip(shares.split(together), signs.split(together), strict=True):
+            error_KOG = self._error(w_OGE, importance_GE, *self._range(w_OGE, *tried))
+            error = error_KOG.amin(0)
+            first = (error_KOG > error).long().cumprod(0).sum(0, keepdim=True)
+            better = error < least
+            share, sign = (
+                torch.where(better, new.expand_as(error_KOG).gather(0, first)[0], old)
+                for new, old in zip(tried, (share, sign), strict=True)
+            )
+            least = torch.minimum(error, least)
+        return share, sign
+
+    def _range(self, w_OGE: Tensor, share: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
         """Scale (rounded as stored) and zero point when `share` of the group's range is represented."""
         top = 2**self.bits - 1
         if self.symmetric:

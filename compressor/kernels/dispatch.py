@@ -32,6 +32,7 @@ class Choice:
     kernel: str
     reason: str
     linear: Callable[..., Tensor]  # x [M, K], parts, layout, rows, bias -> [M, N]
+    rounding: Callable[..., Tensor] | None = None  # the same for x rounded token by token, if the kernel does that itself
 
 
 @functools.cache
@@ -96,5 +97,6 @@ def _obstacle(kernel: str, layout: str, device: torch.device, dtype: torch.dtype
 def _told(kernel: str, reason: str, layout: str, directory: Path | None) -> Choice:
     slow = kernel == REFERENCE and reason != ASKED
     log.log(logging.WARNING if slow else logging.INFO, "%s: %s kernel (%s)", layout, kernel, reason)
-    linear: Callable[..., Tensor] = backend(kernel).linear
-    return Choice(kernel, reason, functools.partial(linear, directory=directory) if directory else linear)
+    home = backend(kernel)
+    linear: Callable[..., Tensor] = functools.partial(home.linear, directory=directory) if directory else home.linear
+    return Choice(kernel, reason, linear, getattr(home, "rounding", None))

@@ -1,9 +1,11 @@
 """The operator that multiplies by a packed weight, so that torch.compile, CUDA graphs and `generate` see one opaque call.
 
-    compressor::packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel) -> Tensor
+    compressor::packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel, bool rounded=False)
+        -> Tensor
 
 It is functional and knows no gradient. `parts` are what the layout's `arrange` made, in its order; `kernel` is "auto" or the
-name of a backend (`dispatch`). `torch.library.Library` is used because a call costs 2.5 µs; `custom_op` takes 9.
+name of a backend (`dispatch`); with `rounded`, x is first rounded token by token (compressor/activations.py), by the kernel
+itself if it can. `torch.library.Library` is used because a call costs 2.5 µs; `custom_op` takes 9.
 """
 
 from collections.abc import Sequence
@@ -13,27 +15,36 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compressor.activations import round_tokens
 from compressor.errors import KernelError
 from compressor.kernels.dispatch import choose
 from compressor.kernels.layouts import named
 
 _LIBRARY = torch.library.Library("compressor", "DEF")
-_LIBRARY.define("packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel) -> Tensor")
+_LIBRARY.define(
+    "packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel, bool rounded=False) -> Tensor"
+)
 
 
-def _packed_linear(x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str) -> Tensor:
+def _packed_linear(
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str, rounded: bool = False
+) -> Tensor:
     arrangement = named(layout)
     x_MK = x.reshape(-1, x.shape[-1])
     if getattr(arrangement, "ordered", False):
         x_MK = x_MK[:, parts[-1]]
     missing = -x_MK.shape[1] % arrangement.chunk
     x_MK = pad(x_MK, (0, missing)) if missing else x_MK.contiguous()
-    y_MN = choose(layout, x.device, x.dtype, kernel).linear(x_MK, parts, arrangement, rows, bias)
+    chosen = choose(layout, x.device, x.dtype, kernel)
+    if rounded and chosen.rounding is None:
+        x_MK = round_tokens(x_MK)
+    multiply = chosen.rounding if rounded and chosen.rounding is not None else chosen.linear
+    y_MN = multiply(x_MK, parts, arrangement, rows, bias)
     return y_MN.view(*x.shape[:-1], rows)
 
 
 def _packed_linear_shape(
-    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str, rounded: bool = False
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 

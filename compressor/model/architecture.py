@@ -1,10 +1,11 @@
 """What has to be known of model families: which modules are linear, which are fused when served, what is not supported.
 
 Everything else is found by looking at the model that transformers builds from the config, so most decoder-only families
-need no entry here. Two facts do:
+need no entry here. Three facts do:
 
 * kinds of linear module: `nn.Linear` keeps its weight as [O, I], GPT-2's `Conv1D` as [I, O];
-* layers that serving engines fuse into one and therefore must be stored alike (q/k/v, gate/up).
+* layers that serving engines fuse into one and therefore must be stored alike (q/k/v, gate/up);
+* model types that hand layers activations in a shape which others round differently.
 """
 
 import fnmatch
@@ -23,6 +24,7 @@ FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }  # by the name of the fused layer in vLLM
+FLATTENING = ("opt",)  # model types that hand some layers activations [tokens, channels], without a batch dimension
 
 
 class LinearKind:

@@ -9,17 +9,19 @@ recipe would write it.
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Any
+from typing import Any, Literal
 
 from compressor import registry
 from compressor.errors import RecipeError, SourceError
 from compressor.formats.gptq_int import GptqInt
-from compressor.formats.int_group import IntGroup
+from compressor.formats.int_group import PER_TOKEN, IntGroup
+from compressor.kv_cache import CacheRounding, read_scheme
 from compressor.model.gptq_config import AUTO_ROUND, GPTQ, Reader, auto_round_reader, gptq_reader, refuse_set, write_gptq
 from compressor.types import Format
 
 STATIC = ("static", "weight")  # kinds of activation order that leave nothing to be stored
 COMPRESSED_TENSORS, OWN = "compressed-tensors", "compressor"
+CACHE = "kv_cache_scheme"
 STOCK_NEEDS = {
     COMPRESSED_TENSORS: ("compressed-tensors",),
     GPTQ: ("optimum", "gptqmodel"),
@@ -29,31 +31,35 @@ LAYOUTS = {"pack-quantized": True, "int-quantized": False}  # of compressed-tens
 STRATEGIES = ("group", "channel")
 
 
-def write(formats: Mapping[str, Format], linears: Iterable[str], transposed: Iterable[str]) -> dict[str, Any]:
+def write(
+    formats: Mapping[str, Format], linears: Iterable[str], transposed: Iterable[str], cache: CacheRounding | None = None
+) -> dict[str, Any]:
     """The entry for a model.
 
     Args:
         formats: Packed layers by their full module name.
         linears: Full names of all `nn.Linear` modules of the model, the head included.
         transposed: Full names of the model's other linear modules (`Conv1D`), which the layouts of others cannot hold.
+        cache: How keys and values are rounded, if they are.
     """
+    scheme = None if cache is None else cache.scheme()
     distinct: dict[Format, list[str]] = {}
     for layer, fmt in formats.items():
         distinct.setdefault(fmt, []).append(layer)
     plain = not set(transposed) & set(formats)
     first = next(iter(distinct), None)
-    if plain and len(distinct) == 1 and isinstance(first, GptqInt) and first.portable:
+    if plain and len(distinct) == 1 and isinstance(first, GptqInt) and first.portable and cache is None:
         return write_gptq(first, formats, linears)
     schemes = {fmt: fmt.compressed_tensors() for fmt in distinct}
     if not plain or None in schemes.values():
         layers = {layer: registry.describe(fmt) for layer, fmt in formats.items()}
-        return {"quant_method": OWN, "version": 1, "layers": layers}
+        return {"quant_method": OWN, "version": 1, "layers": layers, **({CACHE: scheme} if scheme is not None else {})}
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(distinct) == 1 else layers,
-            **(schemes[fmt] or {}),
             "input_activations": None,
             "output_activations": None,
+            **(schemes[fmt] or {}),
         }
         for i, (fmt, layers) in enumerate(distinct.items())
     }
@@ -63,7 +69,7 @@ def write(formats: Mapping[str, Format], linears: Iterable[str], transposed: Ite
         "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        CACHE: scheme,
         "ignore": [layer for layer in linears if layer not in formats],
         "config_groups": groups,
     }
@@ -79,6 +85,7 @@ def reader(config: Mapping[str, Any], where: str) -> Callable[[str, Set[str]], F
     method: Any = quantization.get("quant_method")
     if method not in _READERS:
         raise SourceError(f"{where}: quantized with method `{method}`, which cannot be read; use the original model")
+    cache_rounding(config, where)
     with _readable(where):
         found = _READERS[method](quantization, where)
 
@@ -90,6 +97,20 @@ def reader(config: Mapping[str, Any], where: str) -> Callable[[str, Set[str]], F
         return fmt
 
     return read
+
+
+def cache_rounding(config: Mapping[str, Any], where: str) -> CacheRounding | None:
+    """How keys and values are rounded on their way into the cache, if they are.
+
+    Raises:
+        SourceError: in a way that is not known.
+    """
+    quantization = config.get("quantization_config") or {}
+    scheme = quantization.get(CACHE) if quantization.get("quant_method") in (OWN, COMPRESSED_TENSORS) else None
+    if scheme is None:
+        return None
+    with _readable(where):
+        return read_scheme(scheme)
 
 
 @contextlib.contextmanager
@@ -117,7 +138,6 @@ def _shipped(spec: Mapping[str, Any]) -> Format:
 def _compressed_tensors_reader(config: Mapping[str, Any], where: str) -> Reader:
     sparsity, transforms = config.get("sparsity_config") or {}, config.get("transform_config") or {}
     others = {
-        "kv_cache_scheme": config.get("kv_cache_scheme"),
         "sparsity_config": sparsity.get("format", "dense") != "dense" and sparsity,
         "transform_config": transforms.get("config_groups"),
     }
@@ -136,18 +156,13 @@ def _compressed_tensors_reader(config: Mapping[str, Any], where: str) -> Reader:
 
 
 def _from_group(group: Mapping[str, Any], where: str) -> Format:
-    weights, activations = group.get("weights") or {}, group.get("input_activations")
+    weights = group.get("weights") or {}
     layout = group.get("format") or "pack-quantized"
     ordered = weights.get("actorder") not in (*STATIC, None, False)
     if layout not in LAYOUTS or ordered:
         raise SourceError(
             f"{where}: quantized as {layout} with actorder {weights.get('actorder')}; "
             f"only {' and '.join(LAYOUTS)} without a stored order can be read"
-        )
-    if activations:
-        raise SourceError(
-            f"{where}: activations are quantized to {activations.get('num_bits')} bits, which is not computed here; "
-            "only models with activations of 16 bits can be read"
         )
     if weights.get("type") != "int" or weights.get("strategy") not in STRATEGIES:
         raise SourceError(
@@ -159,7 +174,26 @@ def _from_group(group: Mapping[str, Any], where: str) -> Format:
         group_size=weights.get("group_size") or -1,
         symmetric=weights.get("symmetric", True),
         packed=LAYOUTS[layout],
+        activations=_activations(group, where),
     )
+
+
+def _activations(group: Mapping[str, Any], where: str) -> Literal["int8"] | None:
+    """How a group of layers rounds what it multiplies by."""
+    if group.get("output_activations"):
+        raise SourceError(f"{where}: the outputs of layers are quantized, which is not computed here; use another checkpoint")
+    given = group.get("input_activations")
+    if not given:
+        return None
+    given = {"num_bits": 8, "type": "int", "symmetric": True, **given}  # what is left out means this
+    if any(given.get(key) != value for key, value in PER_TOKEN.items()):
+        kind = " ".join(str(given.get(key)) for key in ("num_bits", "type", "strategy"))
+        how = ("" if given.get("symmetric") else "asymmetric ") + ("dynamic" if given.get("dynamic") is True else "static")
+        raise SourceError(
+            f"{where}: activations are quantized as {kind} {how}, which is not computed here; "
+            "only those of 8 symmetric bits per token, dynamic, can be"
+        )
+    return "int8"
 
 
 def _matches(target: str, layer: str) -> bool:

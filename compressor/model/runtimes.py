@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compressor.activations import rounds_inputs
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
-from compressor.model.architecture import fused_groups, linear_layers
+from compressor.model.architecture import FLATTENING, fused_groups, linear_layers
 from compressor.model.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.source import ModelSource
 from compressor.types import Format
@@ -40,15 +41,18 @@ def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
     layout = (source.raw_config.get("quantization_config") or {}).get("quant_method")
     named = source.raw_config.get("architectures") or [source.model.config.model_type]
     foreign = f"does not know the layout `{OWN}`: it would start from random weights" if layout == OWN else None
-    stock = foreign or next(_stock_obstacles(packed), None)
-    served = foreign or next(_serving_obstacles(source, packed), None)
+    stock = foreign or next(_stock_obstacles(packed), None) or per_tensor(source)
+    served = foreign or next(_serving_obstacles(source, packed), None) or next(_cache_obstacles(source), None)
     needs = f"if it knows {named[0]}"
     odd = any(fmt.bits not in SAME_IN_EVERY_VERSION for fmt in packed.values() if isinstance(fmt, IntGroup) and fmt.packed)
     packages = f"{' and '.join(STOCK_NEEDS.get(layout or '', ()))}{' 0.18 or newer' if odd else ''}"
     install = f"with {packages} installed" if layout else "as any dense model"
     widths = sorted({fmt.bits for fmt in packed.values() if isinstance(fmt, IntGroup)} - set(KERNEL_BITS))
+    narrow = any(isinstance(fmt, IntGroup) and fmt.activations and fmt.bits == 4 for fmt in packed.values())
     humming = f"{needs} and has Humming kernels, as newer versions do, for {_list(widths)} bits" if widths else needs
+    humming = f"{humming}, on Arm processors and Intel GPUs" if narrow else humming
     too_odd = f"its kernels take {_list(KERNEL_BITS)} bits, this model has layers of {_list(widths)}" if widths else None
+    too_odd = too_odd or ("with activations of 8 bits it takes weights of 8 bits only" if narrow else None)
     gguf = "reads GGUF files only" + ("" if layout else "; its convert_hf_to_gguf.py makes one")
     return (
         Runtime("compressor", True, "compressor.load", True),
@@ -66,6 +70,25 @@ def _stock_obstacles(packed: Mapping[str, Format]) -> Iterator[str]:
             yield f"{layer}: packed zero points do not reload"
 
 
+def rounds_activations(source: ModelSource) -> bool:
+    """Whether some layer rounds what it multiplies by."""
+    return any(rounds_inputs(fmt) for fmt in source.packed().values())
+
+
+def _cache_obstacles(source: ModelSource) -> Iterator[str]:
+    """What keeps engines from rounding keys and values as the model was calibrated for."""
+    if source.cache is not None and source.cache.kv_cache != "fp8":
+        yield f"its caches hold fp8, this model was made for one of {source.cache.kv_cache}"
+
+
+def per_tensor(source: ModelSource) -> str | None:
+    """What compressed-tensors does to activations that lose their batch dimension on the way into a layer."""
+    kind = source.model.config.model_type
+    if kind not in FLATTENING or not rounds_activations(source):
+        return None
+    return f"some layers of `{kind}` get activations [tokens, channels]; compressed-tensors rounds those by one scale for all"
+
+
 def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Iterator[str]:
     """What else keeps engines from serving it: layers that they fuse, and what their kernels take."""
     for group, layers in fused_groups(linear_layers(source.model)).items():
@@ -73,12 +96,25 @@ def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Ite
         if len(schemes) > 1:
             yield f"{group}: its layers are fused, which must be stored alike, but are {' and '.join(sorted(schemes))}"
     for layer, fmt in packed.items():
+        if isinstance(fmt, IntGroup) and fmt.activations:
+            yield from (f"{layer}: {obstacle}" for obstacle in _rounding_obstacles(fmt))
+            continue
         if isinstance(fmt, IntGroup | GptqInt) and fmt.group_size not in KERNEL_GROUPS:
             yield f"{layer}: group_size {fmt.group_size} is none of {_list(KERNEL_GROUPS)}, which the kernels take"
         if isinstance(fmt, IntGroup) and not fmt.packed:
             yield f"{layer}: a byte for each code is taken with activations of 8 bits only"
         if isinstance(fmt, GptqInt) and (fmt.bits not in KERNEL_BITS or not fmt.symmetric):
             yield f"{layer}: stored as {fmt.label}, of which the kernels take {_list(KERNEL_BITS)} bits without zero points"
+
+
+def _rounding_obstacles(fmt: IntGroup) -> Iterator[str]:
+    """What keeps engines from multiplying as integers."""
+    if fmt.packed:
+        yield "with activations of 8 bits a byte for each code is taken only; set packed: false"
+    if not fmt.symmetric or fmt.bits not in KERNEL_BITS:
+        yield f"with activations of 8 bits, weights of {_list(KERNEL_BITS)} bits without zero points are taken"
+    if fmt.bits == 8 and fmt.group_size != -1:
+        yield "with activations of 8 bits, weights of 8 bits have one scale a row; set group_size: -1"
 
 
 def _list(numbers: tuple[int, ...] | list[int]) -> str:

@@ -13,8 +13,9 @@ Shape suffixes: B samples of a batch, S sequence, D hidden, V vocabulary.
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,28 +23,36 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from compressor.activations import round_inputs, rounds_inputs
 from compressor.errors import SourceError
+from compressor.kv_cache import KEYS, VALUES, CacheScales, attach, attentions
 from compressor.model.architecture import check_config, decoder_blocks, linear_layers
 from compressor.model.checkpoint import Checkpoint, read_config
 from compressor.model.names import checkpoint_names
 from compressor.model.packed import PackedLayers
+from compressor.model.quantization_config import cache_rounding
+from compressor.model.rewritten import Rewriting, Rewritten
 from compressor.types import Arguments, Block, Format, QuantizedTensor
 
 
 class ModelSource:
     """Yields resident blocks; every other parameter stays on the meta device until it is asked for."""
 
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, rewriting: Rewriting | None = None
+    ) -> None:
         self.path, self.device, self.dtype = path, device, dtype
-        self.raw_config = read_config(path)
+        changes = rewriting.config if rewriting is not None else {}
+        self.raw_config = {**read_config(path), **changes}
         check_config(self.raw_config, str(path))
-        self.checkpoint = Checkpoint(path)
-        self.model = skeleton(path, dtype)
+        self.checkpoint = Checkpoint(path) if rewriting is None else Rewritten(path, rewriting)
+        self.model = skeleton(path, dtype, changes)
         self.prefix, self.layers = decoder_blocks(self.model)
         self.packing = PackedLayers(path, self.raw_config, self.checkpoint)
+        self.cache = cache_rounding(self.raw_config, str(path))
         self.names = checkpoint_names(self.model, self.checkpoint, self.packing)
-        self._outside = [name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")]
-        self._tied = self._tie()
+        self.outside = [name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")]
+        self.tied = self._tie()
         self._check_complete()
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
         self._streams = False  # known to feed blocks nothing of the tokens but their hidden states
@@ -68,7 +77,55 @@ class ModelSource:
         prefix, module = f"{self.prefix}.{index}", self.layers[index]
         if load:
             self._load(module, prefix)
-        return Block(index, prefix, module, linear_layers(module), lambda shape: self.arguments(shape)[index])
+        layers = linear_layers(module)
+        return Block(
+            index,
+            prefix,
+            module,
+            layers,
+            lambda shape: self.arguments(shape)[index],
+            rounded=self._rounded(prefix, layers),
+            dtypes=self._dtypes(prefix, module),
+            cache=self._cache(prefix, module) if load else None,
+        )
+
+    def _dtypes(self, prefix: str, module: nn.Module) -> dict[str, torch.dtype]:
+        """In which the dense parameters of a block are stored, by name inside it."""
+        stored = {name: self.names[f"{prefix}.{name}"] for name, _ in module.named_parameters()}
+        return {name: self.checkpoint.headers[at].dtype for name, at in stored.items() if at not in self.packing}
+
+    def _rounded(self, prefix: str, layers: Iterable[str]) -> frozenset[str]:
+        """The layers of a block that lie in a format for rounded activations."""
+        stored = {name: self.names[f"{prefix}.{name}.weight"] for name in layers}
+        packed = {name: at for name, at in stored.items() if at in self.packing}
+        return frozenset(n for n, at in packed.items() if rounds_inputs(self.packing.format(at, f"{prefix}.{n}")))
+
+    def _cache(self, prefix: str, module: nn.Module) -> CacheScales | None:
+        """How a block rounds keys and values, as the checkpoint has it."""
+        if self.cache is None:
+            return None
+
+        def read(name: str) -> Tensor:
+            stored = self.beside(f"{prefix}.{name}")
+            if stored not in self.checkpoint:
+                raise SourceError(
+                    f"{self.path}: {stored} is missing, which kv_cache_scheme needs; the checkpoint is not whole"
+                )
+            return self.checkpoint.read(stored).to(self.device)
+
+        return CacheScales.read(self.cache, attentions(module), read)
+
+    def cache_tensors(self) -> frozenset[str]:
+        """Names on disk of the scales that keys and values are rounded with."""
+        modules = attentions(self.model) if self.cache is not None else []
+        inside = [name for name in modules if name.startswith(f"{self.prefix}.")]
+        return frozenset(self.beside(f"{name}.{scale}") for name in inside for scale in (KEYS, VALUES))
+
+    def beside(self, name: str) -> str:
+        """The name on disk of a tensor that the model does not have, inside a module that it has."""
+        module, _, leaf = name.rpartition(".")
+        known = next(parameter for parameter in self.names if parameter.startswith(f"{module}."))
+        return f"{self.names[known].removesuffix(known.removeprefix(module))}.{leaf}"
 
     def release(self, block: Block) -> None:
         """Drop a block's parameters."""
@@ -93,7 +150,13 @@ class ModelSource:
                 None has them dequantised.
         """
         for index, module in enumerate(self.layers):
-            self._load(module, f"{self.prefix}.{index}", linear)
+            prefix = f"{self.prefix}.{index}"
+            if linear is None:
+                round_inputs(module, self._rounded(prefix, linear_layers(module)))
+            self._load(module, prefix, linear)
+            if (cache := self._cache(prefix, module)) is not None:
+                for name, scales in cache.scales.items():
+                    attach(module.get_submodule(name), cache.rounding, *scales)
             return_freed_memory()
         self._load_outside(lambda name: True)
         self.model.tie_weights(recompute_mapping=False)
@@ -173,18 +236,28 @@ class ModelSource:
     @torch.no_grad()
     def logits(self, batches: Iterator[Tensor] | Sequence[Tensor]) -> Iterator[Tensor]:
         """Final norm and head on the last block's outputs [B, S, D]: logits [B, S, V], one batch at a time."""
+        with self.head() as head:
+            for finished in batches:
+                yield head(finished.to(self.device))
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What makes logits [B, S, V] of the last block's outputs [B, S, D], on the device; open while the context is."""
         last = len(self.layers) - 1
         embedding = self.model.get_input_embeddings()
         unused = next(f"{n}.weight" for n, m in self.model.named_modules() if m is embedding)  # unless the head is tied to it
+        width = embedding.weight.shape[1]
+
+        def logits(finished: Tensor) -> Tensor:
+            def give(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+                return finished if index == last else hidden
+
+            with _replaced(self.layers, give):
+                start = torch.zeros(*finished.shape[:2], width, dtype=self.dtype, device=self.device)
+                return self.model(inputs_embeds=start, use_cache=False).logits  # type: ignore[no-any-return]
+
         with self._resident(lambda name: name != unused):
-            for finished in batches:
-
-                def give(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-                    return finished.to(self.device) if index == last else hidden  # noqa: B023 - called in this turn only
-
-                with _replaced(self.layers, give):
-                    start = torch.zeros(*finished.shape[:2], embedding.weight.shape[1], dtype=self.dtype, device=self.device)
-                    yield self.model(inputs_embeds=start, use_cache=False).logits
+            yield logits
 
     def _is_head(self, name: str) -> bool:
         """Whether a parameter outside the blocks belongs to an output head that is not tied to the embedding."""
@@ -250,10 +323,10 @@ class ModelSource:
         inside = f"{self.prefix}."
         before: list[tuple[nn.Module, str, Tensor]] = []
         loaded: dict[str, Tensor] = {}
-        for name in self._outside:
-            if not (wanted(name) or name in self._tied.values()):
+        for name in self.outside:
+            if not (wanted(name) or name in self.tied.values()):
                 continue
-            owner = self._tied.get(name, name)
+            owner = self.tied.get(name, name)
             if owner not in loaded:
                 loaded[owner] = self._read_sound(owner)
             parent, _, leaf = name.rpartition(".")
@@ -284,7 +357,7 @@ class ModelSource:
         return tied
 
     def _check_complete(self) -> None:
-        missing = [name for name in self.model.state_dict() if self._tied.get(name, name) not in self.names]
+        missing = [name for name in self.model.state_dict() if self.tied.get(name, name) not in self.names]
         if missing:
             raise SourceError(
                 f"{self.path}: the checkpoint has no tensor for {missing[0]} ({len(missing)} missing); "
@@ -312,10 +385,10 @@ def return_freed_memory() -> None:
         return  # not glibc: its allocator has no such call
 
 
-def skeleton(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that transformers builds from a directory's configs: parameters on the meta device, buffers real."""
+def skeleton(path: Path, dtype: torch.dtype, changes: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedModel:
+    """The model that transformers builds from a directory's configs, changed: parameters on the meta device, buffers real."""
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, **changes)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):

@@ -15,16 +15,27 @@ Shape suffixes: O out_features, I in_features.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian, strips
-from compressor.errors import CalibrationError
+from compressor.calibration.stats import Hessian, Mismatch, strips
+from compressor.errors import CalibrationError, RecipeError
+from compressor.passes._refine import refined
 from compressor.passes._rounding import WeightRounding
 from compressor.registry import node
-from compressor.types import Accumulator, Block, Format, Grid, Outcome, Stats, Stored
+from compressor.types import (
+    Accumulator,
+    Block,
+    Format,
+    Grid,
+    Outcome,
+    PairedAccumulator,
+    QuantizedTensor,
+    Rescalable,
+    Stats,
+    Stored,
+)
 
 CONDITION_FP32 = 1e3  # largest to smallest pivot of a factor that fp32 is trusted with
 MAX_DAMP = 1.0
@@ -40,48 +51,86 @@ class GPTQ(WeightRounding):
 
     Args:
         damp: Added to the diagonal of the Hessian, as a fraction of its mean. Raised, with a warning, until the
-            Hessian can be factorised.
+            Hessian can be factorised. Of several, each layer takes the one with the least loss.
         act_order: Round the input channels with the largest second moment first.
+        refine: Sweeps of coordinate descent over scales and codes that follow.
+        asymmetric_calibration: How far weights are moved towards making up for what the compression of earlier layers did to
+            their inputs: 0 not at all, 1 as far as it can be made up for. Sends two streams through the model.
     """
 
-    damp: float = 0.01
+    damp: float | tuple[float, ...] = 0.01
     act_order: bool = True
-    needs: ClassVar[tuple[type[Accumulator], ...]] = (Hessian,)
+    refine: int = 4
+    asymmetric_calibration: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.damp <= MAX_DAMP:
-            raise ValueError(f"damp: {self.damp} is not in 0 … {MAX_DAMP:g}")
+        if not self.damps:
+            raise ValueError("damp: empty; name at least one")
+        for damp in self.damps:
+            if not 0 <= damp <= MAX_DAMP:
+                raise ValueError(f"damp: {damp} is not in 0 … {MAX_DAMP:g}")
+        if self.refine < 0:
+            raise ValueError(f"refine: {self.refine} is not a number of sweeps; use 0 for none")
+        if not 0 <= self.asymmetric_calibration <= 1:
+            raise ValueError(f"asymmetric_calibration: {self.asymmetric_calibration} is not in 0 … 1")
+
+    @property
+    def damps(self) -> tuple[float, ...]:
+        """Those to try."""
+        return self.damp if isinstance(self.damp, tuple) else (self.damp,)
+
+    @property
+    def needs(self) -> tuple[type[Accumulator | PairedAccumulator], ...]:
+        return (Hessian, Mismatch) if self.two_streams else (Hessian,)
+
+    @property
+    def two_streams(self) -> bool:
+        return self.asymmetric_calibration > 0
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        units = self.units(block)
-        option_of = {name: option for unit, option in choice.items() for name in units[unit]}
+        option_of = self.formats(block, choice)
         edits: dict[str, Stored] = {}
         errors: dict[str, float] = {}
         warnings: list[str] = []
         for layers in stats.taps(option_of):
             where = f"{block.prefix}.{layers[0]}"
-            hessian: Hessian = stats[layers[0], Hessian]
-            h_II = hessian.value
-            if not torch.isfinite(h_II.diagonal()).all():
-                raise CalibrationError(f"{where}: its inputs overflow on the calibration text; compute with --dtype float32")
-            try:
-                factor = factorise(h_II, damp=self.damp, act_order=self.act_order)
-            except SingularHessianError as error:
-                raise CalibrationError(
-                    f"{where}: the Hessian of {hessian.count} calibration tokens cannot be factorised even with damp "
-                    f"{MAX_DAMP:g}; calibrate on more, or on other, text"
-                ) from error
-            if factor.damp > self.damp:
-                warnings.append(f"{where}: damp raised from {self.damp:g} to {factor.damp:g} to factorise the Hessian")
+            h_II = stats[layers[0], Hessian].value
+            factors = [self._factor(where, h_II, stats[layers[0], Hessian].count, damp) for damp in self.damps]
+            for damp, factor in zip(self.damps, factors, strict=True):
+                if factor.damp > damp:
+                    warnings.append(f"{where}: damp raised from {damp:g} to {factor.damp:g} to factorise the Hessian")
             for name in layers:
                 weight = block.weight(name).float()
-                grid = option_of[name].fit(weight, h_II.diagonal(), search=self.search)
-                codes, loss = gptq(weight, factor, grid)
-                edits[name] = grid.pack(codes)
+                if self.two_streams:
+                    moved = correction(weight, stats[name, Mismatch].value, factors[0])
+                    weight = weight.add(moved, alpha=self.asymmetric_calibration)
+                tried = (self.solve(weight, option_of[name], h_II, factor) for factor in factors)
+                edits[name], loss = min(tried, key=lambda found: found[1])
                 errors[name] = loss / max(output_energy(weight, h_II), 1e-30)
-            del h_II, factor, weight, grid, codes  # the next tap may be the widest
+            del h_II, factors, factor, weight  # the next tap may be the widest
         return Outcome(edits, errors, tuple(warnings))
+
+    def solve(self, w_OI: Tensor, fmt: Format, h_II: Tensor, factor: "Factor") -> tuple[QuantizedTensor, float]:
+        """A weight in a format, and its loss tr((W - Q) H (W - Q)ᵀ), without damping."""
+        codes, _, grid = gptq(w_OI, factor, fmt.fit(w_OI, h_II.diagonal(), search=self.search))
+        if self.refine:
+            if not isinstance(grid, Rescalable):
+                raise RecipeError(f"{fmt.label}: its scales cannot be changed one by one; use `refine: 0`")
+            codes, grid = refined(w_OI, h_II, codes, grid, sweeps=self.refine)
+        return grid.pack(codes), output_energy(w_OI - grid.decode(codes, 0), h_II)
+
+    def _factor(self, where: str, h_II: Tensor, tokens: int, damp: float) -> "Factor":
+        """The Hessian of some calibration tokens, ready for elimination."""
+        if not torch.isfinite(h_II.diagonal()).all():
+            raise CalibrationError(f"{where}: its inputs overflow on the calibration text; compute with --dtype float32")
+        try:
+            return factorise(h_II, damp=damp, act_order=self.act_order)
+        except SingularHessianError as error:
+            raise CalibrationError(
+                f"{where}: the Hessian of {tokens} calibration tokens cannot be factorised even with damp {MAX_DAMP:g}; "
+                "calibrate on more, or on other, text"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -143,7 +192,7 @@ def _inverse_factor(h_II: Tensor, damping: float, dtype: torch.dtype) -> tuple[T
 
 
 @torch.no_grad()
-def gptq(w_OI: Tensor, factor: Factor, grid: Grid, *, lazy: int = 128) -> tuple[Tensor, float]:
+def gptq(w_OI: Tensor, factor: Factor, grid: Grid, *, lazy: int = 128) -> tuple[Tensor, float, Grid]:
     """Codes on `grid` whose values Q keep tr((W - Q) H (W - Q)ᵀ) small, H being the damped Hessian of `factor`.
 
     Args:
@@ -153,8 +202,8 @@ def gptq(w_OI: Tensor, factor: Factor, grid: Grid, *, lazy: int = 128) -> tuple[
         lazy: Columns whose errors are collected before the rest of W is updated; affects speed only.
 
     Returns:
-        Codes [O, I / grid.step] in the original column order, and the loss above: the squared errors, each in units of
-        its pivot, add up to it exactly.
+        Codes [O, I / grid.step] in the original column order; the loss above: the squared errors, each in units of its pivot,
+        add up to it exactly; and the grid of the codes, on which columns that share no scale with others were fitted anew.
     """
     order, step = factor.order_I, grid.step
     w_IO = w_OI.float().T[order].contiguous()  # a column of W is then contiguous
@@ -167,6 +216,7 @@ def gptq(w_OI: Tensor, factor: Factor, grid: Grid, *, lazy: int = 128) -> tuple[
         errors_CO = torch.empty(hi - lo, w_IO.shape[1], device=w_IO.device)
         for c in range(lo, hi, step):
             now, column = slice(c, c + step), columns[c // step]
+            grid = grid.refit(w_IO[now].T, column)
             code = grid.round(w_IO[now].T, column)
             missed = w_IO[now] - grid.decode(code, column).T
             error = torch.linalg.solve_triangular(u[now, now].T, missed, upper=False) if step > 1 else missed / u[c, c]
@@ -175,7 +225,25 @@ def gptq(w_OI: Tensor, factor: Factor, grid: Grid, *, lazy: int = 128) -> tuple[
             codes[column // step] = code
         w_IO[hi:].addmm_(u[lo:hi, hi:].T, errors_CO, alpha=-1)
         loss += errors_CO.double().square().sum()
-    return torch.cat(codes, dim=1), float(loss)
+    return torch.cat(codes, dim=1), float(loss), grid
+
+
+@torch.no_grad()
+def correction(w_OI: Tensor, mismatch_II: Tensor, factor: Factor) -> Tensor:
+    """What to add to a weight so that, on its input in the compressed model, it comes nearest to its dense output.
+
+    The minimum of |(W + C) x - W x_dense|² + damping |C|², averaged over tokens, is at C = W M (H + damping)⁻¹, M being the
+    mean of (x_dense - x) xᵀ. GPTQ of W + C then minimises the loss against dense activations exactly, in blocks of any size.
+    Source of the objective: Li et al., "GPTAQ", ICML 2025, which instead adds to each column what the ones before it missed.
+
+    Args:
+        w_OI: Weight, fp32.
+        mismatch_II: M, fp32.
+        factor: Of the Hessian of the layer's input.
+    """
+    order, u = factor.order_I, factor.u_II
+    moved_OI = (w_OI @ mismatch_II[:, order]) @ u.T @ u
+    return torch.empty_like(moved_OI).index_copy_(1, order, moved_OI)
 
 
 def output_energy(w_OI: Tensor, h_II: Tensor) -> float:

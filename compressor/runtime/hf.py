@@ -51,6 +51,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        from compressor.kv_cache import attach, attentions
         from compressor.model.source import ModelSource
         from compressor.runtime.linear import StoredLinear
 
@@ -62,6 +63,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in source.packed():
             bias = getattr(model.get_submodule(layer), "bias", None)
             model.set_submodule(layer, StoredLinear(source.read_packed(layer, meta=True), bias))
+        if source.cache is not None:
+            for name in attentions(model):
+                if name.startswith(f"{source.prefix}."):
+                    attach(model.get_submodule(name), source.cache, *torch.empty(2, 1, device="meta"))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         from compressor.kernels.cuda.sources import CONFIG_KEY

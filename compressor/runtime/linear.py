@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from compressor.activations import round_tokens, rounds_inputs
 from compressor.codes import Codes, IntCodes
 from compressor.kernels.dispatch import AUTO
 from compressor.kernels.layouts import Layout, layout_for
@@ -49,6 +50,7 @@ class PackedWeight(nn.Module):
         bias: [rows], or None.
         kernel: "auto", or the kernel to use.
         takers: How many layers share the product.
+        rounded: Activations are rounded first, token by token (compressor/activations.py).
     """
 
     bias: Tensor | None
@@ -61,9 +63,10 @@ class PackedWeight(nn.Module):
         bias: Tensor | None,
         kernel: str = AUTO,
         takers: int = 1,
+        rounded: bool = False,
     ) -> None:
         super().__init__()
-        self.layout, self.shape, self.kernel, self.takers = layout, shape, kernel, takers
+        self.layout, self.shape, self.kernel, self.takers, self.rounded = layout, shape, kernel, takers, rounded
         self._dtypes = {name: part.dtype for name, part in parts.items()}
         for name, part in parts.items():
             as_bits = part.view(BITS[part.itemsize]) if part.is_floating_point() else part
@@ -78,7 +81,8 @@ class PackedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias."""
-        y: Tensor = packed_linear(x, list(self.parts.values()), self.bias, self.layout.name, self.shape[0], self.kernel)
+        parts = list(self.parts.values())
+        y: Tensor = packed_linear(x, parts, self.bias, self.layout.name, self.shape[0], self.kernel, self.rounded)
         return y
 
     def take(self, x: Tensor, taker: int) -> Tensor:
@@ -222,6 +226,7 @@ class StoredLinear(nn.Module):
         return QuantizedTensor(self.format, self.shape, parts)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = round_tokens(x) if rounds_inputs(self.format) else x
         return linear(x, self.quantized().dequantize().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -237,7 +242,8 @@ def packed_linear_module(
     layout = layout_for(codes)
     if layout is None:
         return StoredLinear(tensor, bias)
-    weight = PackedWeight(layout, layout.arrange(codes), tensor.shape, bias, kernel)
+    rounded = rounds_inputs(tensor.format)
+    weight = PackedWeight(layout, layout.arrange(codes), tensor.shape, bias, kernel, rounded=rounded)
     return PackedLinear(weight, slice(0, tensor.shape[0]), Stored.of(tensor, codes))
 
 

@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from compressor.errors import SourceError
 from compressor.evaluation.score import divergence
 from compressor.model.architecture import linear_layers
 from compressor.model.source import ModelSource
+from compressor.passes._scaling import Scaling
+from compressor.plan import rewritten
+from compressor.recipe import load_recipe
 from compressor.verification.check import Progress, refuse
 from compressor.verification.loaders import streamed_logits
 from compressor.verification.probe import probe_tokens
@@ -32,12 +37,18 @@ def check_values(source: ModelSource, progress: Progress) -> str:
 
 
 def check_reference(source: ModelSource, reference: Path, progress: Progress) -> str:
-    """What was not compressed is the original's, byte for byte; what was, resembles it."""
-    original = ModelSource(reference, source.device)
+    """What was not compressed is the original's, byte for byte; what was, resembles it.
+
+    Where the recipe rotated the model, that is compared with; what it may have scaled has only to resemble the original.
+    """
+    passes = _passes(source.path)
+    original = rewritten(ModelSource(reference, source.device), passes)
+    scaled = _blocks_tensors(source) if any(isinstance(step, Scaling) for step in passes) else set()
     packed = source.packed()
     problems = []
+    aside = source.cache_tensors() | scaled
     for name in source.checkpoint:
-        if source.packing.owner(name) not in source.packing:
+        if source.packing.owner(name) not in source.packing and name not in aside:
             problems += _compare_bytes(source, original, name)
     problems += [
         f"{source.path}: {name} of {reference} is missing"
@@ -47,7 +58,7 @@ def check_reference(source: ModelSource, reference: Path, progress: Progress) ->
     least = (1.0, "none")
     for done, layer in enumerate(packed):
         progress(done, len(packed), f"likeness of {layer}")
-        likeness = _likeness(source, original, layer)
+        likeness = _likeness(source, original, layer, even=bool(scaled))
         least = min(least, (likeness, layer))
         if not likeness > SIMILAR:
             problems.append(
@@ -55,11 +66,23 @@ def check_reference(source: ModelSource, reference: Path, progress: Progress) ->
                 f"cosine similarity {likeness:.3f} where more than {SIMILAR} is expected"
             )
     refuse(problems)
-    unchanged = len([name for name in source.checkpoint if name in original.checkpoint])
+    unchanged = len([name for name in source.checkpoint if name in original.checkpoint and name not in scaled])
     return (
-        f"{unchanged} tensors equal, {len(packed)} packed layers alike (least cosine similarity {least[0]:.3f}, {least[1]}); "
+        f"{unchanged} tensors equal{', the others scaled' if scaled else ''}, "
+        f"{len(packed)} packed layers alike (least cosine similarity {least[0]:.3f}, {least[1]}); "
         f"{_kl(source, original, progress)}"
     )
+
+
+def _passes(directory: Path) -> tuple[Any, ...]:
+    """What was done to the original, if the directory tells."""
+    recipe = directory / "recipe.yaml"
+    return load_recipe(recipe).passes if recipe.is_file() else ()
+
+
+def _blocks_tensors(source: ModelSource) -> set[str]:
+    """Names on disk of what belongs to a block."""
+    return {stored for module, stored in source.names.items() if module.startswith(f"{source.prefix}.")}
 
 
 def _values(source: ModelSource, progress: Progress) -> Iterator[tuple[str, Tensor]]:
@@ -93,8 +116,8 @@ def _compare_bytes(source: ModelSource, original: ModelSource, name: str) -> lis
     return [] if torch.equal(ours, theirs) else [f"{source.path}: {name} differs from that of {original.path}"]
 
 
-def _likeness(source: ModelSource, original: ModelSource, layer: str) -> float:
-    """Cosine similarity of a packed layer with the original's; 0 if that has no such layer."""
+def _likeness(source: ModelSource, original: ModelSource, layer: str, *, even: bool) -> float:
+    """Cosine similarity of a packed layer with the original's, `even` up to the scale of rows and columns; 0 without one."""
     weight = f"{layer}.weight"
     if weight not in original.names:
         return 0.0
@@ -102,6 +125,8 @@ def _likeness(source: ModelSource, original: ModelSource, layer: str) -> float:
     ours, theirs = source.read(weight), kind.parameter(original.read(weight)).float()
     if ours.shape != theirs.shape:
         return 0.0
+    if even:
+        ours, theirs = (normalize(normalize(w_OI, dim=0), dim=1) for w_OI in (ours, theirs))
     lengths = float(ours.norm() * theirs.norm())
     return float(ours.flatten() @ theirs.flatten()) / lengths if lengths else float(torch.equal(ours, theirs))
 

@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.stats import Hessian
-from compressor.calibration.stream import CalibrationStream
+from compressor.calibration.stats import Hessian, Mismatch
+from compressor.calibration.stream import CalibrationStream, watching
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError
+from compressor.formats.int_group import IntGroup
 from compressor.model.source import ModelSource
 
 CPU = torch.device("cpu")
@@ -90,3 +91,62 @@ def test_a_hessian_does_not_depend_on_how_tokens_are_cut():
         parts.update(part)
     torch.testing.assert_close(whole.value, parts.value)
     assert torch.equal(whole.value, whole.value.T)
+
+
+@pytest.fixture
+def halved(source, tokens):
+    """Two streams before block 2, every down_proj before it being half of what it was; the block with q_proj halved."""
+    stream = CalibrationStream(source.first_inputs(tokens), Ranks(), CPU, two_streams=True)
+    for index in range(3):
+        block = source.block(index)
+        block.unrounded = {}
+        stream.enter(block)
+        name = "self_attn.q_proj" if index == 2 else "mlp.down_proj"
+        block.install({name: packed(block.weight(name) / 2)})
+        if index < 2:
+            stream.advance(block)
+    return stream, block
+
+
+def packed(w_OI):
+    grid = IntGroup(bits=8, group_size=32).fit(w_OI)
+    return grid.pack(grid.round(w_OI, 0))
+
+
+def test_targets_are_the_hidden_states_of_the_plain_model(halved, source, tokens):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = [model(batch, output_hidden_states=True).hidden_states[3] for batch in tokens]
+    torch.testing.assert_close(halved[0].targets, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", ["self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_mismatch_is_between_the_compressed_and_the_plain_model(halved, source, tokens, layer):
+    stream, block = halved
+    stats = stream.collect(block, list(block.layers), (Hessian, Mismatch))
+    seen = []
+    with watching(block, [layer], lambda name, x: seen.append(x.flatten(0, -2))):
+        for hidden in stream.hidden:
+            block.forward(hidden)
+    x, dense = torch.cat(seen).double(), inputs_of(source, tokens, f"{block.prefix}.{layer}")
+    expected = (dense - x).T @ x / len(x)
+    torch.testing.assert_close(
+        stats[layer, Mismatch].value.double(), expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max())
+    )
+    assert expected.abs().max() > 0.01 * (x.T @ x / len(x)).abs().max()
+
+
+def test_without_a_compressed_layer_there_is_no_mismatch(source, tokens):
+    stream = CalibrationStream(source.first_inputs(tokens), Ranks(), CPU, two_streams=True)
+    block = source.block(0)
+    block.unrounded = {}
+    stream.enter(block)
+    assert not stream.collect(block, ["mlp.down_proj"], (Mismatch,))["mlp.down_proj", Mismatch].value.any()
+
+
+def test_one_stream_keeps_no_dense_hidden_states(source, tokens):
+    stream = CalibrationStream(source.first_inputs(tokens), Ranks(), CPU)
+    stream.enter(source.block(0))
+    assert stream.dense == stream.targets == []

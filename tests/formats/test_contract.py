@@ -16,7 +16,7 @@ FORMATS = sorted(
     {o for path in RECIPES for step in load_recipe(path).passes for o in step.options if isinstance(o, Format)},
     key=lambda o: o.label,
 )
-SHAPE = (24, 256)
+SHAPE = (128, 256)
 
 
 @pytest.fixture(params=FORMATS, ids=lambda fmt: fmt.label)

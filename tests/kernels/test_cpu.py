@@ -17,6 +17,7 @@ from tolerance import TOLERANCE, error
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compressor.activations import token_scales
 from compressor.codes import IntCodes, values
 from compressor.errors import KernelError
 from compressor.kernels import cpu
@@ -121,6 +122,44 @@ def test_the_product_is_that_of_the_rounded_activations(isa: str, bits: int, gro
     for tokens in (1, 2, 7, 8, 16, 17, 33, 65):
         x = activations(tokens, 1152)
         assert error(product(x, codes, isa), expected(x, codes, group)) < EXACT, tokens
+
+
+@pytest.mark.parametrize("dtype", (BF16, FP32))
+@pytest.mark.parametrize(("bits", "group"), [(2, 64), (3, 128), (4, 16), (4, 0), (8, 128), (8, 0)])
+def test_with_given_scales_tokens_are_rounded_to_their_multiples(isa: str, bits: int, group: int, dtype: torch.dtype) -> None:
+    """Codes are -128 to 127: the largest activation of a token, if positive, is cut off by half a step."""
+    codes = weight(bits, group)
+    layout, parts = packed(codes)
+    for tokens in (1, 17, 65):
+        x = activations(tokens, 1152, dtype)
+        scale = x.float().abs().amax(1, keepdim=True) / 127.5
+        steps = torch.round(x.float() / scale).clamp(-128, 127).double() * scale.double()
+        y = cpu.linear(x, parts, layout, 40, None, isa, scale)
+        assert error(y, steps @ values(codes).double().T) < (TOLERANCE if dtype == BF16 else EXACT), tokens
+
+
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+def test_with_given_scales_no_sum_overflows(isa: str, bits: int) -> None:
+    """All activations are -128 steps, all codes at their upper end."""
+    codes = weight(bits, 0, 16, 1024)
+    codes.codes_OI.fill_(2**bits - 1)
+    codes.zero.fill_(0)
+    layout, parts = packed(codes)
+    y = cpu.linear(torch.full((5, 1024), -1000.0), parts, layout, 16, None, isa, torch.full((5, 1), 0.5))
+    expected = -64 * 1024 * (2**bits - 1) * codes.scale.double().T
+    torch.testing.assert_close(y.double(), expected.expand(5, 16), rtol=EXACT, atol=0)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))
+def test_with_given_scales_what_is_not_finite_is_not_hidden(isa: str, bad: float) -> None:
+    codes, x = weight(4, 128), activations(20, 1152)
+    layout, parts = packed(codes)
+    good = cpu.rounding(x, parts, layout, 40, None)
+    x[17, 1151] = bad
+    y = cpu.linear(x, parts, layout, 40, None, isa, token_scales(x))
+    assert not y[17].isfinite().any()
+    others = [token for token in range(20) if token != 17]
+    torch.testing.assert_close(y[others], good[others], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", (2, 3, 4, 8))

@@ -221,11 +221,9 @@ class TestWhatDoesNotFit:
         recipe = api.make_recipe(rounding(bits=8, group_size=-1, packed=False))
         api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu", verify=False)
         config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-        config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True, "strategy": "token"}
+        config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": False, "strategy": "tensor"}
         change_config(tmp_path / "out", quantization_config=config)
-        assert "activations are quantized to 8 bits, which is not computed here; only models with" in refusal(
-            tmp_path / "out"
-        )
+        assert "activations are quantized as 8 int tensor static, which is not computed" in refusal(tmp_path / "out")
 
 
 def test_names_of_parts_are_no_parts_in_a_dense_model(tiny_copy: Tiny) -> None:

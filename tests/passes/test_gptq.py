@@ -1,8 +1,13 @@
 import pytest
 import torch
 
+from compressor.calibration.stats import Hessian
+from compressor.calibration.stream import BlockStats
+from compressor.distributed import Ranks
 from compressor.formats.int_group import IntGroup
-from compressor.passes.gptq import MAX_DAMP, SingularHessianError, factorise, gptq, output_energy
+from compressor.model.architecture import LinearKind
+from compressor.passes.gptq import GPTQ, MAX_DAMP, SingularHessianError, correction, factorise, gptq, output_energy
+from compressor.types import Block
 
 
 def problem(rows=32, columns=64, tokens=256, seed=0):
@@ -40,7 +45,7 @@ def test_codes_are_those_of_explicit_optimal_brain_surgeon_updates(bits, act_ord
     w, h = problem(rows=8, columns=32)
     grid = IntGroup(bits=bits, group_size=16).fit(w, h.diagonal())
     factor = factorise(h, act_order=act_order)
-    codes, _ = gptq(w, factor, grid)
+    codes, _, _ = gptq(w, factor, grid)
     assert torch.equal(codes, optimal_brain_surgeon(w, damped(h), grid, factor.order_I.tolist()))
 
 
@@ -48,7 +53,7 @@ def test_codes_are_those_of_explicit_optimal_brain_surgeon_updates(bits, act_ord
 def test_the_returned_loss_is_the_exact_damped_loss(bits):
     w, h = problem()
     grid = IntGroup(bits=bits, group_size=32).fit(w, h.diagonal())
-    codes, found = gptq(w, factorise(h), grid)
+    codes, found, _ = gptq(w, factorise(h), grid)
     assert found == pytest.approx(loss(w, grid, codes, damped(h)), rel=1e-4)
 
 
@@ -56,7 +61,7 @@ def test_the_returned_loss_is_the_exact_damped_loss(bits):
 def test_error_feedback_beats_rounding_on_the_calibrated_objective(bits):
     w, h = problem()
     grid = IntGroup(bits=bits, group_size=32).fit(w, h.diagonal())
-    codes, _ = gptq(w, factorise(h), grid)
+    codes, _, _ = gptq(w, factorise(h), grid)
     assert loss(w, grid, codes, h.double()) < 0.7 * loss(w, grid, grid.round(w, 0), h.double())
 
 
@@ -70,7 +75,7 @@ def test_the_size_of_lazy_batches_changes_nothing():
 def test_uncorrelated_inputs_leave_nothing_but_rounding():
     w, _ = problem()
     grid = IntGroup(bits=3, group_size=32).fit(w)
-    codes, _ = gptq(w, factorise(torch.diag(torch.rand(64) + 0.1)), grid)
+    codes, _, _ = gptq(w, factorise(torch.diag(torch.rand(64) + 0.1)), grid)
     assert torch.equal(codes, grid.round(w, 0))
 
 
@@ -91,10 +96,10 @@ def test_a_channel_without_tokens_is_rounded_and_disturbs_no_other():
     w, h = problem()
     h[5], h[:, 5] = 0, 0
     grid = IntGroup(bits=3, group_size=32).fit(w)
-    codes, _ = gptq(w, factorise(h), grid)
+    codes, _, _ = gptq(w, factorise(h), grid)
     changed = w.clone()
     changed[:, 5] = grid.decode(grid.round(-w, 0), 0)[:, 5]
-    again, _ = gptq(changed, factorise(h), grid)
+    again, _, _ = gptq(changed, factorise(h), grid)
     keep = torch.arange(64) != 5
     assert torch.equal(codes[:, 5], grid.round(w, 0)[:, 5])
     assert torch.equal(codes[:, keep], again[:, keep])
@@ -140,3 +145,82 @@ def test_output_energy_is_the_mean_square_of_outputs():
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(100, 8, generator=g), torch.randn(4, 8, generator=g)
     assert output_energy(w, x.T @ x / 100) == pytest.approx(float((x @ w.T).square().sum() / 100), rel=1e-5)
+
+
+def two_inputs(rows=8, columns=24, tokens=96, seed=0):
+    """A weight, a layer's input in the compressed model and in the dense one, and the statistics of the two."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, columns, generator=g) @ torch.randn(columns, columns, generator=g)
+    dense = x + 0.05 * x @ torch.randn(columns, columns, generator=g) + 0.1 * torch.randn(tokens, columns, generator=g)
+    return torch.randn(rows, columns, generator=g), x, dense, x.T @ x / tokens, (dense - x).T @ x / tokens
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_correction_is_that_of_damped_least_squares(act_order):
+    w, x, dense, h, mismatch = two_inputs()
+    damping = (0.01 * h.diagonal().double().mean() * len(x)).sqrt() * torch.eye(len(h), dtype=torch.float64)
+    inputs = torch.cat([x.double(), damping])
+    outputs = torch.cat([dense.double() @ w.T.double(), damping @ w.T.double()])  # damping pulls towards the weight itself
+    best = torch.linalg.lstsq(inputs, outputs).solution.T
+    found = w + correction(w, mismatch, factorise(h, act_order=act_order))
+    torch.testing.assert_close(found.double(), best, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_mismatch_nothing_is_corrected():
+    w, _, _, h, mismatch = two_inputs()
+    assert not correction(w, torch.zeros_like(mismatch), factorise(h)).any()
+
+
+def test_the_corrected_weight_rounded_is_nearer_to_the_dense_output():
+    w, x, dense, h, mismatch = two_inputs()
+    factor, fmt = factorise(h), IntGroup(bits=4, group_size=24)
+
+    def missed(target):
+        codes, _, grid = gptq(target, factor, fmt.fit(target, h.diagonal()))
+        return float((x @ grid.decode(codes, 0).T - dense @ w.T).square().sum())
+
+    assert missed(w + correction(w, mismatch, factor)) < 0.5 * missed(w)
+
+
+def test_the_rest_of_the_loss_against_dense_activations_does_not_depend_on_the_rounding():
+    """So the walk on the corrected weight, whose loss is exact, minimises that against dense activations as well."""
+    w, x, dense, h, mismatch = two_inputs()
+    factor = factorise(h)
+    target = w + correction(w, mismatch, factor)
+    damping = 0.01 * float(h.diagonal().mean())
+    rests = []
+    for bits in (2, 4):
+        codes, found, grid = gptq(target, factor, IntGroup(bits=bits, group_size=24).fit(target))
+        q = grid.decode(codes, 0).double()
+        against_dense = (x.double() @ q.T - dense.double() @ w.T.double()).square().sum() / len(x)
+        rests.append(float(against_dense + damping * (q - w).square().sum()) - found)
+    assert rests[0] == pytest.approx(rests[1], rel=1e-3)
+
+
+def test_of_several_dampings_the_one_with_the_least_loss_is_taken():
+    w, h = problem()
+    fmt, damps = IntGroup(bits=3, group_size=32), (0.001, 0.1, 1.0)
+    found = outcome(w, h, GPTQ(options=(fmt,), damp=damps)).errors["layer"]
+    alone = [outcome(w, h, GPTQ(options=(fmt,), damp=damp)).errors["layer"] for damp in damps]
+    assert found == min(alone) < max(alone)
+
+
+@pytest.mark.parametrize("refine", [0, 2])
+def test_the_reported_error_is_that_of_the_output(refine):
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(100, 32, generator=g), torch.randn(8, 32, generator=g)
+    found = outcome(w, x.T @ x / 100, GPTQ(options=(IntGroup(bits=3, group_size=32),), refine=refine))
+    missed = x @ (found.edits["layer"].dequantize() - w).T
+    assert found.errors["layer"] == pytest.approx(float(missed.square().sum() / (x @ w.T).square().sum()), rel=1e-3)
+
+
+def outcome(w, h, step):
+    """What a pass makes of a block of one layer."""
+    rows, columns = w.shape
+    module = torch.nn.ModuleDict({"layer": torch.nn.Linear(columns, rows, bias=False)})
+    module["layer"].weight = torch.nn.Parameter(w, requires_grad=False)
+    block = Block(index=0, prefix="block", module=module, layers={"layer": LinearKind()}, arguments=lambda shape: ((), {}))
+    hessian = Hessian(columns, h.device)
+    hessian.total, hessian.tokens = h.double(), torch.ones((), dtype=torch.float64)
+    stats = BlockStats({"layer": {Hessian: hessian}}, {"layer": "layer"}, Ranks(), (), (), None, lambda done, total: None)
+    return step.apply(block, stats, {"layer": step.options[0]})

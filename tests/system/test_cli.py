@@ -18,7 +18,7 @@ from compressor.model import shards
 from compressor.model.checkpoint import INDEX, SINGLE
 
 VERBS = ("quantize", "run", "eval", "compare", "verify", "inspect", "bench", "report", "generate", "demo")
-QUICK = ("--samples", 4, "--seq-len", 64, "--no-eval", "--no-verify")
+QUICK = ("--method", "gptq", "--samples", 4, "--seq-len", 64, "--no-eval", "--no-verify")
 ROUND = ("--method", "rtn", "--no-eval", "--no-verify")
 
 # Bad input. For each: options of `compress quantize`, and what the sentence must name.
@@ -31,6 +31,8 @@ BAD_OPTIONS = {
     "too few bits": (("--bits", 1), ("bits: 1", "2 … 8")),
     "too many bits": (("--bits", 9), ("bits: 9", "2 … 8")),
     "an unknown pass": (("--method", "gptqq"), ("`gptqq`", "did you mean `gptq`?")),
+    "a calibrated method without calibration": (("--method", "gptq", "--no-calibration"), ("`gptq`", "--no-calibration")),
+    "calibration text without calibration": (("--calibration", "x.txt", "--no-calibration"), ("x.txt", "--no-calibration")),
     "an unknown format": (("--set", "passes.0.options.0.format=int_grop"), ("`int_grop`", "did you mean `int_group`?")),
     "an unknown key of a pass": (("--set", "passes.0.dmap=0.1"), ("dmap", "did you mean `damp`?")),
     "an unknown key of a format": (("--set", "passes.0.options.0.bitz=4"), ("bitz", "did you mean `bits`?")),
@@ -297,12 +299,16 @@ class TestRecipes:
         recipe = yaml.safe_load(compress("quantize", *self.OPTIONS, "--print-recipe").out)
         assert recipe["passes"][0] == {
             "pass": "gptq",
-            "options": [{"format": "int_group", "bits": 3, "group_size": 64, "symmetric": False, "packed": True}],
+            "options": [
+                {"format": "int_group", "bits": 3, "group_size": 64, "symmetric": False, "packed": True, "activations": None}
+            ],
             "layers": ["*"],
             "ignore": ["lm_head", "*.o_proj"],
             "search": True,
             "damp": 0.03,
             "act_order": True,
+            "refine": 4,
+            "asymmetric_calibration": 0.0,
         }
 
     def test_a_printed_recipe_gives_the_same_model(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
@@ -319,7 +325,7 @@ REPORT_KEYS = QUALITY_KEYS | {"command", "tasks", "samples", "speed", "verificat
     "bits_per_weight", "model_bits_per_weight", "size_bytes", "source_size_bytes",
     "seconds", "peak_memory_bytes", "peak_device_memory_bytes",
 }  # fmt: skip
-FORECAST_KEYS = {"out", "plan", "size_bytes", "source_size_bytes", "bits_per_weight", "expected_peak_memory_bytes"}
+FORECAST_KEYS = {"out", "plan", "exact", "size_bytes", "source_size_bytes", "bits_per_weight", "expected_peak_memory_bytes"}
 
 
 class TestJson:
@@ -449,6 +455,7 @@ class TestTheResult:
             "group_size": 128,
             "symmetric": True,
             "packed": True,
+            "activations": None,
         }
         assert len(plan) == 16
 

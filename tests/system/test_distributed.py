@@ -1,5 +1,6 @@
 """Several ranks do what one does, and end together when one of them fails."""
 
+import json
 import os
 import re
 import signal
@@ -13,12 +14,16 @@ from harness import DEADLINE, CommandLine, Fate, Fork, contents, dies_at_call, f
 
 Launcher = Callable[..., subprocess.CompletedProcess[str]]
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
-FOUR_BATCHES = ("--samples", 64, "--seq-len", 256, "--no-eval", "--no-verify")
-TWO_BATCHES = ("--samples", 32, "--seq-len", 256, "--no-eval", "--no-verify")
-ONE_BATCH = ("--samples", 4, "--seq-len", 64, "--no-eval", "--no-verify")
+QUICK = ("--method", "gptq", "--no-eval", "--no-verify")
+FOUR_BATCHES = ("--samples", 64, "--seq-len", 256, *QUICK)
+TWO_BATCHES = ("--samples", 32, "--seq-len", 256, *QUICK)
+ONE_BATCH = ("--samples", 4, "--seq-len", 64, *QUICK)
+DENSE = ("asymmetric_calibration=0.5", "refine=1")
 SETTINGS = {
     "gptq": FOUR_BATCHES,
-    "gptq with an odd number of batches": ("--samples", 48, "--seq-len", 256, "--no-eval", "--no-verify"),
+    "gptq with an odd number of batches": ("--samples", 48, "--seq-len", 256, *QUICK),
+    "gptq against dense activations": (*FOUR_BATCHES, *(x for k in DENSE for x in ("--set", f"passes.0.{k}"))),
+    "learned": (*FOUR_BATCHES, "--method", "learned", "--set", "passes.1.steps=5"),
     "rtn": ("--method", "rtn", "--no-eval", "--no-verify"),
 }
 
@@ -51,6 +56,15 @@ class TestTwoRanks:
     def test_write_what_one_writes(self, case: str, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
         compress("quantize", tiny, "--out", tmp_path / "one", *SETTINGS[case])
         on_ranks(tmp_path / "log", "quantize", tiny, "--out", tmp_path / "two", *SETTINGS[case])
+        assert contents(tmp_path / "two", REPORTS) == contents(tmp_path / "one", REPORTS)
+
+    def test_find_the_same_scales_of_the_cache(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+        """Each sees keys and values of its own samples; the largest are those of all."""
+        data = {"passes": [{"pass": "rtn", "options": [{"format": "int_group"}]}, {"pass": "kv_cache"}], "evaluation": None}
+        (tmp_path / "recipe.yaml").write_text(json.dumps({**data, "calibration": {"samples": 32, "seq_len": 256}}))
+        command = ("run", tmp_path / "recipe.yaml", tiny, "--no-verify", "--out")
+        assert compress(*command, tmp_path / "one").code == 0
+        assert [rank.code for rank in on_ranks(tmp_path / "log", *command, tmp_path / "two")] == [0, 0]
         assert contents(tmp_path / "two", REPORTS) == contents(tmp_path / "one", REPORTS)
 
     def test_answer_once(self, tiny: Path, out: Path, tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ ROOT = Path(compressor.__file__).parent
 
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
-    ("types", "errors", "assets", "codes", "_on_import"),
+    ("types", "errors", "assets", "codes", "activations", "kv_cache", "_on_import"),
     ("kernels",),
     ("registry", "report", "report_html", "distributed"),
-    ("recipe", "card"),
+    ("recipe", "card", "methods"),
     ("formats",),
     ("model", "calibration"),
     ("passes",),

@@ -28,6 +28,8 @@ from compressor import api, pipeline
 from compressor.model.checkpoint import SINGLE
 from compressor.pipeline import Event
 
+# Both passes send two streams through what is done.
+CHANGES = ("passes.0.asymmetric_calibration=0.5", "passes.1.steps=3", "evaluation.samples=1")
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 
 # Where a run is killed before OUT is there. The tensors outside the blocks are parts of their own.
@@ -56,7 +58,8 @@ class Setting:
 
     @property
     def options(self) -> tuple[object, ...]:
-        return ("--calibration", self.text, "--samples", 4, "--seq-len", 64, "--set", "evaluation.samples=1", "--no-verify")
+        changes = [option for change in CHANGES for option in ("--set", change)]
+        return ("--calibration", self.text, "--samples", 4, "--seq-len", 64, *changes, "--no-verify")
 
     def quantize(self, out: Path) -> tuple[object, ...]:
         """The command."""
@@ -312,7 +315,7 @@ class TestAnInterruptedRun:
             if event.done == 2:
                 raise TimeoutError
 
-        recipe = api.quantize_recipe(calibration=str(setting.text), samples=4, seq_len=64, changes=["evaluation.samples=1"])
+        recipe = api.quantize_recipe(calibration=str(setting.text), samples=4, seq_len=64, changes=CHANGES)
         with pytest.raises(TimeoutError):
             api.run(recipe, setting.model, out, tell=impatient, verify=False)
         api.run(recipe, setting.model, out, resume=True, verify=False)

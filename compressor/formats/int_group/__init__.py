@@ -15,6 +15,8 @@ Without packing, each code takes a byte, and is stored less 2**(bits - 1):
     weight_scale       bf16  [O, G]
     weight_zero_point  int8  [O, G]                     asymmetric only
 
+With `activations: int8` a layer also rounds what it multiplies by (compressor/activations.py), of which nothing is stored.
+
 These are the layouts `pack-quantized` (of 0.18 and later) and `int-quantized` of compressed-tensors, byte for byte. Stock
 transformers loads them, but for packed zero points; vLLM loads what is packed. Scales in fp16 and fp32 are read as well.
 
@@ -22,7 +24,7 @@ Shape suffixes: O out_features, I in_features, G groups in a row.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +36,7 @@ from compressor.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 SCALE_DTYPE = torch.bfloat16  # exact in float32 too, and in float16 above 2e-5
+PER_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}  # activations: int8
 
 
 @node
@@ -42,7 +45,8 @@ class IntGroup:
     bits: Width of a code, 2 to 8.
     group_size: Adjacent input channels that share a scale; -1 for the whole row.
     symmetric: False stores a zero point per group, which stock transformers loads only without packing.
-    packed: False stores each code as a byte.
+    packed: False stores each code as a byte: with `activations`, what engines run as W8A8.
+    activations: int8 rounds the layer's input, each token by a scale of its own; null leaves it as it is.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")
@@ -51,6 +55,7 @@ class IntGroup:
     group_size: int = 128
     symmetric: bool = True
     packed: bool = True
+    activations: Literal["int8"] | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -61,7 +66,8 @@ class IntGroup:
     @property
     def label(self) -> str:
         group = "" if self.group_size == -1 else f"g{self.group_size}"
-        return f"int{self.bits}{'' if self.symmetric else 'a'}{group}{'' if self.packed else '-bytes'}"
+        rounded = "" if self.activations is None else "-a8"
+        return f"int{self.bits}{'' if self.symmetric else 'a'}{group}{'' if self.packed else '-bytes'}{rounded}"
 
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         rows, columns, count = *shape, groups(shape[1], self.group_size)
@@ -84,7 +90,8 @@ class IntGroup:
         if self.group_size != -1:
             strategy = {"strategy": "group", "group_size": self.group_size}
         weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, **strategy, "dynamic": False}
-        return {"format": "pack-quantized" if self.packed else "int-quantized", "weights": weights}
+        scheme = {"format": "pack-quantized" if self.packed else "int-quantized", "weights": weights}
+        return scheme if self.activations is None else scheme | {"input_activations": dict(PER_TOKEN)}
 
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> IntGrid:
         return IntFit(self.bits, self.group_size, self.symmetric, SCALE_DTYPE).grid(self, w_OI, importance_I, search)

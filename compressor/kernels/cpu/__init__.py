@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.activations import token_scales
 from compressor.errors import KernelError
 from compressor.kernels.layouts import Layout
 from compressor.kernels.layouts.int_groups import IntGroups
@@ -46,7 +47,7 @@ class Library:
         """The library in a file."""
         functions = ctypes.CDLL(str(path))
         weight: list[Any] = [_INT] * 6 + [_POINTER] * 3
-        functions.compressor_linear.argtypes = weight + [_POINTER] * 3 + [_INT] * 3
+        functions.compressor_linear.argtypes = weight + [_POINTER] * 4 + [_INT] * 3
         functions.compressor_dequantize.argtypes = weight + [_POINTER] + [_INT] * 3
         functions.compressor_dequantize.restype = None
         bits = functions.compressor_isas()
@@ -89,7 +90,13 @@ def about(device: torch.device) -> str:
 
 
 def linear(
-    x_MK: Tensor, parts: Sequence[Tensor], layout: Layout, rows: int, bias: Tensor | None, isa: str | None = None
+    x_MK: Tensor,
+    parts: Sequence[Tensor],
+    layout: Layout,
+    rows: int,
+    bias: Tensor | None,
+    isa: str | None = None,
+    scale_M1: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias, [M, N], in the dtype of x.
 
@@ -100,9 +107,10 @@ def linear(
         rows: N.
         bias: [N], or None.
         isa: The instruction set, one of `ISAS`; None for the fastest.
+        scale_M1: fp32, what each token is rounded to multiples of; None rounds by 32 columns as above.
     """
     if x_MK.dtype == torch.float16:
-        return linear(x_MK.float(), parts, layout, rows, bias, isa).half()
+        return linear(x_MK.float(), parts, layout, rows, bias, isa, scale_M1).half()
     tokens, columns = x_MK.shape
     x_MK, kernels = x_MK.contiguous(), _built()
     bias = None if bias is None else bias.to(x_MK.dtype)
@@ -111,6 +119,7 @@ def linear(
         kernels.number(isa, tokens < AMX_TOKENS),
         *_weight(parts, layout, rows, columns),
         x_MK.data_ptr(),
+        None if scale_M1 is None else scale_M1.data_ptr(),
         None if bias is None else bias.data_ptr(),
         y_MN.data_ptr(),
         tokens,
@@ -120,6 +129,11 @@ def linear(
     if failed:
         raise MemoryError(f"no memory for {tokens} x {columns} activations")
     return y_MN
+
+
+def rounding(x_MK: Tensor, parts: Sequence[Tensor], layout: Layout, rows: int, bias: Tensor | None) -> Tensor:
+    """The same for x rounded token by token: its codes are multiplied as they are, and nothing is rounded twice."""
+    return linear(x_MK, parts, layout, rows, bias, scale_M1=token_scales(x_MK))
 
 
 def dequantize(

@@ -117,7 +117,7 @@ TARGET INLINE void dot_vnni(const uint8_t *rows, const int8_t *codes, int quads,
     }
 }
 
-/* The same without VNNI, for codes below 16: their pairs of products sum to 3810 at most, eight of which fit into 16 bits. */
+/* The same without VNNI, for codes below 16: their pairs of products sum to 3840 at most, eight of which fit into 16 bits. */
 TARGET INLINE void dot_pairs(const uint8_t *rows, const int8_t *codes, int quads, int shift, const int T, __m256i *dot) {
     const __m256i mask = _mm256_set1_epi8(15), unit = _mm256_set1_epi16((short)(1 << shift));
     __m256i pairs[8];

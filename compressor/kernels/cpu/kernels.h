@@ -61,6 +61,7 @@ typedef struct {
     float *scale;  /* [spans][tokens] */
     float *sum;    /* [spans][tokens], of the codes */
     int tokens, span;
+    const float *given; /* [tokens], the scale of all of a token's spans; NULL: each has its own */
 } Activations;
 
 /* Numbers as a caller has them: fp32 or bf16, row-major. */

@@ -118,10 +118,11 @@ static void multiply_tile(const Isa *isa, const Weight *weight, const Activation
     }
 }
 
-/* y = x W^T + bias, for x [tokens, columns] and y [tokens, rows]. Returns 0, or 1 if there is no memory. */
+/* y = x W^T + bias, for x [tokens, columns] and y [tokens, rows]; x is rounded by the scales [tokens], or by its own if they
+ * are NULL. Returns 0, or 1 if there is no memory. */
 EXPORT int compressor_linear(int isa_number, int bits, int group, int half_floats, int rows, int columns,
-                             const void *codes, const void *high, const void *scales, void *x, const void *bias, void *y,
-                             int tokens, int is_bf16, int threads) {
+                             const void *codes, const void *high, const void *scales, void *x, const void *given,
+                             const void *bias, void *y, int tokens, int is_bf16, int threads) {
     const Isa *isa = isa_of(isa_number);
     const Weight weight = {codes, high, scales, bits, group, half_floats, rows, columns};
     const Matrix in = {x, is_bf16, columns};
@@ -133,7 +134,7 @@ EXPORT int compressor_linear(int isa_number, int bits, int group, int half_float
     if (!memory) return 1;
     for (int begin = 0; begin < tokens; begin += TOKENS) {
         const int count = at_most(TOKENS, tokens - begin);
-        Activations rounded = {(int8_t *)(memory + 2 * numbers), memory, memory + numbers, count, span};
+        Activations rounded = {(int8_t *)(memory + 2 * numbers), memory, memory + numbers, count, span, given};
 #pragma omp parallel num_threads(threads_for(rows, columns, tokens, threads))
         {
             _Alignas(64) float sums[TOKENS * ROWS];

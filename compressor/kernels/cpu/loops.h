@@ -46,6 +46,19 @@ INLINE void round_span(const float *x, int span, int bits, int8_t *out, float *s
     *sum = (float)total;
 }
 
+/* Numbers to the nearest of 256 multiples of a scale that is given: as compressor/activations.py, bit for bit. */
+INLINE void round_given(const float *x, int span, int bits, float scale, int8_t *out, float *sum) {
+    int8_t codes[BLOCK];
+    int32_t total = 0;
+    for (int i = 0; i < span; i++) {
+        const float steps = x[i] / scale, below = steps < 127.0f ? steps : 127.0f;
+        codes[i] = (int8_t)bits_of((below > -128.0f ? below : -128.0f) + 0x1.8p23f);
+        total += codes[i];
+    }
+    reorder(codes, span, bits, out);
+    *sum = (float)total;
+}
+
 INLINE void round_loop(const Matrix *x, size_t begin, int block, int bits, Activations *out) {
     const int first = block * BLOCK, spans = BLOCK / out->span;
     for (int token = 0; token < out->tokens; token++) {
@@ -62,7 +75,13 @@ INLINE void round_loop(const Matrix *x, size_t begin, int block, int bits, Activ
         for (int i = 0; i < spans; i++) {
             const size_t at = (size_t)(block * spans + i) * (size_t)out->tokens + (size_t)token;
             const int column = i * out->span;
-            round_span(values + column, out->span, bits, codes + column, out->scale + at, out->sum + at);
+            if (out->given) {
+                const float scale = out->given[begin + (size_t)token];
+                round_given(values + column, out->span, bits, scale, codes + column, out->sum + at);
+                out->scale[at] = scale < 0x1p127f ? scale : float_of(0x7fc00000); /* not finite: then nothing is */
+            } else {
+                round_span(values + column, out->span, bits, codes + column, out->scale + at, out->sum + at);
+            }
         }
     }
 }

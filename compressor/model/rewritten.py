@@ -1,0 +1,56 @@
+"""A checkpoint as it would be after a change to the whole model, computed tensor by tensor as it is read.
+
+Whatever reads such a checkpoint (blocks, the calibration stream, the writer, a check of the result) works on the changed
+model and needs to know nothing of the change. Every tensor is rounded to the dtype it would be stored in, so what is seen
+during a run is what will be read back.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from compressor.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from compressor.model.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """What is different.
+
+    Args:
+        tensors: By name on disk: the new values, fp32, from the old ones.
+        copies: New name on disk -> the tensor that it starts from.
+        config: Entries of config.json.
+    """
+
+    tensors: Mapping[str, Callable[[Tensor], Tensor]]
+    copies: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Rewrites(Protocol):
+    """A pass that changes the model before any block is read."""
+
+    def rewriting(self, source: "ModelSource") -> Rewriting: ...  # reads headers and whatever else it needs of the model
+
+
+class Rewritten(Checkpoint):
+    """The checkpoint of a directory after a rewriting."""
+
+    def __init__(self, path: Path, rewriting: Rewriting) -> None:
+        super().__init__(path)
+        self.rewriting = rewriting
+        for name, origin in rewriting.copies.items():
+            self.headers[name] = self.headers[origin]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as it would be stored, on the CPU."""
+        tensor = super().read(self.rewriting.copies.get(name, name))
+        change = self.rewriting.tensors.get(name)
+        return tensor if change is None else change(tensor.float()).to(tensor.dtype)

@@ -1,0 +1,72 @@
+"""Random orthogonal matrices that are cheap to apply: Kronecker products of small factors.
+
+    R = diag(signs) · (H ⊗ H ⊗ … ⊗ Q)        H: normalised Hadamard matrices, Q: a random orthogonal one of odd size
+
+A row times R spreads each entry over the whole row, so that none stands out.
+
+Source: Ashkboos et al., "QuaRot", NeurIPS 2024, section 3. What differs: any size is possible, not only those with a known
+Hadamard matrix.
+
+Shape suffixes: X anything, N the size of the rotation.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+FACTOR = 64  # largest Hadamard factor: small enough to be cheap, large enough to keep their number low
+STRIP = 2**22  # numbers that are rotated together, in fp64
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """x -> x R along the last axis."""
+
+    signs_N: Tensor  # fp64, as are the factors
+    factors: tuple[Tensor, ...]
+
+    @classmethod
+    def random(cls, size: int, seed: int) -> "Rotation":
+        """The rotation of a size that a seed stands for: the same on every machine, up to the last digit."""
+        generator = torch.Generator().manual_seed(seed)
+        signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+        odd, power = size, 1
+        while odd % 2 == 0:
+            odd, power = odd // 2, power * 2
+        factors = []
+        while power > 1:
+            factors.append(hadamard(min(power, FACTOR)))
+            power //= len(factors[-1])
+        if odd > 1:
+            q, r = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))
+            factors.append(q * r.diagonal().sign())  # of all orthogonal matrices, none likelier than another
+        return cls(signs, tuple(factors))
+
+    def __call__(self, x_XN: Tensor) -> Tensor:
+        """x R, fp32; the last axis may hold several vectors of size N."""
+        sizes = [len(factor) for factor in self.factors]
+        rows_XN = x_XN.reshape(-1, prod(sizes))
+        out_XN = torch.empty(rows_XN.shape)
+        height = max(1, STRIP // prod(sizes))
+        for done, strip in zip(out_XN.split(height), rows_XN.split(height), strict=True):
+            turned = (strip.double() * self.signs_N).view(-1, *sizes)
+            for factor in self.factors:  # each turns the first axis and moves it to the end: all come back to their places
+                turned = torch.tensordot(turned, factor, ([1], [0]))
+            done.copy_(turned.reshape(strip.shape))
+        return out_XN.view(x_XN.shape)
+
+    def transposed(self, w_NX: Tensor) -> Tensor:
+        """Rᵀ W, fp32: what writes N channels, or several times N, writes them rotated."""
+        rotated_NX: Tensor = self(w_NX.T).T
+        return rotated_NX
+
+
+def hadamard(size: int) -> Tensor:
+    """The symmetric Hadamard matrix of a power of two, fp64, normalised: its own inverse."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
+    normalised: Tensor = matrix / size**0.5
+    return normalised

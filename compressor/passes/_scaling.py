@@ -1,0 +1,73 @@
+"""What passes that scale channels have in common: the model computes the same, but can be rounded better.
+
+Shape suffixes: I in_features of the readers, W channels of the writer.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from compressor.errors import RecipeError
+from compressor.model.architecture import check_pattern, matches
+from compressor.model.feeds import Feed, find_feeds, rescaled
+from compressor.registry import node
+from compressor.types import Accumulator, Block, Format, Outcome, Stats, Stored
+
+
+@node
+class Scaling:
+    """Fields of every scaling pass.
+
+    Args:
+        layers: Patterns of the layers whose inputs to scale (`*.down_proj`, or `re:` and a regular expression).
+        ignore: Patterns of layers whose inputs stay as they are.
+    """
+
+    layers: tuple[str, ...] = ("*",)
+    ignore: tuple[str, ...] = ()
+    needs: ClassVar[tuple[type[Accumulator], ...]]
+    options: ClassVar[tuple[Format, ...]] = ()
+    chooses: ClassVar[bool] = False
+    two_streams: ClassVar[bool] = False
+    together: ClassVar[bool] = True
+    sensitivity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for pattern in (*self.layers, *self.ignore):
+            check_pattern(pattern)
+
+    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
+        """The layers whose inputs may be scaled; there is nothing to plan."""
+        full = {name: f"{block.prefix}.{name}" for name in block.layers}
+        return {
+            name: (name,)
+            for name in block.layers
+            if matches(full[name], self.layers) and not matches(full[name], self.ignore)
+        }
+
+    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
+        wanted = self.units(block)
+        found = [feed for feed in find_feeds(block, stats.inputs[0].shape[-1]) if wanted.keys() >= set(feed.readers)]
+        if not found:
+            raise RecipeError(
+                f"{block.prefix}: no norm and no linear layer was found that can take up a scaling of what "
+                f"{', '.join(wanted) or 'no layer'} read; leave the pass out"
+            )
+        edits: dict[str, Tensor] = {}
+        for feed in found:
+            weights = {name: edits.get(name, block.weight(name)).float() for name in feed.readers}
+            edits |= rescaled(block, feed, self.factors(feed, weights, stats), edits)
+        installed: dict[str, Stored] = dict(edits)
+        return Outcome(installed, {})
+
+    @abstractmethod
+    def factors(self, feed: Feed, weights: Mapping[str, Tensor], stats: Stats) -> Tensor:
+        """What the readers' channels are multiplied by, and the writer's divided: positive, fp32 [W].
+
+        Args:
+            feed: Where.
+            weights: Of the readers, fp32 [O, I].
+            stats: Of the block.
+        """

@@ -1,0 +1,59 @@
+"""AdaDim without error feedback: each layer is rounded to nearest in the format that leaves the smaller error.
+
+With data that is the error of the layer's output, as in the paper; without, of its weights. See compressor/passes/adadim.py.
+
+Shape suffixes: O out_features, I in_features.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from compressor.calibration.stats import Hessian
+from compressor.passes._rounding import WeightRounding, relative
+from compressor.passes.gptq import output_energy
+from compressor.registry import node
+from compressor.types import Accumulator, Block, Format, OneOf, Outcome, QuantizedTensor, Stats, Stored
+
+
+@node
+class AdaDimRTN(WeightRounding):
+    """Round to nearest in the best of the options.
+
+    Args:
+        calibrated: False reads no text and chooses by the error of the weights.
+    """
+
+    search: bool = False
+    calibrated: bool = True
+    chooses: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> tuple[type[Accumulator], ...]:
+        """The Hessian, or nothing."""
+        return (Hessian,) if self.calibrated else ()
+
+    def apply(self, block: Block, stats: Stats, choice: Mapping[str, OneOf]) -> Outcome:
+        units = self.units(block)
+        formats = {name: option.formats for unit, option in choice.items() for name in units[unit]}
+        edits: dict[str, Stored] = {}
+        errors: dict[str, float] = {}
+        for layers in stats.taps(formats):
+            h_II = stats[layers[0], Hessian].value if self.calibrated else None
+            for name in layers:
+                tried = [self._rounded(block.weight(name).float(), fmt, h_II) for fmt in formats[name]]
+                edits[name], errors[name] = min(tried, key=lambda found: found[1])
+        return Outcome(edits, errors)
+
+    def _rounded(self, w_OI: Tensor, fmt: Format, h_II: Tensor | None) -> tuple[QuantizedTensor, float]:
+        """A weight in a format, and its relative error."""
+        grid = fmt.fit(w_OI, None if h_II is None else h_II.diagonal(), search=self.search)
+        packed = grid.pack(grid.round(w_OI, 0))
+        missed = packed.dequantize().sub_(w_OI)
+        if h_II is None:
+            return packed, relative(missed, w_OI)
+        return packed, output_energy(missed, h_II) / max(output_energy(w_OI, h_II), 1e-30)
+
+
+EXPORT = AdaDimRTN

@@ -1,0 +1,157 @@
+"""Learned rounding: its gradients, what it promises of its objective, and how it meets the rest of the pipeline."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compressor.assets import DEMO_MODEL
+from compressor.calibration.stream import CalibrationStream
+from compressor.codes import values
+from compressor.distributed import Ranks
+from compressor.errors import RecipeError
+from compressor.formats.int_group import IntGroup
+from compressor.model.source import ModelSource
+from compressor.passes.learned import KEPT, Learned, Rounding
+from compressor.passes.rtn import RTN
+from compressor.types import dense
+
+CPU = torch.device("cpu")
+FORMATS = [IntGroup(bits=2, group_size=16), IntGroup(bits=3, group_size=-1, symmetric=False)]
+
+
+def started(fmt, seed=0):
+    w = torch.randn(24, 64, generator=torch.Generator().manual_seed(seed))
+    grid = fmt.fit(w)
+    return w, grid.pack(grid.round(w, 0))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)
+class TestRounding:
+    def test_starts_where_the_earlier_pass_ended(self, fmt):
+        w, packed = started(fmt)
+        assert torch.equal(Rounding.at(fmt.codes(packed), w).weight(), packed.dequantize())
+
+    def test_keeps_a_code_that_is_not_the_nearest(self, fmt):
+        w, packed = started(fmt)
+        codes = fmt.codes(packed)
+        moved = replace(codes, codes_OI=(codes.codes_OI.int() + 1).clamp(max=2**fmt.bits - 1).to(torch.uint8))
+        start = Rounding.at(moved, w)
+        assert torch.equal(start.weight(), values(moved))
+        assert float((start.latent_OI - start.latent_OI.round()).abs().max()) <= KEPT + 1e-6
+
+    def test_result_is_what_it_computed_with(self, fmt):
+        w, packed = started(fmt)
+        rounding = Rounding.at(fmt.codes(packed), w)
+        rounding.latent_OI += torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+        rounding.scale *= 1.1
+        assert torch.equal(fmt.stored(rounding.result(), packed.shape).dequantize(), rounding.weight())
+
+    def test_slopes_are_those_of_autograd_with_rounding_as_the_identity(self, fmt):
+        w, packed = started(fmt)
+        rounding = Rounding.at(fmt.codes(packed), w)
+        rounding.latent_OI += torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+        zero = rounding.spread(rounding.codes.zero.float())
+        latent, scale = rounding.latent_OI.clone().requires_grad_(), rounding.scale.clone().requires_grad_()
+        within = latent.clamp(min=-zero - 0.5, max=2**fmt.bits - 0.5 - zero)
+        steps = within + (rounding.weight() / rounding.spread(rounding.stored_scale()) - within).detach()
+        upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(2))
+        stored = scale + (rounding.stored_scale() - scale).detach()
+        (steps * rounding.spread(stored) * upstream).sum().backward()
+        by_latent, by_scale = rounding.slopes(upstream)
+        torch.testing.assert_close(by_latent, latent.grad)
+        torch.testing.assert_close(by_scale, scale.grad)
+
+
+FMT = IntGroup(bits=3, group_size=64)
+
+
+@pytest.fixture
+def at_work():
+    """A stream before a block that has been rounded, and the block."""
+    source = ModelSource(DEMO_MODEL, CPU)
+    tokens = torch.randint(4096, (4, 32), generator=torch.Generator().manual_seed(0))
+    metrics = [torch.eye(256)] * len(source.layers)
+    stream = CalibrationStream(source.first_inputs(tokens.split(2)), Ranks(), CPU, two_streams=True, metrics=metrics)
+    block = source.block(0)
+    block.unrounded = {}
+    stream.enter(block)
+    first = RTN(options=(FMT,))
+    block.install(first.apply(block, stream.collect(block, (), ()), dict.fromkeys(first.units(block), FMT)).edits)
+    return stream, block
+
+
+def train(stream, block, **options):
+    step = Learned(steps=10, batch=2, lr=0.06, **options)
+    return step.apply(block, stream.collect(block, list(step.units(block)), step.needs), {})
+
+
+def missed(stream, block, edits):
+    """The squared error of the block's output, by another way than the pass computes it: install and run."""
+    block.install(edits)
+    out = torch.cat([block.forward(h) for h in stream.hidden])
+    return float((out - torch.cat(stream.targets)).double().square().sum())
+
+
+@pytest.mark.parametrize("sensitivity", [False, True])
+def test_brings_the_output_of_a_block_nearer_to_that_of_the_dense_one(at_work, sensitivity):
+    stream, block = at_work
+    before = missed(stream, block, {})
+    assert missed(stream, block, train(stream, block, sensitivity=sensitivity).edits) < 0.9 * before
+
+
+def test_formats_and_sizes_stay(at_work):
+    stream, block = at_work
+    start = dict(block.installed)
+    edits = train(stream, block).edits
+    assert edits.keys() == start.keys() == block.layers.keys()
+    for name, new in edits.items():
+        assert new.format == FMT
+        assert {p: (t.dtype, t.shape) for p, t in new.parts.items()} == {
+            p: (t.dtype, t.shape) for p, t in start[name].parts.items()
+        }
+
+
+def test_changes_nothing_itself(at_work):
+    stream, block = at_work
+    before = {name: (block.weight(name).clone(), dense(new).clone()) for name, new in block.installed.items()}
+    train(stream, block)
+    for name, (weight, stored) in before.items():
+        assert torch.equal(block.weight(name), weight)
+        assert torch.equal(dense(block.installed[name]), stored)
+
+
+def test_is_the_same_twice_and_another_with_another_seed(at_work):
+    one, two, other = (train(*at_work, seed=seed).edits for seed in (0, 0, 1))
+    assert all(torch.equal(dense(one[name]), dense(two[name])) for name in one)
+    assert not all(torch.equal(dense(one[name]), dense(other[name])) for name in one)
+
+
+def test_what_training_made_worse_is_not_kept(at_work):
+    stream, block = at_work
+    start = dict(block.installed)
+    step = Learned(steps=2, batch=2, lr=1.0, scale_lr=1.0)
+    outcome = step.apply(block, stream.collect(block, list(step.units(block)), step.needs), {})
+    assert all(torch.equal(dense(outcome.edits[name]), dense(start[name])) for name in start)
+    assert "did not lower" in outcome.warnings[0]
+
+
+def test_targets_are_what_the_dense_model_computes(at_work):
+    """Two blocks deep, with a compressed first block in between."""
+    stream, block = at_work
+    stream.advance(block)
+    source = ModelSource(DEMO_MODEL, CPU)
+    second = source.block(1)
+    stream.enter(second)
+    tokens = torch.randint(4096, (4, 32), generator=torch.Generator().manual_seed(0))
+    model = ModelSource(DEMO_MODEL, CPU).whole()
+    expected = model(tokens, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(torch.cat(stream.targets), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(torch.cat(stream.hidden), torch.cat(stream.dense), rtol=1e-2, atol=1e-2)
+
+
+def test_needs_something_rounded():
+    source = ModelSource(DEMO_MODEL, CPU)
+    stream = CalibrationStream(source.first_inputs([torch.ones(1, 8, dtype=torch.long)]), Ranks(), CPU, two_streams=True)
+    with pytest.raises(RecipeError, match=r"model.layers.0: no earlier pass has rounded a layer; put `gptq`"):
+        train(stream, source.block(0))

@@ -1,0 +1,262 @@
+"""Passes that change nothing a model computes: they don't, they do what they are for, and they get through a whole run."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import FAMILIES, some_tokens, stock_logits, tensors
+
+from compressor import api
+from compressor.assets import DEMO_MODEL
+from compressor.calibration.data import load_samples, load_tokenizer
+from compressor.calibration.stats import Hessian, Peak
+from compressor.calibration.stream import CalibrationStream, watching
+from compressor.distributed import Ranks
+from compressor.errors import RecipeError
+from compressor.formats.int_group import IntGroup
+from compressor.model.feeds import find_feeds
+from compressor.model.source import ModelSource
+from compressor.passes._rotation import Rotation
+from compressor.passes.awq import AWQ
+from compressor.passes.rotate import Rotate
+from compressor.passes.smooth import Smooth
+from compressor.pipeline import Event
+from compressor.recipe import make_recipe
+from compressor.types import Block
+from compressor.verification.verify import verify
+
+CPU = torch.device("cpu")
+FOUR_BITS = IntGroup(bits=4, group_size=64)
+SCALINGS = {"smooth": Smooth(), "awq": AWQ(format=FOUR_BITS)}
+ALIKE = {"rtol": 0, "atol": 2e-5}  # logits of about 1 in fp32
+PLAIN = (
+    "llama",
+    "llama_tied",
+    "llama_biased",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "phi3",
+)  # norms without a mean, only before layers
+
+
+@torch.no_grad()
+def logits(source, blocks=None):
+    """Of some tokens, streamed; `blocks` changes each block before it is used."""
+    (hidden,) = source.first_inputs([some_tokens()])
+    for block in source.blocks():
+        if blocks is not None:
+            blocks(block, hidden)
+        hidden = block.forward(hidden)
+    (result,) = source.logits([hidden])
+    return result
+
+
+def statistics(block, hidden, kinds):
+    return CalibrationStream([hidden], Ranks(), CPU).collect(block, list(block.layers), kinds)
+
+
+class TestScaling:
+    @pytest.mark.parametrize(
+        ("family", "step"), [*((family, "smooth") for family in FAMILIES), ("llama", "awq"), ("opt", "awq")]
+    )
+    def test_leaves_the_logits(self, family, step, tiny):
+        changed = []
+
+        def scale(block, hidden):
+            before = {name: p.clone() for name, p in block.module.named_parameters()}
+            block.install(SCALINGS[step].apply(block, statistics(block, hidden, SCALINGS[step].needs), {}).edits)
+            changed.append(max(float((p - before[name]).abs().max()) for name, p in block.module.named_parameters()))
+
+        source = ModelSource(tiny(family), CPU)
+        torch.testing.assert_close(logits(source, scale), logits(source), **ALIKE)
+        assert min(changed) > 0.01
+
+    def test_finds_every_feed_of_a_gated_block(self, tiny):
+        with_heads = list(find_feeds(ModelSource(tiny("qwen3"), CPU).block(0), 128))
+        assert [(feed.writer, feed.readers) for feed in with_heads] == [
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("self_attn.v_proj", ("self_attn.o_proj",)),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+            ("mlp.up_proj", ("mlp.down_proj",)),
+        ]
+
+    def test_finds_no_feed_where_scaling_would_change_the_model(self, tiny):
+        """OLMo 2 norms what its layers write, and OPT without norms before has them read the residual stream too."""
+        for family in ("olmo2", "opt_projected"):
+            feeds = find_feeds(ModelSource(tiny(family), CPU).block(0), 128)
+            assert not [feed for feed in feeds if "norm" in feed.writer]
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_finds_the_same_in_any_precision(self, dtype, tiny):
+        source = ModelSource(tiny("gemma2", dtype="bfloat16"), CPU, getattr(torch, dtype))
+        assert len(find_feeds(source.block(0), 128)) == 4
+
+    def test_rounding_a_norm_to_its_dtype_is_made_up_for(self, tiny):
+        source = ModelSource(tiny("llama", dtype="bfloat16"), CPU)
+
+        def scale(block, hidden):
+            block.install(
+                Smooth(layers=("q_proj", "k_proj", "v_proj")).apply(block, statistics(block, hidden, (Peak,)), {}).edits
+            )
+            gain = block.module.get_parameter("input_layernorm.weight")
+            assert torch.equal(gain, gain.bfloat16().float())
+
+        torch.testing.assert_close(logits(source, scale), logits(source), **ALIKE)
+
+    def test_refuses_a_block_without_a_feed(self, tiny):
+        block = ModelSource(tiny("gpt2"), CPU).block(0)
+        with pytest.raises(RecipeError, match="no norm and no linear layer was found"):
+            Smooth(layers=("c_proj",)).apply(block, statistics(block, torch.randn(1, 8, 128), (Peak,)), {})
+
+
+class TestSmooth:
+    def test_evens_out_the_ranges_of_activations_and_weights(self, tiny):
+        hidden = torch.randn(2, 24, 128, generator=torch.Generator().manual_seed(0))
+        hidden[..., 5] *= 30
+        for readers in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.down_proj",)):
+            block = ModelSource(tiny("llama"), CPU).block(0)
+            block.install(Smooth(layers=readers).apply(block, statistics(block, hidden, (Peak,)), {}).edits)
+            columns = torch.stack([block.weight(name).abs().amax(0) for name in readers]).amax(0)
+            peaks = statistics(block, hidden, (Peak,))[readers[0], Peak].value
+            torch.testing.assert_close(peaks, columns, rtol=1e-4, atol=0)
+
+    @pytest.mark.parametrize("alpha", [-0.1, 1.1])
+    def test_refuses_an_alpha_outside_its_range(self, alpha):
+        with pytest.raises(ValueError, match="is not in 0 … 1"):
+            Smooth(alpha=alpha)
+
+
+class TestAWQ:
+    def test_no_layers_error_grows_and_some_shrink(self):
+        """The error is that of the outputs, computed from them: an independent derivation of what the pass minimises."""
+        source = ModelSource(DEMO_MODEL, CPU)
+        texts = load_samples("builtin", load_tokenizer(DEMO_MODEL), samples=8, seq_len=64, seed=0).tokens
+        (hidden,) = source.first_inputs([texts])
+        block = source.block(0)
+        fmt, feeds = IntGroup(bits=3, group_size=128), find_feeds(block, hidden.shape[-1])
+        before = rounding_errors(block, hidden, fmt)
+        block.install(AWQ(format=fmt).apply(block, statistics(block, hidden, (Hessian,)), {}).edits)
+        after = rounding_errors(block, hidden, fmt)
+        gains = [sum(after[n] for n in feed.readers) / sum(before[n] for n in feed.readers) for feed in feeds]
+        assert len(gains) == 4
+        assert max(gains) < 1 + 1e-3
+        assert min(gains) < 0.97
+
+
+def rounding_errors(block: Block, hidden, fmt):
+    """By layer: squared error of the output, relative to it, if its weight were rounded now."""
+    inputs = {}
+    with watching(block, block.layers, lambda name, x: inputs.update({name: x.flatten(0, -2)})), torch.no_grad():
+        block.forward(hidden)
+    errors = {}
+    for name, x in inputs.items():
+        grid = fmt.fit(block.weight(name), search=False)
+        values = grid.pack(grid.round(block.weight(name), 0)).dequantize()
+        exact = x @ block.weight(name).T
+        errors[name] = float((x @ values.T - exact).square().sum() / exact.square().sum())
+    return errors
+
+
+class TestRotation:
+    @pytest.mark.parametrize("size", [1, 2, 3, 12, 64, 128, 384, 896])
+    def test_is_orthogonal(self, size):
+        r = Rotation.random(size, 0)(torch.eye(size)).double()
+        torch.testing.assert_close(r @ r.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-6)
+
+    def test_of_a_power_of_two_spreads_evenly(self):
+        r = Rotation.random(256, 0)(torch.eye(256))
+        torch.testing.assert_close(r.abs(), torch.full((256, 256), 1 / 16))
+
+    def test_depends_on_the_seed_alone(self):
+        x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(Rotation.random(24, 1)(x), Rotation.random(24, 1)(x))
+        assert not torch.allclose(Rotation.random(24, 1)(x), Rotation.random(24, 2)(x), atol=0.1)
+
+    def test_turns_rows_one_by_one_and_vectors_side_by_side(self):
+        turn, x = Rotation.random(12, 0), torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+        r = turn(torch.eye(12))
+        torch.testing.assert_close(turn(x), torch.cat([x[:, :12] @ r, x[:, 12:] @ r], 1))
+        torch.testing.assert_close(turn.transposed(x.T), turn(x).T)
+
+
+class TestRotate:
+    @pytest.mark.parametrize("options", [{}, {"residual": False}, {"heads": False, "seed": 3}], ids=str)
+    @pytest.mark.parametrize("family", PLAIN)
+    def test_leaves_the_logits(self, family, options, tiny):
+        if family == "phi3" and options.get("residual") is False:
+            pytest.skip("its values are written by a fused layer")
+        source = ModelSource(tiny(family), CPU)
+        rotated = ModelSource(tiny(family), CPU, rewriting=Rotate(**options).rewriting(source))
+        torch.testing.assert_close(logits(rotated), logits(source), **ALIKE)
+        name = next(name for name in source.names if name.endswith("o_proj.weight"))
+        assert not torch.allclose(rotated.read(name), source.read(name), atol=0.1)
+
+    def test_folds_the_gains_of_norms(self, tiny):
+        source = ModelSource(tiny("qwen3"), CPU)
+        rotated = ModelSource(tiny("qwen3"), CPU, rewriting=Rotate().rewriting(source))
+        norms = [name for name in source.names if name.endswith("norm.weight") and "self_attn" not in name]
+        assert len(norms) == 5
+        assert all(torch.equal(rotated.read(name), torch.ones(128)) for name in norms)
+
+    @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3_vision", "olmo2", "gpt_neox", "opt", "gpt2"])
+    def test_refuses_a_residual_stream_that_cannot_be_rotated(self, family, tiny):
+        with pytest.raises(RecipeError, match="set residual: false"):
+            Rotate().rewriting(ModelSource(tiny(family), CPU))
+
+    def test_refuses_to_do_nothing(self, tiny):
+        with pytest.raises(RecipeError, match=r"nothing in .* can be rotated"):
+            Rotate(residual=False).rewriting(ModelSource(tiny("phi3"), CPU))
+
+    def test_must_come_first(self, tiny, tmp_path):
+        recipe = make_recipe({"passes": [rounding(), {"pass": "rotate"}]})
+        with pytest.raises(RecipeError, match=r"passes\.1: .* put it first"):
+            api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu")
+
+
+def rounding(**more):
+    return {"pass": "rtn", "options": [{"format": "int_group", "bits": 8, "group_size": 64}], **more}
+
+
+RUNS = {
+    "smooth": [{"pass": "smooth"}, rounding(ignore=["q_proj", "up_proj"])],
+    "awq": [{"pass": "awq", "format": {"format": "int_group", "bits": 8, "group_size": 64}}, rounding(ignore=["v_proj"])],
+    "rotate": [{"pass": "rotate"}, rounding(ignore=["o_proj"])],
+    "all": [{"pass": "rotate"}, {"pass": "smooth", "alpha": 0.3}, rounding(layers=["down_proj"])],
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+class TestRun:
+    def recipe(self, case, text_file):
+        calibration = {"source": str(text_file), "samples": 8, "seq_len": 32}
+        return make_recipe({"passes": RUNS[case], "calibration": calibration, "evaluation": None})
+
+    def test_transformers_computes_what_the_original_does(self, case, tiny, tmp_path, text_file):
+        """Eight bits leave the logits nearly as they are; a transform that got lost on the way would not."""
+        model, out, tokens = tiny("qwen2"), tmp_path / "out", some_tokens()
+        forecast = api.forecast(self.recipe(case, text_file), model, device="cpu")
+        report = api.run(self.recipe(case, text_file), model, out, device="cpu", verify=False)
+        assert forecast.size_bytes == report.size_bytes == sum(f.stat().st_size for f in out.glob("*.safetensors*"))
+        expected = stock_logits(model, tokens)
+        assert float((stock_logits(out, tokens) - expected).norm() / expected.norm()) < 0.05
+        (check,) = [check for check in verify(out, model) if check.check == "reference"]
+        assert check.outcome == "passed", check.detail
+        tied = json.loads((out / "config.json").read_text())["tie_word_embeddings"]
+        assert tied != ("lm_head.weight" in tensors(out))
+        assert tied == ("rotate" not in str(RUNS[case]))
+
+    def test_goes_on_from_where_it_was_interrupted(self, case, tiny, tmp_path, text_file):
+        model, recipe = tiny("llama_tied", dtype="bfloat16"), self.recipe(case, text_file)
+
+        def stop(event: Event) -> None:
+            if event.stage == "compress" and event.done == 1 and not event.what:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            api.run(recipe, model, tmp_path / "two", device="cpu", dtype="float32", verify=False, tell=stop)
+        api.run(recipe, model, tmp_path / "two", device="cpu", dtype="float32", verify=False, resume=True)
+        api.run(recipe, model, tmp_path / "one", device="cpu", dtype="float32", verify=False)
+        one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
