@@ -14,6 +14,7 @@ from statistics import geometric_mean, mean
 from typing import Any
 
 import torch
+from _process import tell
 from rich.console import Console
 from rich.table import Table
 
@@ -62,6 +63,8 @@ def measure(options: argparse.Namespace, bits: int, seed: int) -> list[dict[str,
             recipe = make_recipe({"passes": steps, "calibration": calibration, "evaluation": None})
             report = api.run(recipe, options.model, out, device="cpu", verify=False)
             errors[name], seconds[name] = mean(row.error for row in report.rows), round(report.seconds, 1)
+            left = mean(seconds.values()) * (len(outs) - len(seconds)) / 60
+            tell(f"{bits} bits, seed {seed}: {name}, {seconds[name]} s; {left:.0f} min left, then scoring")
         judged = evaluate_all(
             list(outs.values()),
             options.model,
