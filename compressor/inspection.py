@@ -63,6 +63,7 @@ class Inspection:
     blocks: int
     layout: str  # `dense`, or the quant_method
     kv_cache: str | None  # what keys and values are rounded to
+    turned: int  # layers whose activations are turned by a Hadamard matrix at run time
     kinds: tuple[Kind, ...]
     tensors: tuple[Parameter, ...]
     runtimes: tuple[Runtime, ...]
@@ -103,6 +104,7 @@ def inspect_model(path: Path) -> Inspection:
         blocks=len(source.layers),
         layout=(source.raw_config.get("quantization_config") or {}).get("quant_method", "dense"),
         kv_cache=source.cache.kv_cache if source.cache is not None else None,
+        turned=len(source.hadamard),
         kinds=kinds,
         tensors=tensors,
         runtimes=runtimes(source),

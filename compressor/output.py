@@ -39,6 +39,7 @@ def write_model(
         [name for name, kind in kinds.items() if type(kind) is LinearKind],
         [name for name, kind in kinds.items() if type(kind) is not LinearKind],
         next((option for option in plan.values() if isinstance(option, CacheRounding)), None),
+        source.hadamard,
     )
     kernels = write_kernels(workspace, layouts_of(formats, source))
     config = json.dumps({**source.raw_config, "quantization_config": entry, sources.CONFIG_KEY: kernels}, indent=2) + "\n"

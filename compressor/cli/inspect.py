@@ -35,7 +35,8 @@ def inspect(
     rows = [(k.name, f"{k.weights:,}", size(k.size_bytes), f"{found.share(k):.1%}", f"{k.bits:.3f}") for k in found.kinds]
     rows.append(("total", f"{found.weights:,}", size(found.size_bytes), "100.0%", f"{found.model_bits_per_weight:.3f}"))
     cache = f", cache in {found.kv_cache}" if found.kv_cache is not None else ""
-    title = f"{model}: {found.model_type}, {found.blocks} blocks, {found.layout}{cache}"
+    turned = f", activations of {found.turned} layers turned" if found.turned else ""
+    title = f"{model}: {found.model_type}, {found.blocks} blocks, {found.layout}{cache}{turned}"
     print_table(title, ("kind", "weights", "size", "share", "bits per weight"), rows)
     if tensors:
         sys.stdout.writelines(_describe(found, tensor) for tensor in found.tensors)

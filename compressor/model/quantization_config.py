@@ -8,13 +8,15 @@ recipe would write it.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any, Literal
 
 from compressor import registry
 from compressor.errors import RecipeError, SourceError
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import PER_TOKEN, IntGroup
+from compressor.hadamard import Blocks, largest_block
 from compressor.kv_cache import CacheRounding, read_scheme
 from compressor.model.gptq_config import AUTO_ROUND, GPTQ, Reader, auto_round_reader, gptq_reader, refuse_set, write_gptq
 from compressor.types import Format
@@ -22,6 +24,7 @@ from compressor.types import Format
 STATIC = ("static", "weight")  # kinds of activation order that leave nothing to be stored
 COMPRESSED_TENSORS, OWN = "compressed-tensors", "compressor"
 CACHE = "kv_cache_scheme"
+HADAMARD = "hadamard"
 STOCK_NEEDS = {
     COMPRESSED_TENSORS: ("compressed-tensors",),
     GPTQ: ("optimum", "gptqmodel"),
@@ -32,7 +35,11 @@ STRATEGIES = ("group", "channel")
 
 
 def write(
-    formats: Mapping[str, Format], linears: Iterable[str], transposed: Iterable[str], cache: CacheRounding | None = None
+    formats: Mapping[str, Format],
+    linears: Iterable[str],
+    transposed: Iterable[str],
+    cache: CacheRounding | None = None,
+    hadamard: Blocks = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The entry for a model.
 
@@ -41,19 +48,21 @@ def write(
         linears: Full names of all `nn.Linear` modules of the model, the head included.
         transposed: Full names of the model's other linear modules (`Conv1D`), which the layouts of others cannot hold.
         cache: How keys and values are rounded, if they are.
+        hadamard: Layers whose activations are turned, by full name: transformers passes over what other layouts say of such.
     """
     scheme = None if cache is None else cache.scheme()
     distinct: dict[Format, list[str]] = {}
     for layer, fmt in formats.items():
         distinct.setdefault(fmt, []).append(layer)
-    plain = not set(transposed) & set(formats)
+    plain = not hadamard and not set(transposed) & set(formats)
     first = next(iter(distinct), None)
     if plain and len(distinct) == 1 and isinstance(first, GptqInt) and first.portable and cache is None:
         return write_gptq(first, formats, linears)
     schemes = {fmt: fmt.compressed_tensors() for fmt in distinct}
     if not plain or None in schemes.values():
         layers = {layer: registry.describe(fmt) for layer, fmt in formats.items()}
-        return {"quant_method": OWN, "version": 1, "layers": layers, **({CACHE: scheme} if scheme is not None else {})}
+        more = {CACHE: scheme, HADAMARD: dict(hadamard) or None}
+        return {"quant_method": OWN, "version": 1, "layers": layers, **{key: entry for key, entry in more.items() if entry}}
     groups = {
         f"group_{i}": {
             "targets": ["Linear"] if len(distinct) == 1 else layers,
@@ -111,6 +120,28 @@ def cache_rounding(config: Mapping[str, Any], where: str) -> CacheRounding | Non
         return None
     with _readable(where):
         return read_scheme(scheme)
+
+
+def turned_layers(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], where: str) -> Blocks:
+    """The layers whose activations are turned, by full name, with the size of the blocks.
+
+    Args:
+        config: Of the model.
+        shapes: (O, I) of every linear layer, by full name.
+        where: For errors.
+
+    Raises:
+        SourceError: one that is not in the model, or that cannot be turned so.
+    """
+    quantization = config.get("quantization_config") or {}
+    blocks = quantization.get(HADAMARD) if quantization.get("quant_method") == OWN else None
+    with _readable(where):
+        for layer, size in (blocks or {}).items():
+            if layer not in shapes or type(size) is not int or size < 1 or largest_block(shapes[layer][1]) % size:
+                raise ValueError(
+                    f"{HADAMARD}: {layer} in blocks of {size}, where its input cannot be divided into powers of two"
+                )
+    return dict(blocks or {})
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from compressor.hadamard import Blocks
 from compressor.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ class Rewriting:
         tensors: By name on disk: the new values, fp32, from the old ones.
         copies: New name on disk -> the tensor that it starts from.
         config: Entries of config.json.
+        hadamard: Layers whose activations are turned from now on (compressor/hadamard.py), by full name.
     """
 
     tensors: Mapping[str, Callable[[Tensor], Tensor]]
     copies: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    hadamard: Blocks = field(default_factory=dict)
 
 
 @runtime_checkable

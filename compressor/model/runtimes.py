@@ -41,6 +41,8 @@ def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
     layout = (source.raw_config.get("quantization_config") or {}).get("quant_method")
     named = source.raw_config.get("architectures") or [source.model.config.model_type]
     foreign = f"does not know the layout `{OWN}`: it would start from random weights" if layout == OWN else None
+    if source.hadamard:
+        foreign = f"does not turn the activations of {len(source.hadamard)} layers, as `rotate` with online: true asks for"
     stock = foreign or next(_stock_obstacles(packed), None) or per_tensor(source)
     served = foreign or next(_serving_obstacles(source, packed), None) or next(_cache_obstacles(source), None)
     needs = f"if it knows {named[0]}"

@@ -25,12 +25,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from compressor.activations import round_inputs, rounds_inputs
 from compressor.errors import SourceError
+from compressor.hadamard import Blocks, turn_inputs
 from compressor.kv_cache import KEYS, VALUES, CacheScales, attach, attentions
 from compressor.model.architecture import check_config, decoder_blocks, linear_layers
 from compressor.model.checkpoint import Checkpoint, read_config
 from compressor.model.names import checkpoint_names
 from compressor.model.packed import PackedLayers
-from compressor.model.quantization_config import cache_rounding
+from compressor.model.quantization_config import cache_rounding, turned_layers
 from compressor.model.rewritten import Rewriting, Rewritten
 from compressor.types import Arguments, Block, Format, QuantizedTensor
 
@@ -50,6 +51,7 @@ class ModelSource:
         self.prefix, self.layers = decoder_blocks(self.model)
         self.packing = PackedLayers(path, self.raw_config, self.checkpoint)
         self.cache = cache_rounding(self.raw_config, str(path))
+        self.hadamard = self._turn(rewriting.hadamard if rewriting is not None else {})
         self.names = checkpoint_names(self.model, self.checkpoint, self.packing)
         self.outside = [name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")]
         self.tied = self._tie()
@@ -99,6 +101,13 @@ class ModelSource:
         stored = {name: self.names[f"{prefix}.{name}.weight"] for name in layers}
         packed = {name: at for name, at in stored.items() if at in self.packing}
         return frozenset(n for n, at in packed.items() if rounds_inputs(self.packing.format(at, f"{prefix}.{n}")))
+
+    def _turn(self, more: Blocks) -> Blocks:
+        """Have layers be given turned activations: those of the checkpoint, and more."""
+        shapes = {name: kind.weight(self.model.get_submodule(name)).shape for name, kind in linear_layers(self.model).items()}
+        blocks = {**turned_layers(self.raw_config, shapes, str(self.path)), **more}
+        turn_inputs(self.model, blocks)
+        return blocks
 
     def _cache(self, prefix: str, module: nn.Module) -> CacheScales | None:
         """How a block rounds keys and values, as the checkpoint has it."""
@@ -282,6 +291,9 @@ class ModelSource:
             for name in packed:
                 bias = getattr(module.get_submodule(name), "bias", None)
                 module.set_submodule(name, linear(self.read_packed(f"{prefix}.{name}"), bias))
+            turn_inputs(
+                module, {name: self.hadamard[full] for name in packed if (full := f"{prefix}.{name}") in self.hadamard}
+            )
         module.requires_grad_(False)
         _move_buffers(module, self.device)
 

@@ -16,7 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-FACTOR = 64  # largest Hadamard factor: small enough to be cheap, large enough to keep their number low
+from compressor.hadamard import FACTOR, sylvester
+
 STRIP = 2**22  # numbers that are rotated together, in fp64
 
 
@@ -37,7 +38,7 @@ class Rotation:
             odd, power = odd // 2, power * 2
         factors = []
         while power > 1:
-            factors.append(hadamard(min(power, FACTOR)))
+            factors.append(_hadamard(min(power, FACTOR)))
             power //= len(factors[-1])
         if odd > 1:
             q, r = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))
@@ -63,10 +64,7 @@ class Rotation:
         return rotated_NX
 
 
-def hadamard(size: int) -> Tensor:
-    """The symmetric Hadamard matrix of a power of two, fp64, normalised: its own inverse."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64))
-    normalised: Tensor = matrix / size**0.5
+def _hadamard(size: int) -> Tensor:
+    """Normalised: orthogonal, and its own inverse."""
+    normalised: Tensor = sylvester(size) / size**0.5
     return normalised

@@ -3,33 +3,40 @@
     embedding E -> E R      writer W -> Rᵀ W      reader, head W -> W diag(g) R      g: the gains of the norm before, now 1
 
 R is orthogonal, so a norm without a mean computes the same from x R as from x, once its gains g have moved into the layers
-that read it. In a head, values are written turned by another rotation that the output projection takes back. Nothing is left
-to do at run time. The rotated model is rounded to the checkpoint's dtype, as if it had been stored so.
+that read it. In a head, values are written turned by another rotation that the output projection takes back. Nothing of this
+is left to do at run time. What reads a product (down_proj) can be turned by an online Hadamard matrix only: this package's
+runtime multiplies the activations by it (compressor/hadamard.py). The rotated model is rounded to the checkpoint's dtype, as
+if it had been stored so.
 
-Source: Ashkboos et al., "QuaRot", NeurIPS 2024, section 4, stage 1a and 1b without the online parts; Liu et al., "SpinQuant",
-ICLR 2025 (R1 and R2).
+R is random, or learned from there: see compressor/passes/_learned_rotation.py.
+
+Source: Ashkboos et al., "QuaRot", NeurIPS 2024, section 4, stage 1a to 1c; Liu et al., "SpinQuant", ICLR 2025 (R1, R2, R4).
 
 An embedding that is also the head has to be stored twice afterwards: only the head takes up the gains of the norm before it.
 
 Shape suffixes: O out_features, I in_features, D hidden, S sequence.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from compressor.errors import RecipeError
+from compressor.hadamard import largest_block, turned
 from compressor.model.feeds import Feed, gain_offset, products, run_norms, some_hidden
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
+from compressor.passes._learned_rotation import VECTORS, learned, some_vectors
 from compressor.passes._rotation import Rotation
 from compressor.registry import node
 from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 Change = Callable[[Tensor], Tensor]
+Norms = Mapping[str, Sequence[str]]  # of a block, with the layers that read them
 SAME = 0.05  # relative difference of a block's output that rounding to the checkpoint's dtype can make
 
 
@@ -40,11 +47,15 @@ class Rotate:
     Args:
         residual: Rotate the residual stream, which folds the norms' gains into the layers that read them.
         heads: Rotate the values of each head.
+        online: Turn what the other layers read, such as down_proj, when the model runs: other runtimes do not load it then.
+        learn: Steps by which residual and head rotations are improved, for weights without outliers.
         seed: Of the rotations.
     """
 
     residual: bool = True
     heads: bool = True
+    online: bool = False
+    learn: int = 0
     seed: int = 0
     needs: ClassVar[tuple[type[Accumulator], ...]] = ()
     options: ClassVar[tuple[Format, ...]] = ()
@@ -52,6 +63,10 @@ class Rotate:
     two_streams: ClassVar[bool] = False
     together: ClassVar[bool] = False
     sensitivity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.learn < 0:
+            raise ValueError(f"learn: {self.learn} is no number of steps; give 0 for random rotations")
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
         """None: a block is rotated already when it is read."""
@@ -68,21 +83,41 @@ class Rotate:
         """
         width = int(source.model.config.get_text_config().hidden_size)
         changes = Changes(source)
-        turn = Rotation.random(width, self.seed) if self.residual else None
-        if turn is not None:
-            changes.outside(turn)
         norms = residual_norms(source, width)
-        for index in range(len(source.layers)):
-            block = source.block(index, load=False)
-            for feed in (feed for feed in products(block) if self.heads and feed.run > 1):
-                changes.head(block, feed, Rotation.random(feed.run, self.seed + 1 + index))
-            if turn is not None:
-                changes.residual(block, norms, turn)
+        blocks = [source.block(index, load=False) for index in range(len(source.layers))]
+        turn = self._residual(changes, blocks, norms, width) if self.residual else None
+        for block in blocks:
+            heads = [feed for feed in products(block) if feed.run > 1]
+            for feed in heads if self.heads else ():
+                self._head(changes, block, feed)
+            if self.online:
+                offline = {reader for feed in heads for reader in feed.readers}.union(*norms.values())
+                changes.online(block, [name for name in block.layers if name not in offline])
         if not changes.steps:
             raise RecipeError(f"rotate: nothing in {source.path} can be rotated as asked; leave the pass out")
         rewriting = changes.rewriting()
         check(source, rewriting, width, turn)
         return rewriting
+
+    def _residual(self, changes: "Changes", blocks: Sequence[Block], norms: Norms, width: int) -> Rotation:
+        """Rotate the residual stream."""
+        changes.outside()
+        for block in blocks:
+            changes.fold(block, norms)
+        turn = Rotation.random(width, self.seed)
+        if self.learn:
+            turn = learned(turn, changes.residual_vectors(blocks, norms, width), self.learn)
+        changes.turn_outside(turn)
+        for block in blocks:
+            changes.residual(block, norms, turn)
+        return turn
+
+    def _head(self, changes: "Changes", block: Block, feed: Feed) -> None:
+        """Rotate the values of the heads of a block."""
+        turn = Rotation.random(feed.run, self.seed + 1 + block.index)
+        if self.learn:
+            turn = learned(turn, changes.head_vectors(block, feed), self.learn)
+        changes.head(block, feed, turn)
 
 
 class Changes:
@@ -96,20 +131,20 @@ class Changes:
         self.source = source
         self.steps: dict[str, list[Change]] = {}  # by name on disk
         self.untied: dict[str, str] = {}
+        self.hadamard: dict[str, int] = {}
 
     def rewriting(self) -> Rewriting:
         """All of them."""
         tensors = {name: partial(_in_turn, tuple(steps)) for name, steps in self.steps.items()}
-        return Rewriting(tensors, self.untied, {"tie_word_embeddings": False} if self.untied else {})
+        return Rewriting(tensors, self.untied, {"tie_word_embeddings": False} if self.untied else {}, self.hadamard)
 
-    def outside(self, turn: Rotation) -> None:
-        """The embedding, the last norm and the head.
+    def outside(self) -> None:
+        """Move the gains of the last norm into the head.
 
         Raises:
-            RecipeError: there is something else.
+            RecipeError: there is more outside the blocks than that and the embedding.
         """
-        model, names = self.source.model, {module: name for name, module in self.source.model.named_modules()}
-        embedding, head = (f"{names[m]}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+        embedding, head = self._ends()
         others = [name for name in self.source.outside if name not in (embedding, head)]
         if len(others) != 1 or not others[0].endswith(".weight"):
             raise RecipeError(
@@ -120,28 +155,67 @@ class Changes:
             stored = self.source.names.get(embedding) or self.source.names[head]
             self.untied = {name: stored for name in (embedding, head) if name not in self.source.names}
         norm = others[0].removesuffix(".weight")
-        self._add(embedding, turn)
         self._add(head, self._gain(norm))
-        self._add(head, turn)
         self._flatten(norm)
 
-    def residual(self, block: Block, norms: Mapping[str, Sequence[str]], turn: Rotation) -> None:
-        """What reads the residual stream through a norm, and what writes to it."""
-        readers = {reader for readers in norms.values() for reader in readers}
-        for norm, readers_of in norms.items():
-            for reader in readers_of:
+    def turn_outside(self, turn: Rotation) -> None:
+        """The embedding and the head."""
+        for name in self._ends():
+            self._add(name, turn)
+
+    def fold(self, block: Block, norms: Norms) -> None:
+        """Move the gains of norms into the layers that read them."""
+        for norm, readers in norms.items():
+            for reader in readers:
                 self._layer(block, reader, self._gain(f"{block.prefix}.{norm}"))
-                self._layer(block, reader, turn)
             self._flatten(f"{block.prefix}.{norm}")
-        for name in block.layers:
-            if name not in readers and block.shape(name)[0] == len(turn.signs_N):
-                self._writer(block, name, turn)
+
+    def residual(self, block: Block, norms: Norms, turn: Rotation) -> None:
+        """What reads the residual stream through a norm, and what writes to it."""
+        for reader in chain.from_iterable(norms.values()):
+            self._layer(block, reader, turn)
+        for name in residual_writers(block, norms, len(turn.signs_N)):
+            self._writer(block, name, turn)
 
     def head(self, block: Block, feed: Feed, turn: Rotation) -> None:
         """What writes the values of heads, and what reads the mixture of them."""
         self._writer(block, feed.writer, turn)
         for reader in feed.readers:
             self._layer(block, reader, turn)
+
+    def online(self, block: Block, layers: Iterable[str]) -> None:
+        """Layers whose activations will be turned when the model runs."""
+        for name in layers:
+            size = largest_block(block.shape(name)[1])
+            if size > 1:
+                self._layer(block, name, partial(turned, size=size))
+                self.hadamard[f"{block.prefix}.{name}"] = size
+
+    def residual_vectors(self, blocks: Sequence[Block], norms: Norms, width: int) -> Tensor:
+        """A sample [X, D] of the vectors that the weights read from the residual stream, and of those they write to it."""
+        read = [(block, name) for block in blocks for name in chain.from_iterable(norms.values())]
+        written = [(block, name) for block in blocks for name in residual_writers(block, norms, width)]
+        each = -(-VECTORS * width // len(read + written))
+        found = [some_vectors(self._now(*layer), each) for layer in read]
+        return torch.cat(found + [some_vectors(self._now(*layer).T, each) for layer in written])
+
+    def head_vectors(self, block: Block, feed: Feed) -> Tensor:
+        """The same, [X, run], of what heads' values are written and read with."""
+        weights = [self._now(block, feed.writer).T, *(self._now(block, reader) for reader in feed.readers)]
+        each = -(-VECTORS * feed.run // len(weights))
+        return torch.cat([some_vectors(weight.reshape(-1, feed.run), each) for weight in weights])
+
+    def _now(self, block: Block, layer: str) -> Tensor:
+        """The weight [O, I] of a layer after the steps so far, fp32."""
+        name = f"{block.prefix}.{layer}.weight"
+        stored = self.source.names[name]
+        return block.layers[layer].parameter(_in_turn(self.steps.get(stored, ()), self.source.read(name).float()))
+
+    def _ends(self) -> tuple[str, str]:
+        """Names of the weights of embedding and head."""
+        model, names = self.source.model, {module: name for name, module in self.source.model.named_modules()}
+        embedding, head = (f"{names[m]}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+        return embedding, head
 
     def _writer(self, block: Block, layer: str, turn: Rotation) -> None:
         self._layer(block, layer, turn.transposed)
@@ -174,7 +248,13 @@ def _in_turn(steps: Sequence[Change], tensor: Tensor) -> Tensor:
     return tensor
 
 
-def residual_norms(source: ModelSource, width: int) -> dict[str, list[str]]:
+def residual_writers(block: Block, norms: Norms, width: int) -> list[str]:
+    """The layers of a block that write to the residual stream."""
+    readers = set(chain.from_iterable(norms.values()))
+    return [name for name in block.layers if name not in readers and block.shape(name)[0] == width]
+
+
+def residual_norms(source: ModelSource, width: int) -> Norms:
     """The norms of a block that are as wide as the residual stream, with the layers that read them."""
     block = source.block(0)
     norms, _ = run_norms(block, some_hidden(block, width))

@@ -63,12 +63,14 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in source.packed():
             bias = getattr(model.get_submodule(layer), "bias", None)
             model.set_submodule(layer, StoredLinear(source.read_packed(layer, meta=True), bias))
+        self.hadamard = source.hadamard
         if source.cache is not None:
             for name in attentions(model):
                 if name.startswith(f"{source.prefix}."):
                     attach(model.get_submodule(name), source.cache, *torch.empty(2, 1, device="meta"))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
+        from compressor.hadamard import turn_inputs
         from compressor.kernels.cuda.sources import CONFIG_KEY
         from compressor.runtime.fuse import make_ready
         from compressor.runtime.linear import StoredLinear, packed_linear_module
@@ -78,6 +80,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 tensor = module.quantized()
                 device = next(iter(tensor.parts.values())).device
                 model.set_submodule(name, packed_linear_module(tensor, module.bias, device))
+        turn_inputs(model, self.hadamard)
         make_ready(model, model.dtype)
         model.config.__dict__.pop(CONFIG_KEY, None)  # the CUDA sources are not saved with it
         return model

@@ -13,6 +13,7 @@ from compressor.kernels.cuda import sources
 from compressor.kernels.dispatch import AUTO
 from compressor.model.checkpoint import native_dtype, read_config
 from compressor.model.generation import generate_plainly
+from compressor.model.quantization_config import write
 from compressor.model.source import ModelSource
 from compressor.runtime.fuse import make_ready
 from compressor.runtime.linear import packed_linear_module
@@ -49,7 +50,10 @@ def load(
     dtype = dtype or native_dtype(directory, place)
     source = ModelSource(directory, place, dtype)
     if dense or not source.packed():
-        return source.whole()
+        model = source.whole()
+        if source.hadamard:  # a model that is saved without this computes something else
+            model.config.quantization_config = write({}, (), (), None, source.hadamard)
+        return model
     kernel = _kernel(directory, source.raw_config.get(sources.CONFIG_KEY) or {}, place, kernel, trust_kernels)
     model = source.whole(lambda tensor, bias: packed_linear_module(tensor, bias, place, kernel))
     make_ready(model, dtype)

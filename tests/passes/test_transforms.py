@@ -16,6 +16,7 @@ from compressor.errors import RecipeError
 from compressor.formats.int_group import IntGroup
 from compressor.model.feeds import find_feeds
 from compressor.model.source import ModelSource
+from compressor.passes._learned_rotation import learned, some_vectors
 from compressor.passes._rotation import Rotation
 from compressor.passes.awq import AWQ
 from compressor.passes.rotate import Rotate
@@ -180,8 +181,44 @@ class TestRotation:
         torch.testing.assert_close(turn.transposed(x.T), turn(x).T)
 
 
+class TestLearnedRotation:
+    def test_is_the_best_of_all_in_a_plane(self):
+        """Every angle is tried: the vectors lie along two axes at an angle, which the best rotation puts between its own."""
+        along = torch.randn(200, 1, generator=torch.Generator().manual_seed(0)).sign()
+        x = torch.cat([along * torch.tensor([0.96, 0.28]), along * torch.tensor([-0.28, 0.96])]) * 2**0.5
+        angles = torch.linspace(0, torch.pi, 2001)
+        turns = torch.stack([torch.stack([angles.cos(), angles.sin()]), torch.stack([-angles.sin(), angles.cos()])])
+        best = torch.einsum("xn,nma->axm", x, turns).pow(4).mean((1, 2)).min()
+        start = Rotation(torch.ones(2).double(), (torch.eye(2).double(),))
+        found = learned(start, x, 100)(x).pow(4).mean()
+        assert found <= best + 1e-4 < start(x).pow(4).mean() - 0.1
+
+    def test_lowers_what_it_is_to_lower_and_stays_orthogonal(self):
+        x = torch.randn(500, 24, generator=torch.Generator().manual_seed(0)) ** 3
+        x = some_vectors(x, 400)
+        start = Rotation.random(24, 0)
+        losses = [float(turn(x).pow(4).mean()) for turn in (start, *(learned(start, x, steps) for steps in (0, 5, 50)))]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert losses[1] > losses[2] > losses[3]
+        r = learned(start, x, 50)(torch.eye(24)).double()
+        torch.testing.assert_close(r @ r.T, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-6)
+
+    def test_takes_vectors_of_one_length(self):
+        x = some_vectors(torch.randn(7, 12) * torch.arange(7)[:, None], 100)
+        assert len(x) == 6
+        torch.testing.assert_close(x.square().mean(1), torch.ones(6))
+
+    def test_refuses_fewer_than_no_steps(self):
+        with pytest.raises(ValueError, match="learn: -1 is no number of steps"):
+            Rotate(learn=-1)
+
+
 class TestRotate:
-    @pytest.mark.parametrize("options", [{}, {"residual": False}, {"heads": False, "seed": 3}], ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [{}, {"residual": False}, {"heads": False, "seed": 3}, {"online": True}, {"learn": 5}],
+        ids=str,
+    )
     @pytest.mark.parametrize("family", PLAIN)
     def test_leaves_the_logits(self, family, options, tiny):
         if family == "phi3" and options.get("residual") is False:
@@ -191,6 +228,16 @@ class TestRotate:
         torch.testing.assert_close(logits(rotated), logits(source), **ALIKE)
         name = next(name for name in source.names if name.endswith("o_proj.weight"))
         assert not torch.allclose(rotated.read(name), source.read(name), atol=0.1)
+
+    @pytest.mark.parametrize(
+        ("family", "layers"),
+        [("opt", {"fc2"}), ("gpt2", {"c_proj"}), ("gemma2", {"down_proj"}), ("phi3", {"o_proj", "down_proj"})],
+    )
+    def test_turns_activations_where_nothing_else_can_be_rotated(self, family, layers, tiny):
+        source = ModelSource(tiny(family), CPU)
+        rewriting = Rotate(residual=False, heads=False, online=True).rewriting(source)
+        assert {name.rpartition(".")[2] for name in rewriting.hadamard} == layers
+        torch.testing.assert_close(logits(ModelSource(tiny(family), CPU, rewriting=rewriting)), logits(source), **ALIKE)
 
     def test_folds_the_gains_of_norms(self, tiny):
         source = ModelSource(tiny("qwen3"), CPU)
@@ -222,6 +269,7 @@ RUNS = {
     "smooth": [{"pass": "smooth"}, rounding(ignore=["q_proj", "up_proj"])],
     "awq": [{"pass": "awq", "format": {"format": "int_group", "bits": 8, "group_size": 64}}, rounding(ignore=["v_proj"])],
     "rotate": [{"pass": "rotate"}, rounding(ignore=["o_proj"])],
+    "learned": [{"pass": "rotate", "learn": 5}, rounding()],
     "all": [{"pass": "rotate"}, {"pass": "smooth", "alpha": 0.3}, rounding(layers=["down_proj"])],
 }
 
