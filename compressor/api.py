@@ -90,7 +90,7 @@ def run(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     ranks = Ranks.from_environment(device)
-    source, plan = prepare(recipe, Path(model), ranks.device, dtype)
+    source, plan = prepare(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
     out = default_out(Path(model), plan) if out is None else Path(out)
     check_target(out, Path(model), resume=resume, overwrite=overwrite)
     calibration, evaluation = load_data(recipe, source)
@@ -191,7 +191,7 @@ def forecast(
     dtype: str | None = None,
 ) -> Forecast:
     """What `run` would do and how large the result would be, from the headers alone."""
-    source, plan = prepare(recipe, Path(model), Ranks.from_environment(device).device, dtype)
+    source, plan = prepare(recipe, Path(model), Ranks.from_environment(device).device, dtype, sizes_only=True)
     files = shards.layout(output_headers(source, recipe.passes, plan))
     spec = recipe.calibration
     length = sample_length(spec.seq_len, source)

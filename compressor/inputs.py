@@ -13,6 +13,7 @@ from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
 from compressor.model.checkpoint import native_dtype
+from compressor.model.rewritten import Progress, silent
 from compressor.model.source import ModelSource
 from compressor.plan import make_plan, rewritten
 from compressor.recipe import Recipe
@@ -30,13 +31,18 @@ class Judged:
     protocol: Protocol
 
 
-def prepare(recipe: Recipe, model: Path, device: torch.device, dtype: str | None) -> tuple[ModelSource, Plan]:
-    """The opened model and the plan for it. Reads headers only, unless a pass changes the whole model."""
+def prepare(
+    recipe: Recipe, model: Path, device: torch.device, dtype: str | None, tell: Progress = silent, *, sizes_only: bool = False
+) -> tuple[ModelSource, Plan]:
+    """The opened model and the plan for it; `tell` and `sizes_only` as of `Rewrites.rewriting`.
+
+    Reads headers only, unless a pass changes the whole model.
+    """
     source = ModelSource(model, device, computation_dtype(device, dtype, model))
     if "quantization_config" in source.raw_config:
         method = source.raw_config["quantization_config"].get("quant_method")
         raise SourceError(f"{model}: already quantized ({method}); compress the original model instead")
-    source = rewritten(source, recipe.passes)
+    source = rewritten(source, recipe.passes, tell, sizes_only=sizes_only)
     return source, make_plan(source, recipe.passes)
 
 

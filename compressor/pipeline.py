@@ -28,7 +28,7 @@ from compressor.verification.probe import Probe, Record
 class Event:
     """Something a person who waits wants to see."""
 
-    stage: str  # "sensitivity", "compress", "resume", "evaluate", "write"
+    stage: str  # "rotate", "sensitivity", "compress", "resume", "evaluate", "write"
     done: int
     total: int
     what: str = ""

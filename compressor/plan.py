@@ -8,7 +8,7 @@ from compressor import registry
 from compressor.errors import RecipeError
 from compressor.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attentions
 from compressor.model.checkpoint import Header
-from compressor.model.rewritten import Rewrites
+from compressor.model.rewritten import Progress, Rewrites, silent
 from compressor.model.source import ModelSource
 from compressor.types import Block, Format, OneOf, Option, PairedAccumulator, Pass, Plan, QuantizedTensor
 
@@ -17,8 +17,10 @@ from compressor.types import Block, Format, OneOf, Option, PairedAccumulator, Pa
 TRAINING = 4 + 4 + 8 + 4 + 8 + 4 + 8
 
 
-def rewritten(source: ModelSource, passes: Sequence[Pass]) -> ModelSource:
-    """The model as it is once passes that change the whole of it have done so.
+def rewritten(
+    source: ModelSource, passes: Sequence[Pass], tell: Progress = silent, *, sizes_only: bool = False
+) -> ModelSource:
+    """The model as it is once passes that change the whole of it have done so; arguments as of `Rewrites.rewriting`.
 
     Raises:
         RecipeError: such a pass is not the first, or cannot do it.
@@ -27,7 +29,8 @@ def rewritten(source: ModelSource, passes: Sequence[Pass]) -> ModelSource:
         if isinstance(step, Rewrites):
             if number:
                 raise RecipeError(f"passes.{number}: it changes the whole model before any block is read; put it first")
-            return ModelSource(source.path, source.device, source.dtype, step.rewriting(source))
+            rewriting = step.rewriting(source, tell, sizes_only=sizes_only)
+            return ModelSource(source.path, source.device, source.dtype, rewriting)
     return source
 
 

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from compressor.model.source import ModelSource
 
 
+Progress = Callable[[int, int], None]  # done, total
+
+
+def silent(done: int, total: int) -> None:
+    """Tells nobody."""
+
+
 @dataclass(frozen=True)
 class Rewriting:
     """What is different.
@@ -40,7 +47,14 @@ class Rewriting:
 class Rewrites(Protocol):
     """A pass that changes the model before any block is read."""
 
-    def rewriting(self, source: "ModelSource") -> Rewriting: ...  # reads headers and whatever else it needs of the model
+    def rewriting(self, source: "ModelSource", tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
+        """What is different.
+
+        Args:
+            source: The model; headers are read, and whatever else is needed.
+            tell: Called with progress.
+            sizes_only: Only names, dtypes and shapes matter; what takes long may be left out.
+        """
 
 
 class Rewritten(Checkpoint):

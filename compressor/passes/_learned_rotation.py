@@ -3,8 +3,8 @@
     least over orthogonal R of   f(R) = mean of (x R)⁴      over vectors x of the weights, each scaled to a mean square of one
 
 f is 3 where entries are as normally distributed, as after any random rotation; outliers make it large, and a scale wasteful.
-R follows the gradient and is made orthogonal again after every step, by a QR decomposition; steps that would increase f are
-not taken, but tried again half as long.
+Each step takes some vectors, follows the gradient along the orthogonal matrices with momentum, by an angle that falls to zero
+as a cosine, and makes R orthogonal again by a QR decomposition. In fp64 and without branches, so that machines agree.
 
 Source: Liu et al., "SpinQuant", ICLR 2025, for rotations that are learned; the loss there is the network's, here no data is
 needed, as in Gadhikar et al., "OptRot", 2025.
@@ -12,59 +12,56 @@ needed, as in Gadhikar et al., "OptRot", 2025.
 Shape suffixes: X vectors, N their size.
 """
 
+from collections.abc import Callable
+from math import cos, pi
+
 import torch
 from torch import Tensor
 
+from compressor.model.rewritten import Progress, silent
 from compressor.passes._rotation import Rotation
 
-VECTORS = 8  # for every dimension: they outnumber what they are to determine, N · (N − 1) / 2 angles, 16 to 1
-GROWTH = 1.3  # of the step, after one that was taken
-SMALLEST = 2.0**-20  # step, against the first
+ANGLE = 0.1  # of the first step: root of the mean square over the directions
+MOMENTUM = 0.9
+Vectors = Callable[[int], Tensor]  # those [X, N] of a step, fp64, by its number; all on one device
+EACH, LEAST = 4, 4096  # vectors of a step: so many for every dimension, or so many
 
 
-def some_vectors(w_XN: Tensor, count: int) -> Tensor:
-    """At most so many rows of a weight, evenly apart, each of mean square one; rows of zeros are left out."""
-    rows = torch.linspace(0, len(w_XN) - 1, min(count, len(w_XN))).round().long()
-    chosen = w_XN[rows]
+def batch(size: int) -> int:
+    """How many vectors of a size a step takes."""
+    return max(EACH * size, LEAST)
+
+
+def some_vectors(w_XN: Tensor, count: int, seed: int) -> Tensor:
+    """At most so many rows of a weight, drawn at random, each of mean square one, fp64; rows of zeros are left out."""
+    chosen = w_XN[torch.randperm(len(w_XN), generator=torch.Generator().manual_seed(seed))[:count]].double()
     scale = chosen.square().mean(1, keepdim=True).sqrt()
     return (chosen / scale)[scale[:, 0] > 0]
 
 
-def learned(start: Rotation, x_XN: Tensor, steps: int) -> Rotation:
-    """A rotation at which f is not larger than at the start.
+def learned(start: Rotation, vectors: Vectors, steps: int, tell: Progress = silent) -> Rotation:
+    """A rotation at which f is lower.
 
     Args:
         start: From where; a random one.
-        x_XN: The vectors.
-        steps: How many.
+        vectors: What each step takes.
+        steps: How many, at least one.
+        tell: Called with progress, ten times.
     """
-    r_NN = start(torch.eye(x_XN.shape[1]))
-    loss, slope = _loss(x_XN @ r_NN), _slope(x_XN, r_NN)
-    step = first = 0.1 / max(float(torch.linalg.matrix_norm(slope)) / len(r_NN) ** 0.5, 1e-12)
-    for _ in range(steps):
-        tried = _orthogonal(r_NN - step * slope)
-        new = _loss(x_XN @ tried)
-        if new < loss:
-            r_NN, loss, step = tried, new, step * GROWTH
-            slope = _slope(x_XN, r_NN)
-        else:
-            step /= 2
-        if step < SMALLEST * first:
-            break
-    return Rotation(torch.ones(len(r_NN), dtype=torch.float64), (_orthogonal(r_NN.double()),))
-
-
-def _loss(y_XN: Tensor) -> float:
-    """f, given the turned vectors."""
-    return float(y_XN.square().square_().mean(dtype=torch.float64))
-
-
-def _slope(x_XN: Tensor, r_NN: Tensor) -> Tensor:
-    """The gradient of f along the orthogonal matrices: R times an antisymmetric matrix."""
-    y_XN = x_XN @ r_NN
-    gradient = x_XN.T @ y_XN.pow(3) * (4 / y_XN.numel())
-    across = r_NN.T @ gradient
-    return r_NN @ (across - across.T) / 2
+    x_XN = vectors(0)
+    r_NN = start(torch.eye(x_XN.shape[1])).to(x_XN)
+    velocity_NN = torch.zeros_like(r_NN)
+    for step in range(steps):
+        x_XN = vectors(step) if step else x_XN
+        y_XN = x_XN @ r_NN
+        slope_NN = r_NN.T @ (x_XN.T @ y_XN.pow(3)) / y_XN.numel()
+        velocity_NN = MOMENTUM * velocity_NN + (slope_NN - slope_NN.T)
+        angle = ANGLE * (1 + cos(pi * step / steps)) / 2
+        pace = velocity_NN.square().sum(1).mean().sqrt().clamp_min(torch.finfo(r_NN.dtype).tiny)
+        r_NN = _orthogonal(r_NN - r_NN @ velocity_NN * (angle / pace))
+        if (step + 1) * 10 // steps > step * 10 // steps:
+            tell(step + 1, steps)
+    return Rotation(torch.ones(len(r_NN), dtype=torch.float64), (r_NN.cpu(),))
 
 
 def _orthogonal(m_NN: Tensor) -> Tensor:

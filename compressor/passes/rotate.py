@@ -18,6 +18,7 @@ Shape suffixes: O out_features, I in_features, D hidden, S sequence.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import ClassVar
@@ -28,9 +29,9 @@ from torch import Tensor
 from compressor.errors import RecipeError
 from compressor.hadamard import largest_block, turned
 from compressor.model.feeds import Feed, gain_offset, products, run_norms, some_hidden
-from compressor.model.rewritten import Rewriting
+from compressor.model.rewritten import Progress, Rewriting, silent
 from compressor.model.source import ModelSource
-from compressor.passes._learned_rotation import VECTORS, learned, some_vectors
+from compressor.passes._learned_rotation import Vectors, batch, learned, some_vectors
 from compressor.passes._rotation import Rotation
 from compressor.registry import node
 from compressor.types import Accumulator, Block, Format, Outcome, Stats
@@ -75,17 +76,19 @@ class Rotate:
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
         return Outcome({}, {})
 
-    def rewriting(self, source: ModelSource) -> Rewriting:
-        """What is different in the rotated model.
+    def rewriting(self, source: ModelSource, tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
+        """What is different in the rotated model; arguments as of `Rewrites`.
 
         Raises:
             RecipeError: the architecture does not allow it.
         """
+        if sizes_only and self.learn:
+            return replace(self, learn=0).rewriting(source)
         width = int(source.model.config.get_text_config().hidden_size)
         changes = Changes(source)
         norms = residual_norms(source, width)
         blocks = [source.block(index, load=False) for index in range(len(source.layers))]
-        turn = self._residual(changes, blocks, norms, width) if self.residual else None
+        turn = self._residual(changes, blocks, norms, width, tell) if self.residual else None
         for block in blocks:
             heads = [feed for feed in products(block) if feed.run > 1]
             for feed in heads if self.heads else ():
@@ -99,14 +102,14 @@ class Rotate:
         check(source, rewriting, width, turn)
         return rewriting
 
-    def _residual(self, changes: "Changes", blocks: Sequence[Block], norms: Norms, width: int) -> Rotation:
+    def _residual(self, changes: "Changes", blocks: Sequence[Block], norms: Norms, width: int, tell: Progress) -> Rotation:
         """Rotate the residual stream."""
         changes.outside()
         for block in blocks:
             changes.fold(block, norms)
         turn = Rotation.random(width, self.seed)
         if self.learn:
-            turn = learned(turn, changes.residual_vectors(blocks, norms, width), self.learn)
+            turn = learned(turn, partial(changes.residual_vectors, blocks, norms, width), self.learn, tell)
         changes.turn_outside(turn)
         for block in blocks:
             changes.residual(block, norms, turn)
@@ -191,19 +194,22 @@ class Changes:
                 self._layer(block, name, partial(turned, size=size))
                 self.hadamard[f"{block.prefix}.{name}"] = size
 
-    def residual_vectors(self, blocks: Sequence[Block], norms: Norms, width: int) -> Tensor:
-        """A sample [X, D] of the vectors that the weights read from the residual stream, and of those they write to it."""
-        read = [(block, name) for block in blocks for name in chain.from_iterable(norms.values())]
-        written = [(block, name) for block in blocks for name in residual_writers(block, norms, width)]
-        each = -(-VECTORS * width // len(read + written))
-        found = [some_vectors(self._now(*layer), each) for layer in read]
-        return torch.cat(found + [some_vectors(self._now(*layer).T, each) for layer in written])
+    def residual_vectors(self, blocks: Sequence[Block], norms: Norms, width: int, step: int) -> Tensor:
+        """Vectors [X, D] that the weights of one block read from the residual stream, and that they write to it."""
+        block = blocks[step % len(blocks)]
+        read = [self._now(block, name) for name in chain.from_iterable(norms.values())]
+        written = [self._now(block, name).T for name in residual_writers(block, norms, width)]
+        return self._some(read + written, width, step)
 
-    def head_vectors(self, block: Block, feed: Feed) -> Tensor:
+    def head_vectors(self, block: Block, feed: Feed) -> Vectors:
         """The same, [X, run], of what heads' values are written and read with."""
         weights = [self._now(block, feed.writer).T, *(self._now(block, reader) for reader in feed.readers)]
-        each = -(-VECTORS * feed.run // len(weights))
-        return torch.cat([some_vectors(weight.reshape(-1, feed.run), each) for weight in weights])
+        return partial(self._some, [weight.reshape(-1, feed.run) for weight in weights], feed.run)
+
+    def _some(self, weights: Sequence[Tensor], size: int, seed: int) -> Tensor:
+        """Vectors of several weights, as many of each."""
+        each = -(-batch(size) // len(weights))
+        return torch.cat([some_vectors(weight, each, seed) for weight in weights]).to(self.source.device)
 
     def _now(self, block: Block, layer: str) -> Tensor:
         """The weight [O, I] of a layer after the steps so far, fp32."""

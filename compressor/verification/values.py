@@ -42,7 +42,9 @@ def check_reference(source: ModelSource, reference: Path, progress: Progress) ->
     Where the recipe rotated the model, that is compared with; what it may have scaled has only to resemble the original.
     """
     passes = _passes(source.path)
-    original = rewritten(ModelSource(reference, source.device), passes)
+    original = rewritten(
+        ModelSource(reference, source.device), passes, lambda done, total: progress(done, total, "rotating the original")
+    )
     scaled = _blocks_tensors(source) if any(isinstance(step, Scaling) for step in passes) else set()
     packed = source.packed()
     problems = []
