@@ -11,6 +11,7 @@ import torch
 
 from compressor import methods, pipeline
 from compressor.calibration.data import Samples
+from compressor.calibration.hidden import Keep, keeping
 from compressor.calibration.sensitivity import sensitivities
 from compressor.calibration.stream import CalibrationStream
 from compressor.card import model_card
@@ -100,13 +101,14 @@ def run(
     if resume and out.exists() and not overwrite:
         return finished_report(out, report)
     check_space(out, shards.total_bytes(shards.layout(output_headers(source, recipe.passes, plan))))
-    job = Job(source, recipe.passes, plan, ranks)
+    job, keep = Job(source, recipe.passes, plan, ranks), keeping(recipe.calibration.on_disk)
     if not ranks.first:
-        compress_blocks(job, calibration, None, ranks.agree(NOTHING), report, tell)
+        compress_blocks(job, calibration, keep, None, ranks.agree(NOTHING), report, tell)
         ranks.barrier()
         return report
     with Workspace(out, made_by, resume=resume, overwrite=overwrite) as workspace:
-        probe = compress_blocks(job, calibration, workspace, ranks.agree(tuple(workspace.finished)), report, tell)
+        done = ranks.agree(tuple(workspace.finished))
+        probe = compress_blocks(job, calibration, keep, workspace, done, report, tell)
         tell(Event("write", 0, 1, str(out)))
         write_model(recipe, source, plan, workspace, report, probe)
         if evaluation is not None and recipe.evaluation is not None:
@@ -200,6 +202,7 @@ def forecast(
         source,
         recipe.passes,
         tokens=spec.samples * length if needs_data(recipe) else 0,
+        on_disk=spec.on_disk is not None,
         judged=judge.samples * sample_length(judge.seq_len or length, source) if judge is not None else 0,
         batch=TOKENS_AT_ONCE,
     )
@@ -217,6 +220,7 @@ def forecast(
 def compress_blocks(
     job: Job,
     calibration: Samples | None,
+    keep: Keep,
     workspace: Workspace | None,
     finished: Sequence[str],
     report: Report,
@@ -227,7 +231,7 @@ def compress_blocks(
     started = time.monotonic()
     stream = None
     if calibration is not None:
-        stream = open_stream(job, calibration, tell)
+        stream = open_stream(job, calibration, keep, tell)
     probe = pipeline.compress(job, stream, workspace, finished, report, tell)
     report.seconds = time.monotonic() - started
     report.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -236,7 +240,7 @@ def compress_blocks(
     return probe
 
 
-def open_stream(job: Job, calibration: Samples, tell: Tell) -> CalibrationStream:
+def open_stream(job: Job, calibration: Samples, keep: Keep, tell: Tell) -> CalibrationStream:
     """The calibration stream before the first block, with what the passes want of it."""
     source, ranks = job.source, job.ranks
     batches = ranks.mine(calibration.batches(TOKENS_AT_ONCE))
@@ -244,7 +248,8 @@ def open_stream(job: Job, calibration: Samples, tell: Tell) -> CalibrationStream
     if any(step.sensitivity for step in job.passes):
         metrics = sensitivities(source, batches, ranks, lambda done, total: tell(Event("sensitivity", done, total)))
     two_streams = any(step.two_streams for step in job.passes)
-    return CalibrationStream(source.first_inputs(batches), ranks, source.device, two_streams=two_streams, metrics=metrics)
+    hidden = source.kept_inputs(batches, keep)
+    return CalibrationStream(hidden, ranks, source.device, two_streams=two_streams, metrics=metrics, keep=keep)
 
 
 def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, report: Report, tell: Tell) -> None:

@@ -204,20 +204,23 @@ def settled(plan: Plan, source: ModelSource, passes: Sequence[Pass], stored: Map
     return found
 
 
-def expected_memory(source: ModelSource, passes: Sequence[Pass], *, tokens: int, judged: int, batch: int) -> int:
+def expected_memory(
+    source: ModelSource, passes: Sequence[Pass], *, tokens: int, on_disk: bool = False, judged: int, batch: int
+) -> int:
     """Estimate of the peak resident bytes of a run, beyond the interpreter and its libraries: that of its largest stage.
 
     Args:
         source: The model.
         passes: Of the recipe.
         tokens: That calibration sends through; 0 without.
+        on_disk: Their hidden states are not in memory.
         judged: That the result is compared on; 0 without.
         batch: That go through a block together.
     """
-    return max(_compressing(source, passes, tokens, batch), _judging(source, judged, batch) if judged else 0)
+    return max(_compressing(source, passes, tokens, batch, on_disk), _judging(source, judged, batch) if judged else 0)
 
 
-def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int) -> int:
+def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int, on_disk: bool) -> int:
     """Peak of what comes before the comparison, in the dtype of computation."""
     block, size = source.block(0, load=False), source.dtype.itemsize
     shapes = {name: block.shape(name) for name in block.layers}
@@ -228,7 +231,10 @@ def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch
     outside = max((source.checkpoint.headers[name].nbytes for name in rest_names(source)), default=0)
     two_streams = any(step.two_streams for step in passes)
     paired = any(issubclass(kind, PairedAccumulator) for step in passes for kind in step.needs)
-    hidden = tokens * _hidden_size(source) * size * (3 if two_streams else 1)  # the dense ones before and after the block
+    kept_tokens = min(tokens, batch) if on_disk else tokens
+    hidden = (
+        kept_tokens * _hidden_size(source) * size * (3 if two_streams else 1)
+    )  # the dense ones before and after the block
     weights = sum(rows * columns for rows, columns in shapes.values())
     unrounded = weights if two_streams else 0
     trained = weights if any(step.two_streams and step.together for step in passes) else 0

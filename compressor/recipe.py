@@ -23,12 +23,14 @@ class Calibration:
     samples: How many.
     seq_len: Tokens of each; null takes what the model was made for, at most 2048.
     seed: Of the order of documents.
+    on_disk: A directory to keep hidden states in instead of memory, for millions of tokens; null keeps them in memory.
     """
 
     source: str = "builtin"
     samples: int = 128
     seq_len: int | None = None
     seed: int = 0
+    on_disk: str | None = None
 
     def __post_init__(self) -> None:
         _positive(samples=self.samples, seq_len=self.seq_len)

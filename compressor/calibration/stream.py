@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.calibration.hidden import Hidden, Keep, shapes
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError
 from compressor.model.source import return_freed_memory
@@ -52,35 +53,38 @@ class CalibrationStream:
     With two streams, `dense[i]` is the same in the dense model, and `targets[i]` what the dense block makes of it.
 
     Args:
-        hidden: What the first block receives.
+        hidden: What the first block receives; the stream overwrites it.
         ranks: Who else has batches.
         device: To compute on.
         two_streams: Some pass compares with the dense model.
         metrics: [D, D] of each block, if some pass weighs errors of its output: see compressor/calibration/sensitivity.py.
+        keep: Puts hidden states where they are to lie.
     """
 
     def __init__(
         self,
-        hidden: Sequence[Tensor],
+        hidden: Hidden,
         ranks: Ranks,
         device: torch.device,
         *,
         two_streams: bool = False,
         metrics: Sequence[Tensor] = (),
+        keep: Keep = list,
     ) -> None:
-        self.hidden, self.ranks, self.device, self.metrics = list(hidden), ranks, device, metrics
-        self.dense = list(hidden) if two_streams else []
-        self.targets: list[Tensor] = []
+        self.ranks, self.device, self.metrics, self.keep = ranks, device, metrics, keep
+        self.hidden = hidden
+        self.dense: Hidden = hidden if two_streams else []  # up to the first block the two streams are one
+        self.targets: Hidden = []
 
     @property
     def tokens(self) -> int:
         """Tokens that this rank sends through a block."""
-        return sum(batch.shape[0] * batch.shape[1] for batch in self.hidden)
+        return sum(shape[0] * shape[1] for shape in shapes(self.hidden))
 
     @torch.no_grad()
     def enter(self, block: Block) -> None:
         """Before the first pass on a block: what the dense one makes of the dense stream, where there is one."""
-        self.targets = [self._sound(block, hidden) for hidden in self.dense]
+        self.targets = self.keep(self._sound(block, hidden) for hidden in self.dense)
 
     @torch.no_grad()
     def collect(

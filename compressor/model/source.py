@@ -16,7 +16,7 @@ import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -34,6 +34,8 @@ from compressor.model.packed import PackedLayers
 from compressor.model.quantization_config import cache_rounding, turned_layers
 from compressor.model.rewritten import Rewriting, Rewritten
 from compressor.types import Arguments, Block, Format, QuantizedTensor
+
+Kept = TypeVar("Kept")
 
 
 class ModelSource:
@@ -188,19 +190,25 @@ class ModelSource:
         biased = getattr(module, "bias", None) is not None
         return self.packing.read(self.names[f"{layer}.weight"], layer, (rows, columns), biased=biased, meta=meta)
 
-    @torch.no_grad()
     def first_inputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """What the first block receives: hidden states [B, S, D], on the CPU, for each batch of tokens [B, S].
 
         What blocks are called with besides is kept for `arguments`.
         """
-        received = []
-        with self._resident(lambda name: not self._is_head(name)):
-            self._check_streams()
+        return self.kept_inputs(batches, list)
+
+    @torch.no_grad()
+    def kept_inputs(self, batches: Sequence[Tensor], keep: Callable[[Iterable[Tensor]], Kept]) -> Kept:
+        """The same, put by `keep` where they are to lie, one batch after the other."""
+
+        def received() -> Iterator[Tensor]:
             for tokens in batches:
                 hidden, self._arguments[tokens.shape[0], tokens.shape[1]] = self._front(tokens.to(self.device))
-                received.append(hidden.cpu())
-        return received
+                yield hidden.cpu()
+
+        with self._resident(lambda name: not self._is_head(name)):
+            self._check_streams()
+            return keep(received())
 
     @torch.no_grad()
     def arguments(self, shape: tuple[int, int]) -> list[Arguments]:

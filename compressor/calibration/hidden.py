@@ -1,0 +1,91 @@
+"""Where the hidden states between two blocks lie: in memory, or in a file, for more text than memory can hold."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from compressor.errors import CalibrationError
+
+Keep = Callable[[Iterable[Tensor]], "Hidden"]  # puts hidden states, on the CPU, where they are to lie
+
+
+class OnDisk(Sequence[Tensor]):
+    """Hidden states of batches in a file without a name, which is gone when this is, or when the process is killed.
+
+    Only the batch that is asked for is in memory, and a change to it does not reach the file.
+
+    Args:
+        directory: Of the file.
+        batches: On the CPU.
+
+    Raises:
+        CalibrationError: (also when a batch is replaced) the file cannot be written.
+    """
+
+    def __init__(self, directory: Path, batches: Iterable[Tensor]) -> None:
+        self.directory = directory
+        self._places: list[tuple[int, torch.Size, torch.dtype]] = []  # first byte, shape, dtype
+        with self._writing():
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - as long as this lives
+        end = 0
+        for batch in batches:
+            self._places.append((end, batch.shape, batch.dtype))
+            self[len(self) - 1] = batch
+            end += batch.nbytes
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Of the batches."""
+        return [shape for _, shape, _ in self._places]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, shape, dtype = self._places[index]
+        values = torch.empty(shape, dtype=dtype)
+        self._file.seek(start)
+        self._file.readinto(values.view(-1).view(torch.uint8).numpy().data)
+        return values
+
+    def __setitem__(self, index: int, batch: Tensor) -> None:
+        start, shape, dtype = self._places[index]
+        assert (batch.shape, batch.dtype) == (shape, dtype)
+        with self._writing():
+            self._file.seek(start)
+            self._file.write(batch.contiguous().view(-1).view(torch.uint8).numpy().data)
+            self._file.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CalibrationError(
+                f"calibration.on_disk: hidden states cannot be kept in {self.directory} ({error}); "
+                "make room there or name another directory"
+            ) from error
+
+
+Hidden = list[Tensor] | OnDisk
+
+
+def shapes(hidden: Hidden) -> list[torch.Size]:
+    """Of the batches, none of which is read."""
+    return hidden.shapes if isinstance(hidden, OnDisk) else [batch.shape for batch in hidden]
+
+
+def keeping(directory: str | None) -> Keep:
+    """What keeps hidden states in a directory, or in memory if there is none."""
+    return list if directory is None else lambda batches: OnDisk(Path(directory), batches)
