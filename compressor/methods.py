@@ -38,7 +38,13 @@ METHODS: Mapping[str, Method] = {
         "channels with large activations scaled up, then rounding to nearest",
         [{"pass": "awq", "search": True}, {"pass": "rtn", "search": True}],
     ),
-    "rotated": Method("residual stream and heads rotated, then gptq", [{"pass": "rotate"}, {"pass": "gptq"}]),
+    "rotated": Method(
+        "residual stream and heads rotated as suits the weights, then gptq",
+        [{"pass": "rotate", "learn": 200}, {"pass": "gptq"}],
+    ),
+    "rotated-learned": Method(
+        "the same, then learned", [{"pass": "rotate", "learn": 200}, {"pass": "gptq"}, {"pass": "learned"}]
+    ),
     "hqq": Method("scales fitted to the weights alone, no calibration", [{"pass": "hqq"}], calibrated=False),
     "rtn": Method("rounding to nearest, no calibration", [{"pass": "rtn"}], calibrated=False),
 }

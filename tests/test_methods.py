@@ -11,6 +11,8 @@ from compressor.methods import METHODS
 from compressor.registry import describe
 from compressor.report import Report
 
+FAST = {"learned": ["steps"], "rotate": ["learn"]}  # what takes long, by pass
+
 
 def names(**options: object) -> list[str]:
     return [step["pass"] for step in describe(api.quantize_recipe(**options).passes)]  # type: ignore[arg-type]
@@ -39,7 +41,9 @@ def test_each_runs_and_all_its_layers_get_the_bits(
         samples=4,
         seq_len=32,
         evaluate=False,
-        changes=["passes.1.steps=2"] if method == "learned" else [],
+        changes=[
+            f"passes.{i}.{key}=2" for i, step in enumerate(METHODS[method].passes) for key in FAST.get(step["pass"], ())
+        ],
     )
     report: Report = api.run(recipe, tiny("llama"), tmp_path / "out", verify=False, device="cpu")
     assert {row.option.removesuffix("-ic") for row in report.rows} == {"int3g32"}

@@ -16,7 +16,7 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="learned, gptq, adadim, awq or rotated (calibrated), hqq or rtn (weights alone). "
+            help="learned, gptq, rotated, rotated-learned, adadim or awq (calibrated), hqq or rtn (weights alone). "
             "[default: learned up to 4 bits, gptq above; hqq with --no-calibration]"
         ),
     ] = None,

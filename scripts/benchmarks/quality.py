@@ -60,6 +60,7 @@ ENTRIES: Mapping[str, Entry] = {
     "compressor gptq": Entry("GPTQ", flags=("--method", "gptq")),
     "compressor awq": Entry("AWQ", flags=("--method", "awq")),
     "compressor rotated": Entry("rotated, GPTQ", flags=("--method", "rotated")),
+    "compressor rotated-learned": Entry("rotated, GPTQ, rounding learned by block", flags=("--method", "rotated-learned")),
     "compressor hqq": Entry("HQQ, no data", flags=("--method", "hqq")),
     "compressor rtn": Entry("rounding, no data", flags=("--method", "rtn")),
     "llmcompressor gptq": Entry("GPTQ", "llmcompressor"),
