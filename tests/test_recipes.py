@@ -14,7 +14,8 @@ QUICK = ["calibration.samples=4", "calibration.seq_len=32", "evaluation.samples=
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_runs(path, tmp_path):
-    trained = [f"passes.{i}.steps=3" for i, step in enumerate(load_recipe(path).passes) if hasattr(step, "steps")]
+    steps = enumerate(load_recipe(path).passes)
+    trained = [f"passes.{i}.{key}=3" for i, step in steps for key in ("steps", "learn") if getattr(step, key, 0)]
     report = api.run(load_recipe(path, QUICK + trained), DEMO_MODEL, tmp_path / "out", device="cpu")
     assert len(report.rows) == 4 * 7
     assert report.quality["kl"] > 0
