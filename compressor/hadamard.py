@@ -11,7 +11,7 @@ Shape suffixes: X anything, N in_features, K size of a block.
 """
 
 from collections.abc import Mapping
-from math import log2
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +46,21 @@ def turned(x_XN: Tensor, size: int, signs: Tensor | None = None) -> Tensor:
         signs: The Sylvester matrix of min(K, 64), of ones and minus ones, in the dtype and on the device of x.
     """
     signs = sylvester(min(size, FACTOR)).to(x_XN) if signs is None else signs
-    factors = [FACTOR] * (round(log2(size)) // round(log2(FACTOR)))
-    rest = size // FACTOR ** len(factors)
     y = x_XN.reshape(-1, size)
-    for factor in [*factors, rest]:  # each turns the last axis and moves it to the front: all come back to their places
-        if factor > 1:
-            y = (y.reshape(len(y), -1, factor) @ (signs[:factor, :factor] * factor**-0.5)).transpose(1, 2).reshape(len(y), -1)
-    return y.reshape(x_XN.shape)
+    for factor in _factors(size):  # each turns the last axis and moves it to the front: all come back to their places
+        matrix = signs[:factor, :factor] * 2.0 ** -(factor.bit_length() // 2)  # exact in every dtype
+        y = (y.reshape(len(y), -1, factor) @ matrix).transpose(1, 2).reshape(len(y), -1)
+    rest = size**-0.5 * prod(2.0 ** (factor.bit_length() // 2) for factor in _factors(size))
+    return (y if rest == 1 else y * rest).reshape(x_XN.shape)
+
+
+def _factors(size: int) -> list[int]:
+    """Sizes of the matrices whose Kronecker product is that of a power of two."""
+    factors = []
+    while size > 1:
+        factors.append(min(size, FACTOR))
+        size //= factors[-1]
+    return factors
 
 
 def turn_inputs(module: nn.Module, blocks: Blocks) -> None:

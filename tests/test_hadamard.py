@@ -51,6 +51,15 @@ class TestProduct:
         matrix = torch.from_numpy(block_diag(*[hadamard(size) / size**0.5] * (width // size)))
         torch.testing.assert_close(turned(x, size), x @ matrix)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("size", [2, 32, 64, 128, 2048])
+    def test_is_rounded_in_half_precision_but_not_scaled(self, size: int, dtype: torch.dtype) -> None:
+        x = torch.randn(200, size, generator=torch.Generator().manual_seed(0)).to(dtype)
+        expected = x.double() @ torch.from_numpy(hadamard(size) / size**0.5)
+        y = turned(x, size).double()
+        assert float((y - expected).norm() / expected.norm()) < torch.finfo(dtype).eps
+        assert abs(float((y * expected).sum() / expected.square().sum()) - 1) < torch.finfo(dtype).eps / 16
+
     @pytest.mark.parametrize(("width", "size"), [(1, 1), (7, 1), (12, 4), (64, 64), (11008, 256), (14336, 2048)])
     def test_the_largest_block_is_the_power_of_two_in_the_width(self, width: int, size: int) -> None:
         assert largest_block(width) == size

@@ -82,8 +82,10 @@ class Rotate:
         Raises:
             RecipeError: the architecture does not allow it.
         """
-        if sizes_only and self.learn:
-            return replace(self, learn=0).rewriting(source)
+        if self.learn:
+            random = replace(self, learn=0).rewriting(source)  # refuses what cannot be rotated before time is spent
+            if sizes_only:
+                return random
         width = int(source.model.config.get_text_config().hidden_size)
         changes = Changes(source)
         norms = residual_norms(source, width)
