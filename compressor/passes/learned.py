@@ -181,7 +181,9 @@ def pieces(inputs: Sequence[Tensor], ranks: Group) -> list[Piece | None]:
     Batch i of all lives on rank i mod world.
     """
     size = samples_of_a_piece(inputs)
-    counts = torch.zeros(ranks.world * (len(inputs) + 1), dtype=torch.int64, device=ranks.device)
+    most = torch.tensor([len(inputs)], device=ranks.device)
+    ranks.max_([most])  # the last ranks may have a batch less
+    counts = torch.zeros(ranks.world * int(most), dtype=torch.int64, device=ranks.device)
     for i, batch in enumerate(inputs):
         counts[ranks.rank + ranks.world * i] = -(-len(batch) // size)
     ranks.sum_([counts])

@@ -23,6 +23,10 @@ SETTINGS = {
     "gptq": FOUR_BATCHES,
     "gptq with an odd number of batches": ("--samples", 48, "--seq-len", 256, *QUICK),
     "gptq against dense activations": (*FOUR_BATCHES, *(x for k in DENSE for x in ("--set", f"passes.0.{k}"))),
+    "rotated, with a short batch more on one rank": (
+        *("--samples", 40, "--seq-len", 256, *QUICK, "--method", "rotated-learned"),
+        *("--set", "passes.0.learn=5", "--set", "passes.2.steps=5"),
+    ),
     "learned": (*FOUR_BATCHES, "--method", "learned", "--set", "passes.1.steps=5"),
     "rtn": ("--method", "rtn", "--no-eval", "--no-verify"),
 }
