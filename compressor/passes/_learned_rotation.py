@@ -21,9 +21,10 @@ from torch import Tensor
 from compressor.model.rewritten import Progress, silent
 from compressor.passes._rotation import Rotation
 
+STRIP = 2**22  # numbers that are in fp64 together
 ANGLE = 0.1  # of the first step: root of the mean square over the directions
 MOMENTUM = 0.9
-Vectors = Callable[[int], Tensor]  # those [X, N] of a step, fp64, by its number; all on one device
+Vectors = Callable[[int], Tensor]  # those [X, N] of a step, by its number, of any length; all on one device
 EACH, LEAST = 4, 4096  # vectors of a step: so many for every dimension, or so many
 
 
@@ -33,10 +34,24 @@ def batch(size: int) -> int:
 
 
 def some_vectors(w_XN: Tensor, count: int, seed: int) -> Tensor:
-    """At most so many rows of a weight, drawn at random, each of mean square one, fp64; rows of zeros are left out."""
-    chosen = w_XN[torch.randperm(len(w_XN), generator=torch.Generator().manual_seed(seed))[:count]].double()
-    scale = chosen.square().mean(1, keepdim=True).sqrt()
-    return (chosen / scale)[scale[:, 0] > 0]
+    """At most so many rows of a weight, drawn at random."""
+    return w_XN[torch.randperm(len(w_XN), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def of_one_length(x_XN: Tensor) -> Tensor:
+    """Vectors scaled to a mean square of one, fp64; zeros are left out."""
+    x_XN = x_XN.double()
+    scale_X1 = x_XN.square().mean(1, keepdim=True).sqrt()
+    return (x_XN / scale_X1)[scale_X1[:, 0] > 0]
+
+
+def gradient(x_XN: Tensor, r_NN: Tensor) -> Tensor:
+    """Of the sum of fourth powers of x R, a quarter, by R."""
+    total_NN = torch.zeros_like(r_NN)
+    for strip in x_XN.split(max(1, STRIP // len(r_NN))):  # what is in fp64 stays small
+        x = of_one_length(strip)
+        total_NN.addmm_(x.T, (x @ r_NN).pow_(3))
+    return total_NN
 
 
 def learned(start: Rotation, vectors: Vectors, steps: int, tell: Progress = silent) -> Rotation:
@@ -49,12 +64,11 @@ def learned(start: Rotation, vectors: Vectors, steps: int, tell: Progress = sile
         tell: Called with progress, ten times.
     """
     x_XN = vectors(0)
-    r_NN = start(torch.eye(x_XN.shape[1])).to(x_XN)
+    r_NN = start(torch.eye(x_XN.shape[1])).to(x_XN.device, torch.float64)
     velocity_NN = torch.zeros_like(r_NN)
     for step in range(steps):
         x_XN = vectors(step) if step else x_XN
-        y_XN = x_XN @ r_NN
-        slope_NN = r_NN.T @ (x_XN.T @ y_XN.pow(3)) / y_XN.numel()
+        slope_NN = r_NN.T @ gradient(x_XN, r_NN)
         velocity_NN = MOMENTUM * velocity_NN + (slope_NN - slope_NN.T)
         angle = ANGLE * (1 + cos(pi * step / steps)) / 2
         pace = velocity_NN.square().sum(1).mean().sqrt().clamp_min(torch.finfo(r_NN.dtype).tiny)

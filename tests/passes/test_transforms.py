@@ -16,7 +16,8 @@ from compressor.errors import RecipeError
 from compressor.formats.int_group import IntGroup
 from compressor.model.feeds import find_feeds
 from compressor.model.source import ModelSource
-from compressor.passes._learned_rotation import learned, some_vectors
+from compressor.passes import _learned_rotation
+from compressor.passes._learned_rotation import gradient, learned, of_one_length, some_vectors
 from compressor.passes._rotation import Rotation
 from compressor.passes.awq import AWQ
 from compressor.passes.rotate import Rotate
@@ -195,7 +196,7 @@ class TestLearnedRotation:
 
     def test_lowers_what_it_is_to_lower_on_vectors_it_never_saw_and_stays_orthogonal(self):
         mixed = torch.randn(4000, 24, generator=torch.Generator().manual_seed(0)) ** 3 @ Rotation.random(24, 7)(torch.eye(24))
-        seen, unseen = mixed[:3000], some_vectors(mixed[3000:], 1000, 0)
+        seen, unseen = mixed[:3000], of_one_length(mixed[3000:])
         start = Rotation.random(24, 0)
         turns = [start, *(learned(start, lambda step: some_vectors(seen, 500, step), steps) for steps in (5, 100))]
         losses = [float(turn(unseen).pow(4).mean()) for turn in turns]
@@ -204,9 +205,23 @@ class TestLearnedRotation:
         torch.testing.assert_close(r @ r.T, torch.eye(24, dtype=torch.float64), rtol=0, atol=1e-6)
 
     def test_takes_vectors_of_one_length(self):
-        x = some_vectors(torch.randn(7, 12) * torch.arange(7)[:, None], 100, 0)
+        x = of_one_length(torch.randn(7, 12) * torch.arange(7)[:, None])
         assert len(x) == 6
         torch.testing.assert_close(x.square().mean(1), torch.ones(6).double())
+
+    def test_depends_on_directions_alone(self):
+        x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)).double()
+        lengths = torch.rand(300, 1, generator=torch.Generator().manual_seed(1)) + 0.1
+        turns = [learned(Rotation.random(8, 0), lambda step, x=x: x, 20)(torch.eye(8)) for x in (x, x * lengths)]
+        torch.testing.assert_close(*turns)
+
+    @pytest.mark.parametrize("strip", [2**22, 60])
+    def test_follows_the_gradient(self, strip, monkeypatch):
+        monkeypatch.setattr(_learned_rotation, "STRIP", strip)
+        x = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0)).double() ** 3
+        r = Rotation.random(6, 0)(torch.eye(6)).double().requires_grad_()
+        (of_one_length(x) @ r).pow(4).sum().backward()
+        torch.testing.assert_close(4 * gradient(x, r.detach()), r.grad)
 
     def test_tells_how_far_it_is(self):
         told = []
