@@ -124,7 +124,7 @@ def run(
 def quantize(
     model: str | Path = ".", out: str | Path | None = None, *, bits: int = 4, tell: Tell = silent, **options: Any
 ) -> Report:
-    """Quantize a model to integers of `bits` bits: `run` with the recipe of `quantize_recipe`.
+    """Quantize a model's weights: `run` with the recipe of `quantize_recipe`.
 
     Args:
         model: Hugging Face model directory.
@@ -140,9 +140,10 @@ def quantize(
 def quantize_recipe(
     bits: int = 4,
     *,
+    fmt: str = methods.INTEGERS,
     method: str | None = None,
     calibrated: bool = True,
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool = True,
     calibration: str | None = None,
     samples: int = 128,
@@ -156,9 +157,10 @@ def quantize_recipe(
 
     Args:
         bits: Width of a code.
-        method: A name in compressor/methods.py; None takes the best for the number of bits.
+        fmt: `int`, or `nvfp4` or `mxfp4`, which have 4 bits and groups of their own.
+        method: A name in compressor/methods.py; None takes the best for the numbers and their bits.
         calibrated: False allows no method that reads text.
-        group_size: Adjacent input channels that share a scale; -1 for whole rows.
+        group_size: Adjacent input channels that share a scale, -1 for whole rows; None takes 128.
         symmetric: False stores zero points, which only this project's loader reads.
         calibration: Where the text comes from; None takes the built-in text.
         samples: Of calibration.
@@ -175,9 +177,9 @@ def quantize_recipe(
         raise RecipeError(
             f"--calibration {calibration} --no-calibration: one asks for what the other rules out; leave out one of the two"
         )
-    options = [{"format": "int_group", "bits": bits, "group_size": group_size, "symmetric": symmetric}]
+    options = [methods.option(fmt, bits, group_size, symmetric=symmetric)]
     data = {
-        "passes": methods.passes(methods.chosen(method, bits, calibrated=calibrated), options, ignore),
+        "passes": methods.passes(methods.chosen(method, bits, fmt, calibrated=calibrated), options, ignore),
         "calibration": {"source": calibration or "builtin", "samples": samples, "seq_len": seq_len, "seed": seed},
         "evaluation": {} if evaluate else None,
     }

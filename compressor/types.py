@@ -85,6 +85,13 @@ class Format(Option, Protocol):
         """The entries of a compressed-tensors scheme that describe the format; None if that layout cannot hold it."""
 
 
+@runtime_checkable
+class Fusable(Format, Protocol):
+    """A format with something that is stored once for a weight, and that engines want equal in layers that they fuse."""
+
+    def beside(self, largest: float) -> Format: ...  # the same, for layers whose largest weight, of all together, this is
+
+
 @dataclass(frozen=True, slots=True)
 class OneOf:
     """Formats that a pass chooses among by itself, from data or from the weights; each can hold every layer of the unit."""

@@ -131,12 +131,12 @@ def some_tokens(batch: int = 2, length: int = 24) -> Tensor:
 
 
 @torch.no_grad()
-def stock_logits(path: Path, tokens: Tensor) -> Tensor:
-    """What transformers alone computes."""
+def stock_logits(path: Path, tokens: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What transformers alone computes, fp32."""
     with stock():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     logits: Tensor = model(tokens, use_cache=False).logits
-    return logits
+    return logits.float()
 
 
 def exact(path: Path) -> PreTrainedModel:

@@ -13,14 +13,17 @@ from compressor.cli._compress import compress
 def quantize(
     model: a.Model = Path(),
     bits: Annotated[int, typer.Option(help="Bits of a weight, 2 to 8.")] = 4,
+    fmt: Annotated[str, typer.Option("--format", help="int; or nvfp4 or mxfp4: 4 bits, floating point, own groups.")] = "int",
     method: Annotated[
         str | None,
         typer.Option(
-            help="learned, gptq, rotated, rotated-learned, adadim or awq (calibrated), hqq or rtn (weights alone). "
-            "[default: learned up to 4 bits, gptq above; hqq with --no-calibration]"
+            help="learned, gptq, rotated, rotated-learned, adadim or awq (calibrated), hqq, search or rtn (weights alone). "
+            "[default: learned for integers up to 4 bits, else gptq; hqq or search with --no-calibration]"
         ),
     ] = None,
-    group_size: Annotated[int, typer.Option(help="Adjacent input channels that share a scale; -1 for a whole row.")] = 128,
+    group_size: Annotated[
+        int | None, typer.Option(help="Adjacent input channels that share a scale; -1 for a whole row. [default: 128]")
+    ] = None,
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="Store zero points too. Then only compressor.load reads the result.")
     ] = False,
@@ -49,18 +52,19 @@ def quantize(
     device: a.Device = None,
     dtype: a.Dtype = None,
 ) -> None:
-    """Quantize the weights of MODEL to integers.
+    """Quantize the weights of MODEL to integers, or to 4-bit floating-point numbers.
 
     The result loads in stock transformers and vLLM (compressed-tensors layout), and comes with its quality against the
     original.
 
-    Example: `compress quantize --bits 4 model/`
+    Example: `compress quantize --bits 4 model/`, or `compress quantize --format nvfp4 model/`
     """
     from compressor.api import quantize_recipe
     from compressor.recipe import to_yaml
 
     recipe = quantize_recipe(
         bits,
+        fmt=fmt,
         method=method,
         calibrated=not no_calibration,
         group_size=group_size,

@@ -16,6 +16,8 @@ from compressor import registry
 from compressor.errors import RecipeError, SourceError
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import PER_TOKEN, IntGroup
+from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.nvfp4 import NVFP4
 from compressor.hadamard import Blocks, largest_block
 from compressor.kv_cache import CacheRounding, read_scheme
 from compressor.model.gptq_config import AUTO_ROUND, GPTQ, Reader, auto_round_reader, gptq_reader, refuse_set, write_gptq
@@ -31,6 +33,7 @@ STOCK_NEEDS = {
     AUTO_ROUND: ("auto-round",),
 }  # packages
 LAYOUTS = {"pack-quantized": True, "int-quantized": False}  # of compressed-tensors; whether codes are packed
+FLOATS: Mapping[str, Format] = {"nvfp4-pack-quantized": NVFP4(), "mxfp4-pack-quantized": MXFP4()}
 STRATEGIES = ("group", "channel")
 
 
@@ -189,11 +192,13 @@ def _compressed_tensors_reader(config: Mapping[str, Any], where: str) -> Reader:
 def _from_group(group: Mapping[str, Any], where: str) -> Format:
     weights = group.get("weights") or {}
     layout = group.get("format") or "pack-quantized"
+    if layout in FLOATS:
+        return _float(layout, group, where)
     ordered = weights.get("actorder") not in (*STATIC, None, False)
     if layout not in LAYOUTS or ordered:
         raise SourceError(
             f"{where}: quantized as {layout} with actorder {weights.get('actorder')}; "
-            f"only {' and '.join(LAYOUTS)} without a stored order can be read"
+            f"only {', '.join((*LAYOUTS, *FLOATS))} without a stored order can be read"
         )
     if weights.get("type") != "int" or weights.get("strategy") not in STRATEGIES:
         raise SourceError(
@@ -207,6 +212,24 @@ def _from_group(group: Mapping[str, Any], where: str) -> Format:
         packed=LAYOUTS[layout],
         activations=_activations(group, where),
     )
+
+
+def _float(layout: str, group: Mapping[str, Any], where: str) -> Format:
+    """A layout of 4-bit floating-point numbers, of which there is one kind each."""
+    fmt = FLOATS[layout]
+    known = (fmt.compressed_tensors() or {})["weights"]
+    keys = ("num_bits", "type", "strategy", "group_size")
+    weights = group.get("weights") or {}
+    if any(weights.get(key) != known[key] for key in keys):
+        found = "/".join(str(weights.get(key)) for key in keys)
+        raise SourceError(
+            f"{where}: {layout} of {found} cannot be read; only {'/'.join(str(known[key]) for key in keys)} can"
+        )
+    if group.get("input_activations") or group.get("output_activations"):
+        raise SourceError(
+            f"{where}: {layout} with quantized activations, which are not computed here; use a checkpoint with weights alone"
+        )
+    return fmt
 
 
 def _activations(group: Mapping[str, Any], where: str) -> Literal["int8"] | None:

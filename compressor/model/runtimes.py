@@ -11,6 +11,8 @@ from typing import Any
 from compressor.activations import rounds_inputs
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
+from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.nvfp4 import NVFP4
 from compressor.model.architecture import FLATTENING, fused_groups, linear_layers
 from compressor.model.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.source import ModelSource
@@ -77,6 +79,11 @@ def rounds_activations(source: ModelSource) -> bool:
     return any(rounds_inputs(fmt) for fmt in source.packed().values())
 
 
+def stock_dtype(source: ModelSource) -> str:
+    """What transformers has to compute in: compressed-tensors makes bfloat16 of 4-bit floating-point numbers, always."""
+    return "bfloat16" if any(isinstance(fmt, NVFP4 | MXFP4) for fmt in source.packed().values()) else "float32"
+
+
 def _cache_obstacles(source: ModelSource) -> Iterator[str]:
     """What keeps engines from rounding keys and values as the model was calibrated for."""
     if source.cache is not None and source.cache.kv_cache != "fp8":
@@ -97,6 +104,8 @@ def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Ite
         schemes = {packed[layer].label if layer in packed else "dense" for layer in layers}
         if len(schemes) > 1:
             yield f"{group}: its layers are fused, which must be stored alike, but are {' and '.join(sorted(schemes))}"
+        elif len({_divisor(source, layer) for layer in layers if isinstance(packed.get(layer), NVFP4)}) > 1:
+            yield f"{group}: its layers are fused, and the largest weight_global_scale taken for all, but theirs differ"
     for layer, fmt in packed.items():
         if isinstance(fmt, IntGroup) and fmt.activations:
             yield from (f"{layer}: {obstacle}" for obstacle in _rounding_obstacles(fmt))
@@ -107,6 +116,10 @@ def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Ite
             yield f"{layer}: a byte for each code is taken with activations of 8 bits only"
         if isinstance(fmt, GptqInt) and (fmt.bits not in KERNEL_BITS or not fmt.symmetric):
             yield f"{layer}: stored as {fmt.label}, of which the kernels take {_list(KERNEL_BITS)} bits without zero points"
+
+
+def _divisor(source: ModelSource, layer: str) -> float:
+    return float(source.checkpoint.read(source.beside(f"{layer}.weight_global_scale")))
 
 
 def _rounding_obstacles(fmt: IntGroup) -> Iterator[str]:

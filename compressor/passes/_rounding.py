@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressor.model.architecture import check_pattern, fused_groups, matches
 from compressor.registry import named, node
-from compressor.types import Block, Format, Grid, Outcome
+from compressor.types import Block, Format, Fusable, Grid, Outcome
 
 
 @node
@@ -50,7 +50,13 @@ class WeightRounding:
     def formats(self, block: Block, choice: Mapping[str, Format]) -> dict[str, Format]:
         """The format of each layer of the chosen units."""
         units = self.units(block)
-        return {name: fmt for unit, fmt in choice.items() for name in units[unit]}
+        found: dict[str, Format] = {}
+        for unit, fmt in choice.items():
+            alike: Format = fmt
+            if isinstance(fmt, Fusable):
+                alike = fmt.beside(max(float(block.weight(name).abs().max()) for name in units[unit]))
+            found |= dict.fromkeys(units[unit], alike)
+        return found
 
 
 def rounded(block: Block, formats: Mapping[str, Format], fit: Callable[[Format, Tensor], Grid]) -> Outcome:

@@ -18,7 +18,7 @@ from compressor.errors import SourceError
 from compressor.evaluation.predict import final_hidden
 from compressor.model.memory import available_memory, parameters
 from compressor.model.quantization_config import OWN, STOCK_NEEDS
-from compressor.model.runtimes import per_tensor, rounds_activations
+from compressor.model.runtimes import per_tensor, rounds_activations, stock_dtype
 from compressor.model.source import ModelSource
 from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
 from compressor.verification.manifest import MANIFEST, Manifest
@@ -60,7 +60,8 @@ def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | No
     _check_memory(source)
     tokens_1S = probe_tokens(source) if tokens is None else tokens
     _check_tokens(source, tokens_1S)
-    stock = _ask(directory, tokens_1S)
+    dtype = stock_dtype(source)
+    stock = _ask(directory, dtype, tokens_1S)
     known = {name.rpartition(".")[0] for name in source.names.values()}
     problems = [
         f"{directory}: transformers finds no tensor for {key} and draws it at random" for key in stock["missing_keys"]
@@ -77,7 +78,8 @@ def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | No
     except SourceError as error:
         raise NotCheckedError(f"it finds every key, but its logits have none of ours to be compared with: {error}") from error
     record = Record.of(tokens_1S, source.dtype, ours_SV)
-    return _judge(record.difference(stock["logits"]), source, f"{directory}: log-probabilities of transformers", "ours")
+    found = record.difference(stock["logits"])
+    return _judge(found, source, f"{directory}: log-probabilities of transformers", "ours", dtype)
 
 
 def streamed_logits(source: ModelSource, tokens_1S: Tensor, progress: Progress) -> Tensor:
@@ -94,8 +96,8 @@ def streamed_logits(source: ModelSource, tokens_1S: Tensor, progress: Progress) 
     return logits_1SV[0]
 
 
-def _judge(found: float, source: ModelSource, whose: str, compared: str) -> str:
-    dtype = str(source.dtype).removeprefix("torch.")
+def _judge(found: float, source: ModelSource, whose: str, compared: str, dtype: str = "float32") -> str:
+    dtype = max(dtype, str(source.dtype).removeprefix("torch."), key=lambda name: LIMITS[name])
     limit = max(LIMITS[dtype], ROUNDED if rounds_activations(source) or source.cache is not None else 0.0)
     if not found <= limit:
         raise WrongError(
@@ -121,13 +123,13 @@ def _check_memory(source: ModelSource) -> None:
         )
 
 
-def _ask(directory: Path, tokens_1S: Tensor) -> dict[str, Any]:
+def _ask(directory: Path, dtype: str, tokens_1S: Tensor) -> dict[str, Any]:
     """What transformers answers in a process that cannot import this package, on the CPU."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
     with tempfile.TemporaryDirectory() as place:
         answer = Path(place) / "answer.pt"
         tokens = map(str, tokens_1S[0].tolist())
-        command = [sys.executable, "-P", str(STOCK), str(directory), str(answer), *tokens]
+        command = [sys.executable, "-P", str(STOCK), str(directory), str(answer), dtype, *tokens]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False)
         if done.returncode < 0:
             raise NotCheckedError(f"it was ended by signal {-done.returncode}, most likely for lack of memory")
