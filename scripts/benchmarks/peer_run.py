@@ -61,8 +61,8 @@ def texts(path: str) -> Iterator[str]:
             yield row["text"]
 
 
-def tensors(model: str) -> dict[str, tuple[int, int]]:
-    """Bytes and elements of every tensor in a directory's safetensors files."""
+def tensors(model: str) -> dict[str, tuple[int, list[int]]]:
+    """Bytes and shape of every tensor in a directory's safetensors files."""
     found = {}
     for path in sorted(Path(model).glob("*.safetensors")):
         with path.open("rb") as file:
@@ -70,14 +70,14 @@ def tensors(model: str) -> dict[str, tuple[int, int]]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            found[name] = end - begin, math.prod(entry["shape"])
+            found[name] = end - begin, entry["shape"]
     return found
 
 
 def bits_per_weight(dense: str, quantized: str) -> float | None:
-    """Stored bits of the quantized layers, per dense weight; None if the result is in files of another kind.
+    """Stored bits of the linear layers of all blocks, per dense weight; None if the result is in files of another kind.
 
-    A layer is quantized if its tensors, those under its name, are others than the dense model's.
+    A layer that the tool passed over counts as it is stored.
     """
     before, after = tensors(dense), tensors(quantized)
     if not after:
@@ -87,12 +87,15 @@ def bits_per_weight(dense: str, quantized: str) -> float | None:
         layer, _, part = name.rpartition(".")
         parts.setdefault(layer, {})[part] = nbytes
     stored = weights = 0
-    for name, (_, elements) in before.items():
+    quantized_any = False
+    for name, (_, shape) in before.items():
         layer, _, part = name.rpartition(".")
-        if part == "weight" and layer in parts and not set(parts[layer]) <= {"weight", "bias"}:
+        in_block = any(piece.isdecimal() for piece in layer.split("."))
+        if part == "weight" and in_block and len(shape) == 2 and layer in parts:
             stored += sum(nbytes for part, nbytes in parts[layer].items() if part != "bias")
-            weights += elements
-    if not weights:
+            weights += math.prod(shape)
+            quantized_any |= not set(parts[layer]) <= {"weight", "bias"}
+    if not quantized_any:
         raise ValueError("it left every layer dense; see its log, and whether --group-size divides the layers' inputs")
     return 8 * stored / weights
 
