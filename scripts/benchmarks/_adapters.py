@@ -4,10 +4,12 @@ Needs torch, transformers and the one peer, nothing of `compressor`.
 """
 
 import importlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,34 +68,42 @@ class Adapter(ABC):
 class LlmCompressor(Adapter):
     """GPTQ or AWQ of llm-compressor, block by block (its `sequential` pipeline).
 
-    Options: `method`, gptq (default) or awq; `symmetric`, without which zero points are stored too, true by default.
+    Options: `method`, gptq (default), awq or rtn; `symmetric`, without which zero points are stored too, true by default;
+    `format`, nvfp4 or mxfp4, the tool's scheme for which then stands instead of integers.
     """
 
     package = "llmcompressor"
 
     def load(self, tokenizer: Any) -> None:
         self.oneshot = importlib.import_module("llmcompressor").oneshot
-        schemes = importlib.import_module("compressed_tensors.quantization")
-        size = self.job.group_size
-        groups = {"strategy": "group", "group_size": size} if size != -1 else {"strategy": "channel"}
-        symmetric = self.job.options.get("symmetric", True)
-        weights = schemes.QuantizationArgs(num_bits=self.job.bits, type="int", symmetric=symmetric, **groups)
-        scheme = schemes.QuantizationScheme(targets=["Linear"], weights=weights)
-        self.recipe = self.modifiers({"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]})
+        self.recipe = self.modifiers({**self.numbers(), "ignore": ["lm_head"]})
         dataset = importlib.import_module("datasets").Dataset
         rows = self.job.rows
         self.data = dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
         self.model = self.job.dense(self.job.dtype)
 
+    def numbers(self) -> dict[str, Any]:
+        """What the weights are to be stored as."""
+        if "format" in self.job.options:
+            return {"scheme": f"{self.job.options['format'].upper()}A16", "targets": "Linear"}
+        schemes = importlib.import_module("compressed_tensors.quantization")
+        size = self.job.group_size
+        groups = {"strategy": "group", "group_size": size} if size != -1 else {"strategy": "channel"}
+        symmetric = self.job.options.get("symmetric", True)
+        weights = schemes.QuantizationArgs(num_bits=self.job.bits, type="int", symmetric=symmetric, **groups)
+        return {"config_groups": {"group_0": schemes.QuantizationScheme(targets=["Linear"], weights=weights)}}
+
     def modifiers(self, grid: dict[str, Any]) -> list[Any]:
         """The method; AWQ with the search that the tool's own examples ask for."""
         if self.job.options.get("method", "gptq") == "gptq":
             return [importlib.import_module("llmcompressor.modifiers.gptq").GPTQModifier(**grid)]
+        rounding = importlib.import_module("llmcompressor.modifiers.quantization").QuantizationModifier
+        if self.job.options["method"] == "rtn":
+            return [rounding(**grid)]
         # Its AWQ pins memory for transfers to a GPU, which fails where there is none; it makes no difference to the result.
         if not torch.cuda.is_available():
             importlib.import_module("llmcompressor.pipelines.cache").IntermediatesCache.pin_memory = lambda *_, **__: None
         awq = importlib.import_module("llmcompressor.modifiers.transform.awq").AWQModifier
-        rounding = importlib.import_module("llmcompressor.modifiers.quantization").QuantizationModifier
         return [awq(duo_scaling="both"), rounding(**grid)]
 
     def quantize(self) -> None:
@@ -191,8 +201,17 @@ class Hqq(Adapter):
 
 
 def read_stock(out: str) -> Any:
-    """What stock transformers, with compressed-tensors beside it, makes of a directory."""
-    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    """What stock transformers, with compressed-tensors beside it, makes of a directory, in fp32.
+
+    Of 4-bit floating-point numbers it makes bf16 ones, which hold them exactly, at the first forward.
+    """
+    config = json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))
+    floats = "fp4" in config.get("quantization_config", {}).get("format", "")
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16 if floats else torch.float32).eval()
+    if floats:
+        model(torch.zeros(1, 1, dtype=torch.long))
+        torch.nn.Module.float(model)  # which transformers refuses to a model that was packed
+    return model
 
 
 def read_gptqmodel(out: str) -> Any:

@@ -30,6 +30,7 @@ from _process import BENCH, WAITING, RunError, Usage, execute, tell
 
 HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"
+INTEGERS = "int"
 DOCUMENTS = 120  # scored of each evaluation file
 DOCUMENT_TOKENS = 256
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
@@ -68,6 +69,7 @@ class Settings:
     timeout: float
     rows: Path  # what `draw` wrote
     threads: int | None = None  # of OpenMP; None leaves it to the environment
+    fmt: str = INTEGERS  # of the weights; others than integers have bits and groups of their own
 
     def protocol(self) -> dict[str, Any]:
         """For the record, without paths."""
@@ -78,7 +80,8 @@ class Settings:
         }
         rest = {key: getattr(self, key) for key in ("samples", "seq_len", "dtype", "threads")}
         waiting = {key.lower(): os.environ.get(key, value) for key, value in WAITING.items()}
-        return {**named, **rest, "documents": DOCUMENTS, "document_tokens": DOCUMENT_TOKENS, **waiting}
+        numbers = {} if self.fmt == INTEGERS else {"format": self.fmt}
+        return {**named, **rest, "documents": DOCUMENTS, "document_tokens": DOCUMENT_TOKENS, **waiting, **numbers}
 
 
 def draw(model: Path, calibration: Path, samples: int, seq_len: int, rows: Path) -> None:
@@ -190,9 +193,10 @@ class Ours(Contestant):
     def quantize(self, samples: int, label: str) -> Run:
         s = self.settings
         report = self.scratch / "report.json"
+        integers = {"--bits": s.bits, "--group-size": s.group_size}
+        numbers = integers if s.fmt == INTEGERS else {"--format": s.fmt}
         options: dict[str, object] = {
-            "--bits": s.bits,
-            "--group-size": s.group_size,
+            **numbers,
             "--calibration": s.calibration,
             "--samples": samples,
             "--seq-len": s.seq_len,
@@ -226,7 +230,8 @@ class Peer(Contestant):
         method: str | None = None,
         options: Mapping[str, Any] = NO_OPTIONS,
     ) -> None:
-        self.tool, self.package, self.options = tool, PEERS[tool], options
+        self.tool, self.package = tool, PEERS[tool]
+        self.options = options if settings.fmt == INTEGERS else {**options, "format": settings.fmt}
         super().__init__(name, method or self.package.method, settings, scratch)
         self.venv = BENCH / "venvs" / tool
         self.python = self.venv / "bin" / "python"

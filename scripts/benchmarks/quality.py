@@ -1,14 +1,15 @@
 """What is lost, by us and by other tools, on one model: KL divergence, perplexity and seconds at equal bits, in one table.
 
     scripts/bench quality MODEL --calibration FILE.jsonl --eval FILE.jsonl [--eval FILE2.jsonl] [--bits 4 3 2]
-        [--group-size 128 64] [--samples 128] [--seq-len 256] [--threads 1] [--only NAME …] [--again NAME …] [--out FILE.json]
+        [--group-size 128 64] [--format int|nvfp4|mxfp4] [--samples 128] [--seq-len 256] [--threads 1]
+        [--only NAME …] [--again NAME …] [--out FILE.json]
 
 Every contestant quantizes once at every setting, in a process of its own, with the same calibration tokens and number of
 threads, and is judged on text that calibration did not see; `_contestants.py` says how, and what the seconds are.
 
-A result is kept in FILE.json as soon as it is there, benchmarks/quality-MODEL.json if not named; a second start only does
-what is missing (a contestant that failed has its result: its error) and then shows the whole table. `--again` does all of
-one contestant again. `--only`, `--bits` and `--group-size` say what to run; nothing else is forgotten.
+A result is kept in FILE.json as soon as it is there, benchmarks/quality-MODEL[-FORMAT].json if not named; a second start
+only does what is missing (a contestant that failed has its result: its error) and then shows the whole table. `--again` does
+all of one contestant again. `--only`, `--bits` and `--group-size` say what to run; nothing else is forgotten.
 
 Below the table, our default is set beside the peer that loses least. CPU seconds, of the whole process with its start, are
 those of a machine with nothing else to do if there is one thread; where they are far below the seconds, the machine was busy.
@@ -28,11 +29,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _contestants import Contestant, Ours, Peer, Settings, draw
+from _contestants import INTEGERS, Contestant, Ours, Peer, Settings, draw
 from _process import BENCH, RunError, machine, tell
 from rich.console import Console
 from rich.table import Table
 
+FLOATS = {"nvfp4": 16, "mxfp4": 32}  # with the size of their groups
+PASSED_OVER = 1.5  # times our bits per weight: a peer with more left layers dense
 MOST = 0.85  # of the best peer's KL that our default may have
 OURS = "compressor"  # with its default method
 Result = dict[str, Any]  # of one contestant at one setting
@@ -47,6 +50,8 @@ class Entry:
     tool: str = ""  # empty: ours
     flags: tuple[str, ...] = ()  # ours
     options: tuple[tuple[str, Any], ...] = ()  # a peer's, for its adapter
+    floats: bool = False  # it knows nvfp4 and mxfp4
+    integers: bool = True
 
     def contestant(self, name: str, settings: Settings, scratch: Path) -> Contestant:
         """Ready to run."""
@@ -56,14 +61,18 @@ class Entry:
 
 
 ENTRIES: Mapping[str, Entry] = {
-    OURS: Entry("our default"),
+    OURS: Entry("our default", floats=True),
     "compressor gptq": Entry("GPTQ", flags=("--method", "gptq")),
     "compressor awq": Entry("AWQ", flags=("--method", "awq")),
-    "compressor rotated": Entry("rotated, GPTQ", flags=("--method", "rotated")),
+    "compressor rotated": Entry("rotated, GPTQ", flags=("--method", "rotated"), floats=True),
     "compressor rotated-learned": Entry("rotated, GPTQ, rounding learned by block", flags=("--method", "rotated-learned")),
     "compressor hqq": Entry("HQQ, no data", flags=("--method", "hqq")),
-    "compressor rtn": Entry("rounding, no data", flags=("--method", "rtn")),
-    "llmcompressor gptq": Entry("GPTQ", "llmcompressor"),
+    "compressor search": Entry("rounding, scales searched, no data", flags=("--method", "search"), floats=True),
+    "compressor rtn": Entry("rounding, no data", flags=("--method", "rtn"), floats=True),
+    "llmcompressor gptq": Entry("GPTQ", "llmcompressor", floats=True),
+    "llmcompressor rtn": Entry(
+        "rounding, no data", "llmcompressor", options=(("method", "rtn"),), floats=True, integers=False
+    ),
     "llmcompressor awq": Entry("AWQ", "llmcompressor", options=(("method", "awq"),)),
     "llmcompressor awq asym": Entry("AWQ, zero points", "llmcompressor", options=(("method", "awq"), ("symmetric", False))),
     "gptqmodel": Entry("GPTQ", "gptqmodel"),
@@ -122,12 +131,17 @@ def measure(key: Key, contestant: Contestant) -> Result:
 
 
 def verdicts(results: Mapping[Key, Result]) -> list[Result]:
-    """Our default beside the best peer, at each setting where both have finished."""
+    """Our default beside the best peer, at each setting where both have finished.
+
+    A peer that stores half as much again does not count: it passed layers over.
+    """
     found = []
     for bits, group_size in dict.fromkeys(key[1:] for key in results):
         ours = results.get((OURS, bits, group_size))
         peers = [r for (name, *setting), r in results.items() if ENTRIES[name].tool and setting == [bits, group_size]]
         finished = [peer for peer in peers if peer["error"] is None]
+        if ours is not None and ours["error"] is None:
+            finished = [peer for peer in finished if peer["bits_per_weight"] <= PASSED_OVER * ours["bits_per_weight"]]
         if ours is None or not finished:
             continue
         best = min(finished, key=lambda peer: float(peer["kl"]))
@@ -232,6 +246,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--eval", type=Path, nargs="+", action="extend", required=True, help="the same, unseen in calibration"
     )
+    parser.add_argument("--format", choices=[INTEGERS, *FLOATS], default=INTEGERS, help="others than int: no further choice")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, nargs="+", default=[128, 64], help="-1: one scale per row")
     parser.add_argument("--samples", type=int, default=128)
@@ -245,6 +260,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if not (options.model / "config.json").is_file():
         parser.error(f"{options.model}: no config.json here; MODEL is a Hugging Face model directory")
+    if options.format != INTEGERS:
+        options.bits, options.group_size = [4], [FLOATS[options.format]]
     for path in (options.calibration, *options.eval):
         if not path.is_file():
             parser.error(f"{path}: no such file; give a .jsonl file whose lines have a `text` field")
@@ -270,6 +287,7 @@ def main() -> int:
                 bits=bits,
                 group_size=group_size,
                 rows=rows,
+                fmt=options.format,
                 **{key: getattr(options, key) for key in ("samples", "seq_len", "dtype", "timeout", "threads")},
             )
             for bits in options.bits
@@ -278,12 +296,15 @@ def main() -> int:
         tokens = json.loads(rows.read_text(encoding="utf-8"))["sha256"]
         protocol = next(iter(settings.values())).protocol() | {"tokens_sha256": tokens}
         try:
-            store = Store(options.out or BENCH.parent / "benchmarks" / f"quality-{model.name}.json", protocol)
+            name = model.name if options.format == INTEGERS else f"{model.name}-{options.format}"
+            store = Store(options.out or BENCH.parent / "benchmarks" / f"quality-{name}.json", protocol)
         except RunError as error:
             tell(str(error))
             return 2
         known = store.results()
-        wanted = [(name, *chosen) for chosen in settings for name in ENTRIES if name in options.only or name in options.again]
+        able = [name for name, entry in ENTRIES.items() if (entry.integers if options.format == INTEGERS else entry.floats)]
+        asked = [name for name in able if name in options.only or name in options.again]
+        wanted = [(name, *chosen) for chosen in settings for name in asked]
         compete([key for key in wanted if key not in known or key[0] in options.again], store, settings, Path(place))
     complaints = show(store.results(), model.name)
     for words in complaints:
