@@ -79,8 +79,8 @@ class E8M0:
         return scale.to(torch.float8_e8m0fnu)
 
     def ceiling(self, largest: Tensor) -> Tensor:
-        """As the specification has it: the power of two of the largest weight goes to that of the largest number, 4."""
-        return torch.frexp(largest.clamp_min(2.0**self.least))[1] - 3
+        """The power of two that puts the largest weight in 3.5 … 7: the specification's 4 … 8 would cut off more of it."""
+        return torch.frexp(largest.clamp_min(2.0**self.least) * (8 / 7))[1] - 3
 
 
 def nearest_codes(x: Tensor) -> Tensor:

@@ -113,7 +113,14 @@ class TestFit:
             squared_error(fmt, some_weight(), search=s).unflatten(1, (-1, size)).sum(-1) for s in (True, False)
         )
         assert (searched <= ranged).all()
-        assert searched.sum() < {"nvfp4": 0.9, "mxfp4": 0.95}[fmt.label] * ranged.sum()
+        assert searched.sum() < {"nvfp4": 0.9, "mxfp4": 0.99}[fmt.label] * ranged.sum()
+
+    def test_from_the_range_a_largest_weight_is_cut_off_by_a_seventh_at_most(self, fmt: Format) -> None:
+        weight = some_weight(256) * torch.linspace(0.1, 10, 256)[:, None]
+        grid = fmt.fit(weight, search=False)
+        largest = weight.unflatten(1, (-1, grid.group_size)).abs().amax(-1)  # type: ignore[attr-defined]
+        held = 6 * grid.scale_OG * grid.factor / largest  # type: ignore[attr-defined]
+        assert 6 / 7 - 1e-6 < held.min() < held.max() < 2 * 6 / 7 + 1e-6
 
     def test_zeros_stay_zero(self, fmt: Format) -> None:
         weight = some_weight()
@@ -217,7 +224,7 @@ class TestRuns:
             report = api.run(make_recipe(data), tiny("llama"), tmp_path / "out", device="cpu", verify=False, overwrite=True)
             assert report.quality is not None
             errors.append(report.quality["kl"])
-        assert errors[0] > errors[1] > errors[2]
+        assert errors[2] < 0.95 * min(errors[:2])
 
 
 class TestFusedLayers:
