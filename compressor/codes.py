@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.floats import Minifloat
+
 
 @dataclass(frozen=True, slots=True)
 class IntCodes:
@@ -30,15 +32,18 @@ class IntCodes:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp4Codes:
-    """E2M1 numbers (sign, two bits of exponent, one of mantissa: 0 .5 1 1.5 2 3 4 6) with one scale per group.
+class FloatCodes:
+    """Floating-point numbers of at most 8 bits with scales shared by blocks of the weight.
 
-    w[o, i] = e2m1(codes[o, i]) * scale[o, i // b] * factor
+    w[o, i] = element(codes[o, i]) * scale[o // a, i // b] * factor,  scale being [O' / a, I / b], O' the next multiple of a
     """
 
-    codes_OI: Tensor  # uint8, 0 … 15, the sign in bit 3
-    scale_OG: Tensor  # float8_e4m3fn (NVFP4, b = 16), float8_e8m0fnu (MXFP4, b = 32), or bf16 with G = 1 (LLM-FP4)
+    element: Minifloat
+    codes_OI: Tensor  # uint8
+    scale: Tensor  # as it is stored: float8_e4m3fn, float8_e8m0fnu, bf16 or fp32
     factor: float = 1.0  # of the whole weight
+    rows: int = 1  # a
+    inputs: float | None = None  # what activations are rounded to multiples of, where that is fixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class DenseCodes:
     w_OI: Tensor  # bf16
 
 
-Codes = IntCodes | Fp4Codes | VectorCodes | SignCodes | DenseCodes
+Codes = IntCodes | FloatCodes | VectorCodes | SignCodes | DenseCodes
 
 
 def shape(codes: Codes) -> tuple[int, int]:
@@ -80,7 +85,7 @@ def shape(codes: Codes) -> tuple[int, int]:
     match codes:
         case IntCodes():
             rows, columns = codes.codes_OI.shape
-        case Fp4Codes():
+        case FloatCodes():
             rows, columns = codes.codes_OI.shape
         case VectorCodes():
             rows, columns = 8 * codes.index_VI.shape[0], codes.index_VI.shape[1]
@@ -89,9 +94,6 @@ def shape(codes: Codes) -> tuple[int, int]:
         case DenseCodes():
             rows, columns = codes.w_OI.shape
     return rows, columns
-
-
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def values(codes: Codes) -> Tensor:
@@ -106,11 +108,11 @@ def values(codes: Codes) -> Tensor:
             if codes.order_I is None:
                 return weight
             return torch.empty_like(weight).index_copy_(1, codes.order_I, weight)
-        case Fp4Codes():
-            table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.codes_OI.device)
-            elements = table[codes.codes_OI.int()].unflatten(1, (codes.scale_OG.shape[1], -1))
-            scaled: Tensor = elements * (codes.scale_OG.float() * codes.factor)[..., None]
-            return scaled.flatten(1)
+        case FloatCodes():
+            elements = codes.element.decode(codes.codes_OI)
+            scale = (codes.scale.float() * codes.factor).repeat_interleave(codes.rows, 0)[: len(elements), :, None]
+            elements.unflatten(1, (codes.scale.shape[1], -1)).mul_(scale)
+            return elements
         case VectorCodes():
             vectors = codes.codebook.float()[codes.index_VI]  # [V, I, 8]
             if codes.residual is not None and codes.residual_index_VI is not None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from compressor.activations import Seen
 from compressor.kernels.cuda import sources
 from compressor.kernels.layouts import Layout, layout_for
 from compressor.kv_cache import CacheRounding
@@ -19,7 +20,7 @@ from compressor.model.writer import Workspace, copy_other_files, writing
 from compressor.plan import describe_plan, settled, stored_formats, total_bits
 from compressor.recipe import Recipe, to_yaml
 from compressor.report import Report
-from compressor.types import Format, Plan
+from compressor.types import Contextual, Format, Plan
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record
 
@@ -70,7 +71,8 @@ def layouts_of(formats: Mapping[str, Format], source: ModelSource) -> list[Layou
     found = {}
     for fmt, shape in dict.fromkeys((fmt, shapes[layer]) for layer, fmt in formats.items()):
         nothing = torch.zeros(shape)
-        grid = fmt.fit(nothing, search=False)
+        known = fmt.within(1.0, Seen.nothing()) if isinstance(fmt, Contextual) else fmt
+        grid = known.fit(nothing, search=False)
         layout = layout_for(fmt.codes(grid.pack(grid.round(nothing, 0))))
         if layout is not None:
             found[layout.name] = layout

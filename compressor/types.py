@@ -3,14 +3,14 @@
 Shape suffixes: O out_features, I in_features, T tokens, B samples of a batch, S sequence, D hidden, C adjacent columns.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from compressor.activations import rounded_inputs, rounds_inputs
+from compressor.activations import InputRounding, Seen, input_rounding, rounded_inputs
 from compressor.codes import Codes
 from compressor.errors import SourceError
 from compressor.kv_cache import CacheScales, rounded_cache
@@ -86,10 +86,18 @@ class Format(Option, Protocol):
 
 
 @runtime_checkable
-class Fusable(Format, Protocol):
-    """A format with something that is stored once for a weight, and that engines want equal in layers that they fuse."""
+class Contextual(Format, Protocol):
+    """A format with something that is stored once for a weight and hangs on more than the weight."""
 
-    def beside(self, largest: float) -> Format: ...  # the same, for layers whose largest weight, of all together, this is
+    @property
+    def static_inputs(self) -> bool: ...  # it rounds activations by a number found in calibration
+    def within(self, largest: float, seen: Seen | None) -> Format:
+        """The same, for layers that engines fuse, and want equal in what is stored once.
+
+        Args:
+            largest: The largest weight of all of them, in magnitude.
+            seen: What they read, where `static_inputs` asks for it.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +165,7 @@ class Block:
     arguments: Callable[[tuple[int, int]], Arguments]  # by the (B, S) of the hidden states
     installed: dict[str, Stored] = field(default_factory=dict)
     unrounded: dict[str, Tensor] | None = None  # [O, I] of the layers that were packed, before that; None: not kept
-    rounded: Set[str] = frozenset()  # layers that round what they multiply by (compressor/activations.py)
+    rounded: Mapping[str, InputRounding] = field(default_factory=dict)  # layers that round what they multiply by
     cache: CacheScales | None = None  # how it rounds keys and values (compressor/kv_cache.py)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of its dense parameters in the checkpoint
 
@@ -194,7 +202,7 @@ class Block:
     def dense_forward(self, hidden_BSD: Tensor) -> Tensor:
         """What `forward` would return had nothing been packed; what else passes changed, norms say, counts."""
         assert self.unrounded is not None
-        return replace(self, rounded=frozenset(), cache=None).forward(hidden_BSD, self.unrounded)
+        return replace(self, rounded={}, cache=None).forward(hidden_BSD, self.unrounded)
 
     def install(self, edits: Edits) -> None:
         """Adopt new weights: their values and how they round activations for later forwards, what is stored for the writer.
@@ -206,8 +214,9 @@ class Block:
                 self.unrounded.setdefault(name, self.weight(name))
             self._set(name, dense(new))
             self.installed[name] = new
-            rounds = isinstance(new, QuantizedTensor) and rounds_inputs(new.format)
-            self.rounded = self.rounded | {name} if rounds else self.rounded - {name}
+            how = input_rounding(new.format, new.parts.__getitem__) if isinstance(new, QuantizedTensor) else None
+            others = {layer: known for layer, known in self.rounded.items() if layer != name}
+            self.rounded = others if how is None else {**others, name: how}
 
     def settle(self) -> None:
         """Round what passes made and left dense to the dtype it is stored in: later blocks see what will be read back."""

@@ -1,4 +1,4 @@
-"""Activations of 8 bits: what is rounded, written and read. The oracle is compressed-tensors, alone and in transformers."""
+"""Rounded activations: what is computed, written and read. The oracle is compressed-tensors, alone and in transformers."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +14,35 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import api
-from compressor.activations import round_inputs, round_tokens, token_scales
+from compressor.activations import (
+    SCHEMES,
+    FixedScale,
+    FloatTokens,
+    Seen,
+    round_inputs,
+    round_tokens,
+    rounding,
+    scales,
+    static_part,
+    token_scales,
+    way,
+)
+from compressor.calibration.stats import Spread
 from compressor.errors import SourceError
-from compressor.formats.int_group import PER_TOKEN, IntGroup
+from compressor.floats import Minifloat
+from compressor.formats.float_group import FloatGroup
+from compressor.formats.fp8 import FP8
+from compressor.formats.int_group import IntGroup
+from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.mxfp8 import MXFP8
+from compressor.formats.nvfp4 import NVFP4
 from compressor.inspection import inspect_model
 from compressor.model import quantization_config
+from compressor.model.runtimes import stock_dtype
 from compressor.model.source import ModelSource
 from compressor.recipe import make_recipe
 from compressor.runtime.linear import PackedWeight
+from compressor.types import Format
 from compressor.verification.loaders import streamed_logits
 from compressor.verification.verify import verify
 
@@ -37,6 +58,21 @@ FORMATS = {
     "w8a8 with zero points": IntGroup(bits=8, group_size=-1, symmetric=False, packed=False, activations="int8"),
 }
 
+FLOATS: list[Format] = [
+    NVFP4(activations="nvfp4"),
+    NVFP4(activations="fp8"),
+    MXFP4(activations="mxfp4"),
+    MXFP4(activations="mxfp8"),
+    MXFP8(),
+    MXFP8(activations="mxfp8"),
+    FP8(scales="tensor"),
+    FP8(scales="tensor", activations="fp8-static"),
+    FP8(scales="channel", activations="fp8"),
+    FP8(scales="block", activations="fp8-block"),
+    FloatGroup(exponent=2, mantissa=1, activations="e2m1-tensor"),
+    FloatGroup(exponent=3, mantissa=2, group_size=64, activations="e4m3-token"),
+]
+
 
 @pytest.fixture(autouse=True)
 def no_gradients() -> Iterator[None]:
@@ -48,8 +84,9 @@ def no_gradients() -> Iterator[None]:
 def quantized(tiny: Tiny, tmp_path: Path) -> Callable[..., Path]:
     """`quantized(fmt, family)`: a tiny model with every layer in a format."""
 
-    def make(fmt: IntGroup, family: str = "llama") -> Path:
-        recipe = make_recipe({"passes": [{"pass": "rtn", "options": [fmt]}], "evaluation": None})
+    def make(fmt: Format, family: str = "llama") -> Path:
+        calibration = {"samples": 4, "seq_len": 32}
+        recipe = make_recipe({"passes": [{"pass": "rtn", "options": [fmt]}], "calibration": calibration, "evaluation": None})
         out = tmp_path / f"{family}-{fmt.label}"
         api.run(recipe, tiny(family), out, device="cpu", verify=False)
         return out
@@ -65,11 +102,14 @@ def activations(*shape: int) -> Tensor:
     return x
 
 
-def theirs(x_BSI: Tensor) -> Tensor:
+def theirs(x_BSI: Tensor, name: str = "int8", stored: float = 1.0) -> Tensor:
     """What compressed-tensors makes of activations."""
-    arguments = QuantizationArgs(**PER_TOKEN)
-    scale, zero = compute_dynamic_scales_and_zp(x_BSI, arguments, nn.Linear(1, 1))
-    return fake_quantize(x_BSI, scale, zero, arguments)
+    arguments = QuantizationArgs(**SCHEMES[name])
+    if not arguments.dynamic:
+        return fake_quantize(x_BSI, torch.tensor([stored]), torch.zeros(1), arguments)
+    divisor = torch.tensor([stored]) if name == "nvfp4" else None
+    scale, zero = compute_dynamic_scales_and_zp(x_BSI, arguments, nn.Linear(1, 1), global_scale=divisor)
+    return fake_quantize(x_BSI, scale, zero, arguments, global_scale=divisor)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -81,6 +121,37 @@ class TestRounding:
     def test_it_is_that_of_compressed_tensors_bit_for_bit(self) -> None:
         x = activations(3, 40, 200)
         assert torch.equal(round_tokens(x), theirs(x))
+
+    @pytest.mark.parametrize("name", SCHEMES)
+    @pytest.mark.parametrize("stored", [0.01, 0.3, 20.0])
+    def test_so_are_all_that_it_knows(self, name: str, stored: float) -> None:
+        """A group whose NVFP4 scale rounds to zero it gives a scale of 1/8, by which all of it becomes zero nearly always."""
+        x = activations(3, 40, 256)
+        found, expected = rounding(name, lambda part: torch.tensor([stored]))(x), theirs(x, name, stored)
+        if name == "nvfp4" and stored == 0.01:
+            assert not found[expected == 0].any()
+        else:
+            assert torch.equal(found, expected)
+
+    def test_zeros_stay_zeros(self) -> None:
+        for name in SCHEMES:
+            assert not rounding(name, lambda part: torch.ones(1))(torch.zeros(2, 3, 256)).any()
+
+    @pytest.mark.parametrize("name", ["e2m1", "e1m2", "e3m0", "e4m3"])
+    def test_numbers_of_any_kind_are_the_nearest_of_them(self, name: str) -> None:
+        """Oracle: all distances."""
+        x, element = activations(1, 10, 64), Minifloat.parse(name)
+        numbers = torch.tensor([*element.magnitudes, *(-m for m in element.magnitudes)])
+        scale = x.abs().amax(-1, keepdim=True) / element.largest
+        scale[scale == 0] = 1
+        for rounds, steps in ((FloatTokens(element), scale), (FixedScale(element, 0.7), torch.tensor(0.7))):
+            nearest = (numbers * steps[..., None] - x[..., None]).abs().amin(-1)
+            torch.testing.assert_close((rounds(x) - x).abs(), nearest, rtol=1e-5, atol=1e-6)
+
+    def test_what_is_stored_has_its_name(self) -> None:
+        found = {name: static_part(name) for name in (*SCHEMES, "e2m1-token", "e2m1-tensor")}
+        named = {name: part for name, part in found.items() if part is not None}
+        assert named == {"fp8-static": "input_scale", "nvfp4": "input_global_scale", "e2m1-tensor": "input_scale"}
 
     def test_numbers_are_within_half_a_step_but_for_the_largest(self) -> None:
         """Of 256 steps there is one less above zero than below."""
@@ -100,7 +171,7 @@ class TestRounding:
     def test_a_module_rounds_until_the_handles_are_removed(self) -> None:
         model, x = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 4)), activations(2, 5, 16)
         before = model(x)
-        handles = round_inputs(model, ["0"])
+        handles = round_inputs(model, {"0": round_tokens})
         assert torch.equal(model(x), model[1](nn.functional.linear(theirs(x), model[0].weight, model[0].bias)))
         for handle in handles:
             handle.remove()
@@ -108,18 +179,30 @@ class TestRounding:
 
 
 class TestConfig:
-    @pytest.mark.parametrize(("fmt", "preset"), [(W8A8, "W8A8"), (W4A8, "W4A8")])
-    def test_schemes_are_the_presets_of_compressed_tensors(self, fmt: IntGroup, preset: str) -> None:
+    @pytest.mark.parametrize(
+        ("fmt", "preset"),
+        [
+            (W8A8, "W8A8"),
+            (W4A8, "W4A8"),
+            (NVFP4(activations="nvfp4"), "NVFP4"),
+            (MXFP4(activations="mxfp4"), "MXFP4"),
+            (MXFP8(activations="mxfp8"), "MXFP8"),
+            (FP8(scales="tensor", activations="fp8-static"), "FP8"),
+            (FP8(scales="channel", activations="fp8"), "FP8_DYNAMIC"),
+            (FP8(scales="block", activations="fp8-block"), "FP8_BLOCK"),
+        ],
+    )
+    def test_schemes_are_the_presets_of_compressed_tensors(self, fmt: Format, preset: str) -> None:
         config = quantization_config.write({"layer": fmt}, ["layer"], [])
         group, known = config["config_groups"]["group_0"], preset_name_to_scheme(preset, ["Linear"])
         for key, expected in (("input_activations", known.input_activations), ("weights", known.weights)):
             found = QuantizationArgs(**group[key])
-            for name in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder"):
+            for name in ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic", "actorder", "scale_dtype"):
                 assert getattr(found, name) == getattr(expected, name), (key, name)
         assert group["output_activations"] is None
 
-    @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-    def test_what_is_written_is_read_back(self, fmt: IntGroup) -> None:
+    @pytest.mark.parametrize("fmt", [*FORMATS.values(), *FLOATS], ids=lambda fmt: fmt.label)
+    def test_what_is_written_is_read_back(self, fmt: Format) -> None:
         for formats in ({"a": fmt}, {"a": fmt, "b": IntGroup()}):
             config = {"quantization_config": quantization_config.write(formats, ["a", "b"], [])}
             read = quantization_config.reader(config, "here")
@@ -136,7 +219,7 @@ class TestConfig:
         ("change", "kind"),
         [
             ({"dynamic": False, "strategy": "tensor"}, "8 int tensor static"),
-            ({"dynamic": "local"}, "8 int token static"),
+            ({"dynamic": "local"}, "8 int token dynamic"),
             ({"symmetric": False}, "8 int token asymmetric dynamic"),
             ({"num_bits": 4}, "4 int token dynamic"),
             ({"type": "float"}, "8 float token dynamic"),
@@ -152,7 +235,7 @@ class TestConfig:
 
     def test_quantized_outputs_are_refused(self) -> None:
         config = quantization_config.write({"layer": W8A8}, ["layer"], [])
-        config["config_groups"]["group_0"]["output_activations"] = dict(PER_TOKEN)
+        config["config_groups"]["group_0"]["output_activations"] = dict(SCHEMES["int8"])
         with pytest.raises(SourceError, match=r"^here: the outputs of layers are quantized"):
             quantization_config.reader({"quantization_config": config}, "here")
 
@@ -265,3 +348,95 @@ class TestInspection:
     def test_what_others_load(self, fmt: IntGroup, names: set[str], quantized: Callable[..., Path]) -> None:
         found = {runtime.name for runtime in inspect_model(quantized(fmt)).runtimes if runtime.loads}
         assert found == names | {"compressor"}
+
+
+class TestFloats:
+    @pytest.mark.parametrize("fmt", FLOATS, ids=lambda fmt: fmt.label)
+    def test_all_loaders_compute_the_same(self, fmt: Format, quantized: Callable[..., Path]) -> None:
+        """Streamed as in every evaluation, whole, packed in memory, and through from_pretrained; and stock transformers."""
+        path, tokens, cpu = quantized(fmt), some_tokens(1, 40), torch.device("cpu")
+        expected = streamed_logits(ModelSource(path, cpu), tokens, lambda done, total, what: None)[None]
+        whole = compressor.load(path, dtype=torch.float32, dense=True)
+        ours = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for module in ours.modules():
+            if isinstance(module, PackedWeight):
+                module.kernel = "reference"
+        for found in (whole(tokens).logits, exact(path)(tokens).logits, ours(tokens).logits):
+            assert difference(found, expected) < SLIPS
+        if fmt.compressed_tensors() is not None:
+            dtype = getattr(torch, stock_dtype(ModelSource(path, cpu)))
+            here = compressor.load(path, dtype=dtype, dense=True)
+            assert (
+                difference(stock_logits(path, tokens, dtype), here(tokens).logits)
+                < (6 if dtype is torch.bfloat16 else 1) * SLIPS
+            )
+
+    @pytest.mark.parametrize("fmt", FLOATS, ids=lambda fmt: fmt.label)
+    def test_a_loaded_model_is_saved_as_it_was(self, fmt: Format, quantized: Callable[..., Path], tmp_path: Path) -> None:
+        path = quantized(fmt)
+        compressor.load(path).save_pretrained(tmp_path / "again")
+        before, after = tensors(path), tensors(tmp_path / "again")
+        packed = {name for name in before if "_proj." in name}
+        assert packed <= after.keys()
+        assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in packed)
+
+    @pytest.mark.parametrize("fmt", [fmt for fmt in FLOATS if way(fmt) is not None], ids=lambda fmt: fmt.label)
+    def test_rounding_makes_a_difference(self, fmt: Format, quantized: Callable[..., Path]) -> None:
+        path, tokens = quantized(fmt), some_tokens(1, 40)
+        model = compressor.load(path, dtype=torch.float32, dense=True)
+        rounded = model(tokens).logits
+        for module in model.modules():
+            module._forward_pre_hooks.clear()
+        assert difference(model(tokens).logits, rounded) > SLIPS / 20
+
+    @pytest.mark.parametrize("part", ["input_scale", "input_global_scale"])
+    def test_layers_that_read_the_same_share_what_is_stored(self, part: str, quantized: Callable[..., Path]) -> None:
+        fmt = FP8(scales="channel", activations="fp8-static") if part == "input_scale" else NVFP4(activations="nvfp4")
+        found = tensors(quantized(fmt))
+        of = {layer: float(found[f"model.layers.0.{layer}_proj.{part}"]) for layer in
+              ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}  # fmt: skip
+        assert of["self_attn.q"] == of["self_attn.k"] == of["self_attn.v"]
+        assert of["mlp.gate"] == of["mlp.up"]
+        assert len(set(of.values())) > 1
+
+    def test_without_calibration_a_number_that_it_has_to_find_is_missed(self, tiny: Tiny, tmp_path: Path) -> None:
+        """`adadim_rtn` can be told to read no text; it reads some nevertheless where a format asks for it."""
+        data = {
+            "passes": [{"pass": "rtn", "options": [NVFP4(activations="nvfp4")]}],
+            "calibration": {"samples": 2, "seq_len": 16},
+        }
+        report = api.run(
+            make_recipe({**data, "evaluation": None}), tiny("llama"), tmp_path / "out", device="cpu", verify=False
+        )
+        assert report is not None
+        assert all(float(t) > 0 for n, t in tensors(tmp_path / "out").items() if n.endswith("input_global_scale"))
+
+    @pytest.mark.parametrize("number", [0.0, float("nan"), float("inf"), -1.0])
+    def test_a_number_by_which_nothing_can_be_rounded_is_refused(self, number: float, quantized: Callable[..., Path]) -> None:
+        path = quantized(NVFP4(activations="nvfp4"))
+        layer = "model.layers.0.mlp.down_proj.input_global_scale"
+        change_tensors(path, lambda all_: all_.update({layer: torch.tensor([number])}))
+        with pytest.raises(SourceError, match=r"input_global_scale is .* by which nothing can be divided"):
+            ModelSource(path, torch.device("cpu")).block(0)
+
+    @pytest.mark.parametrize("wrong", ["e2m1", "e9m1-token", "fp4-token", "int4-tensor"])
+    def test_other_ways_are_refused(self, wrong: str) -> None:
+        with pytest.raises(ValueError, match=r"says not by which scale|is no kind of number|make 3 to 8 bits"):
+            FloatGroup(activations=wrong)
+
+    def test_a_kind_is_chosen_by_the_error_it_leaves(self) -> None:
+        """Oracle: rounding the activations themselves, by every kind and scale."""
+        x = activations(4, 200, 32).flatten(0, 1)
+        counted = Spread(32, torch.device("cpu"))
+        counted.update(x)
+        energy = torch.rand(32, generator=torch.Generator().manual_seed(1))
+        seen = Seen(counted.value, energy)
+        kinds = [Minifloat.parse(name) for name in ("e2m1", "e1m2", "e3m0")]
+        element, scale = seen.best(kinds)
+
+        def cost(element: Minifloat, scale: float) -> float:
+            return float(((FixedScale(element, scale)(x) - x).square().mean(0) * energy).sum())
+
+        least = min(cost(kind, tried) for kind in kinds for tried in scales(kind, float(x.abs().max())))
+        assert cost(element, scale) < 1.03 * least
+        assert seen.cost(element, scale) == pytest.approx(cost(element, scale), rel=0.03)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from compressor.magnitudes import BINS, Magnitudes, bins
 from compressor.types import Group
 
 
@@ -65,6 +66,29 @@ class Peak:
     def merge(self, ranks: Group) -> None:
         """Look at those of other ranks."""
         ranks.max_([self.value])
+
+
+class Spread:
+    """How often each channel of a layer's input has each magnitude."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.counts_IB = torch.zeros(in_features, BINS, dtype=torch.int64, device=device)
+
+    def update(self, x_TI: Tensor) -> None:
+        """Count the inputs of T tokens."""
+        channel = torch.arange(x_TI.shape[1], device=x_TI.device) * BINS
+        self.counts_IB += torch.bincount((bins(x_TI) + channel).flatten(), minlength=self.counts_IB.numel()).view_as(
+            self.counts_IB
+        )
+
+    def merge(self, ranks: Group) -> None:
+        """Count those of other ranks."""
+        ranks.sum_([self.counts_IB])
+
+    @property
+    def value(self) -> Magnitudes:
+        """Of all tokens."""
+        return Magnitudes(self.counts_IB)
 
 
 class Mismatch:

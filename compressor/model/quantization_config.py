@@ -10,13 +10,16 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from compressor import registry
+from compressor.activations import SCHEMES
 from compressor.errors import RecipeError, SourceError
+from compressor.formats.fp8 import FP8
 from compressor.formats.gptq_int import GptqInt
-from compressor.formats.int_group import PER_TOKEN, IntGroup
+from compressor.formats.int_group import IntGroup
 from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
 from compressor.hadamard import Blocks, largest_block
 from compressor.kv_cache import CacheRounding, read_scheme
@@ -33,7 +36,18 @@ STOCK_NEEDS = {
     AUTO_ROUND: ("auto-round",),
 }  # packages
 LAYOUTS = {"pack-quantized": True, "int-quantized": False}  # of compressed-tensors; whether codes are packed
-FLOATS: Mapping[str, Format] = {"nvfp4-pack-quantized": NVFP4(), "mxfp4-pack-quantized": MXFP4()}
+FLOATS: Mapping[str, Sequence[NVFP4 | MXFP4 | MXFP8 | FP8]] = {
+    "nvfp4-pack-quantized": [NVFP4(), NVFP4(activations="nvfp4"), NVFP4(activations="fp8")],
+    "mxfp4-pack-quantized": [MXFP4(), MXFP4(activations="mxfp4"), MXFP4(activations="mxfp8")],
+    "mxfp8-quantized": [MXFP8(), MXFP8(activations="mxfp8")],
+    "float-quantized": [
+        FP8(scales=scales, activations=way)
+        for scales in ("tensor", "channel", "block")
+        for way in (None, "fp8", "fp8-block", "fp8-static")
+    ],
+}  # the layouts of numbers of a kind each: all that can be read
+WEIGHTS = ("num_bits", "type", "strategy", "group_size", "block_structure")  # what tells numbers apart
+INPUTS = ("num_bits", "type", "symmetric", "strategy", "group_size", "dynamic")
 STRATEGIES = ("group", "channel")
 
 
@@ -210,44 +224,44 @@ def _from_group(group: Mapping[str, Any], where: str) -> Format:
         group_size=weights.get("group_size") or -1,
         symmetric=weights.get("symmetric", True),
         packed=LAYOUTS[layout],
-        activations=_activations(group, where),
+        activations="int8" if _activations(group, ["int8"], where) else None,
     )
 
 
 def _float(layout: str, group: Mapping[str, Any], where: str) -> Format:
-    """A layout of 4-bit floating-point numbers, of which there is one kind each."""
-    fmt = FLOATS[layout]
-    known = (fmt.compressed_tensors() or {})["weights"]
-    keys = ("num_bits", "type", "strategy", "group_size")
-    weights = group.get("weights") or {}
-    if any(weights.get(key) != known[key] for key in keys):
-        found = "/".join(str(weights.get(key)) for key in keys)
-        raise SourceError(
-            f"{where}: {layout} of {found} cannot be read; only {'/'.join(str(known[key]) for key in keys)} can"
+    """The format of floating-point numbers that would be written as this group."""
+    variants = [(fmt, fmt.compressed_tensors() or {}) for fmt in FLOATS[layout]]
+    alike = [(fmt, known) for fmt, known in variants if _says(group.get("weights") or {}, known["weights"], WEIGHTS)]
+    if not alike:
+        found = "/".join(str((group.get("weights") or {}).get(key)) for key in WEIGHTS)
+        known = " or ".join(
+            dict.fromkeys("/".join(str(known["weights"].get(key)) for key in WEIGHTS) for _, known in variants)
         )
-    if group.get("input_activations") or group.get("output_activations"):
-        raise SourceError(
-            f"{where}: {layout} with quantized activations, which are not computed here; use a checkpoint with weights alone"
-        )
-    return fmt
+        raise SourceError(f"{where}: {layout} of {found} cannot be read; only {known} can")
+    name = _activations(group, [fmt.activations for fmt, _ in alike], where)
+    return next(fmt for fmt, _ in alike if fmt.activations == name)
 
 
-def _activations(group: Mapping[str, Any], where: str) -> Literal["int8"] | None:
-    """How a group of layers rounds what it multiplies by."""
+def _says(given: Mapping[str, Any], known: Mapping[str, Any], keys: Iterable[str]) -> bool:
+    """Whether two descriptions of numbers are the same in what matters."""
+    return all(given.get(key) == known.get(key) for key in keys)
+
+
+def _activations(group: Mapping[str, Any], ways: Iterable[str | None], where: str) -> str | None:
+    """Which of some ways a group of layers rounds what it multiplies by."""
     if group.get("output_activations"):
         raise SourceError(f"{where}: the outputs of layers are quantized, which is not computed here; use another checkpoint")
     given = group.get("input_activations")
     if not given:
         return None
     given = {"num_bits": 8, "type": "int", "symmetric": True, **given}  # what is left out means this
-    if any(given.get(key) != value for key, value in PER_TOKEN.items()):
-        kind = " ".join(str(given.get(key)) for key in ("num_bits", "type", "strategy"))
-        how = ("" if given.get("symmetric") else "asymmetric ") + ("dynamic" if given.get("dynamic") is True else "static")
-        raise SourceError(
-            f"{where}: activations are quantized as {kind} {how}, which is not computed here; "
-            "only those of 8 symmetric bits per token, dynamic, can be"
-        )
-    return "int8"
+    known = {name: SCHEMES[name] for name in ways if name is not None}
+    if (found := next((name for name, scheme in known.items() if _says(given, scheme, INPUTS)), None)) is not None:
+        return found
+    kind = " ".join(str(given.get(key)) for key in ("num_bits", "type", "strategy"))
+    how = ("" if given.get("symmetric") else "asymmetric ") + ("static" if given.get("dynamic") is False else "dynamic")
+    able = " or ".join(" ".join(str(scheme[key]) for key in ("num_bits", "type", "strategy")) for scheme in known.values())
+    raise SourceError(f"{where}: activations are quantized as {kind} {how}, which is not computed here; only {able} can be")
 
 
 def _matches(target: str, layer: str) -> bool:

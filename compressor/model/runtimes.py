@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compressor.activations import rounds_inputs
+from compressor.activations import way
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
 from compressor.model.architecture import FLATTENING, fused_groups, linear_layers
 from compressor.model.quantization_config import OWN, STOCK_NEEDS
@@ -76,12 +77,12 @@ def _stock_obstacles(packed: Mapping[str, Format]) -> Iterator[str]:
 
 def rounds_activations(source: ModelSource) -> bool:
     """Whether some layer rounds what it multiplies by."""
-    return any(rounds_inputs(fmt) for fmt in source.packed().values())
+    return any(way(fmt) is not None for fmt in source.packed().values())
 
 
 def stock_dtype(source: ModelSource) -> str:
-    """What transformers has to compute in: compressed-tensors makes bfloat16 of 4-bit floating-point numbers, always."""
-    return "bfloat16" if any(isinstance(fmt, NVFP4 | MXFP4) for fmt in source.packed().values()) else "float32"
+    """What transformers has to compute in: compressed-tensors makes bfloat16 of these numbers, always."""
+    return "bfloat16" if any(isinstance(fmt, NVFP4 | MXFP4 | MXFP8) for fmt in source.packed().values()) else "float32"
 
 
 def _cache_obstacles(source: ModelSource) -> Iterator[str]:

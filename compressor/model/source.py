@@ -14,6 +14,7 @@ Shape suffixes: B samples of a batch, S sequence, D hidden, V vocabulary.
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from compressor.activations import round_inputs, rounds_inputs
+from compressor.activations import InputRounding, input_rounding, round_inputs
 from compressor.errors import SourceError
 from compressor.hadamard import Blocks, turn_inputs
 from compressor.kv_cache import KEYS, VALUES, CacheScales, attach, attentions
@@ -88,7 +89,7 @@ class ModelSource:
             module,
             layers,
             lambda shape: self.arguments(shape)[index],
-            rounded=self._rounded(prefix, layers),
+            rounded=self._rounded(prefix, layers) if load else {},
             dtypes=self._dtypes(prefix, module),
             cache=self._cache(prefix, module) if load else None,
         )
@@ -98,11 +99,21 @@ class ModelSource:
         stored = {name: self.names[f"{prefix}.{name}"] for name, _ in module.named_parameters()}
         return {name: self.checkpoint.headers[at].dtype for name, at in stored.items() if at not in self.packing}
 
-    def _rounded(self, prefix: str, layers: Iterable[str]) -> frozenset[str]:
-        """The layers of a block that lie in a format for rounded activations."""
-        stored = {name: self.names[f"{prefix}.{name}.weight"] for name in layers}
-        packed = {name: at for name, at in stored.items() if at in self.packing}
-        return frozenset(n for n, at in packed.items() if rounds_inputs(self.packing.format(at, f"{prefix}.{n}")))
+    def _rounded(self, prefix: str, layers: Iterable[str]) -> dict[str, InputRounding]:
+        """The layers of a block that round what they multiply by, and how."""
+        found = {}
+        for name in layers:
+            stored, layer = self.names[f"{prefix}.{name}.weight"], f"{prefix}.{name}"
+            if stored not in self.packing:
+                continue
+            read = partial(self._part, layer)
+            if (how := input_rounding(self.packing.format(stored, layer), read)) is not None:
+                found[name] = how
+        return found
+
+    def _part(self, layer: str, part: str) -> Tensor:
+        """What is stored beside the weight of a layer."""
+        return self.checkpoint.read(self.beside(f"{layer}.{part}"))
 
     def _turn(self, more: Blocks) -> Blocks:
         """Have layers be given turned activations: those of the checkpoint, and more."""
@@ -162,9 +173,9 @@ class ModelSource:
         """
         for index, module in enumerate(self.layers):
             prefix = f"{self.prefix}.{index}"
+            self._load(module, prefix, linear)
             if linear is None:
                 round_inputs(module, self._rounded(prefix, linear_layers(module)))
-            self._load(module, prefix, linear)
             if (cache := self._cache(prefix, module)) is not None:
                 for name, scales in cache.scales.items():
                     attach(module.get_submodule(name), cache.rounding, *scales)

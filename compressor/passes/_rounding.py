@@ -1,14 +1,16 @@
 """What all passes that round weights have in common: the formats on offer and the layers they are for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
+from compressor.activations import Seen
+from compressor.calibration.stats import Spread
 from compressor.model.architecture import check_pattern, fused_groups, matches
 from compressor.registry import named, node
-from compressor.types import Block, Format, Fusable, Grid, Outcome
+from compressor.types import Accumulator, Block, Contextual, Format, Grid, OneOf, Outcome, Stats
 
 
 @node
@@ -40,6 +42,11 @@ class WeightRounding:
     def two_streams(self) -> bool:
         return False
 
+    @property
+    def looks(self) -> tuple[type[Accumulator], ...]:
+        """What has to be known of the layers' inputs because of how some option rounds them."""
+        return (Spread,) if any(isinstance(fmt, Contextual) and fmt.static_inputs for fmt in self.options) else ()
+
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
         """Units of a block: layers that are fused when served are stored alike."""
         full = {name: f"{block.prefix}.{name}" for name in block.layers}
@@ -47,30 +54,40 @@ class WeightRounding:
             name for name in block.layers if matches(full[name], self.layers) and not matches(full[name], self.ignore)
         )
 
-    def formats(self, block: Block, choice: Mapping[str, Format]) -> dict[str, Format]:
-        """The format of each layer of the chosen units."""
+    def formats(self, block: Block, stats: Stats, choice: Mapping[str, Format | OneOf]) -> dict[str, tuple[Format, ...]]:
+        """The formats that each layer of the chosen units may have: one, unless the pass chooses by itself."""
         units = self.units(block)
-        found: dict[str, Format] = {}
-        for unit, fmt in choice.items():
-            alike: Format = fmt
-            if isinstance(fmt, Fusable):
-                alike = fmt.beside(max(float(block.weight(name).abs().max()) for name in units[unit]))
-            found |= dict.fromkeys(units[unit], alike)
+        found: dict[str, tuple[Format, ...]] = {}
+        for unit, option in choice.items():
+            offered = option.formats if isinstance(option, OneOf) else (option,)
+            found |= dict.fromkeys(units[unit], tuple(_within(fmt, block, stats, units[unit]) for fmt in offered))
         return found
 
 
-def rounded(block: Block, formats: Mapping[str, Format], fit: Callable[[Format, Tensor], Grid]) -> Outcome:
+def _within(fmt: Format, block: Block, stats: Stats, layers: Sequence[str]) -> Format:
+    """A format for layers that are fused."""
+    if not isinstance(fmt, Contextual):
+        return fmt
+    weights = [block.weight(name) for name in layers]
+    seen = None
+    if fmt.static_inputs:
+        energy = torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
+        seen = Seen(stats[layers[0], Spread].value, energy)
+    return fmt.within(max(float(w.abs().max()) for w in weights), seen)
+
+
+def rounded(block: Block, formats: Mapping[str, tuple[Format, ...]], fit: Callable[[Format, Tensor], Grid]) -> Outcome:
     """Round layers to the nearest values of their grids.
 
     Args:
         block: Holds the layers.
-        formats: By layer.
+        formats: One for each layer.
         fit: Makes the grid of a format for a weight, fp32 [O, I].
 
     Returns: errors are relative to the weights.
     """
     edits, errors = {}, {}
-    for name, fmt in formats.items():
+    for name, (fmt,) in formats.items():
         weight = block.weight(name).float()
         grid = fit(fmt, weight)
         edits[name] = grid.pack(grid.round(weight, 0))

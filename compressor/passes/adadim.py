@@ -19,11 +19,8 @@ Shape suffixes: O out_features, I in_features.
 
 from typing import ClassVar
 
-from torch import Tensor
-
-from compressor.passes.gptq import GPTQ, Factor
+from compressor.passes.gptq import GPTQ
 from compressor.registry import node
-from compressor.types import Format, OneOf, QuantizedTensor
 
 
 @node
@@ -31,12 +28,6 @@ class AdaDim(GPTQ):
     """GPTQ in the format that serves each layer best: fields as of `gptq`, two options or more."""
 
     chooses: ClassVar[bool] = True
-
-    def solve(self, w_OI: Tensor, fmt: Format | OneOf, h_II: Tensor, factor: Factor) -> tuple[QuantizedTensor, float]:
-        """A weight in the format, of those that it may have, with the least loss; the first of several."""
-        formats = fmt.formats if isinstance(fmt, OneOf) else (fmt,)
-        tried = [super(AdaDim, self).solve(w_OI, one, h_II, factor) for one in formats]
-        return min(tried, key=lambda found: found[1])
 
 
 EXPORT = AdaDim

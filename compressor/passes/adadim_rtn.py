@@ -32,11 +32,10 @@ class AdaDimRTN(WeightRounding):
     @property
     def needs(self) -> tuple[type[Accumulator], ...]:
         """The Hessian, or nothing."""
-        return (Hessian,) if self.calibrated else ()
+        return (Hessian, *self.looks) if self.calibrated else self.looks
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, OneOf]) -> Outcome:
-        units = self.units(block)
-        formats = {name: option.formats for unit, option in choice.items() for name in units[unit]}
+        formats = self.formats(block, stats, choice)
         edits: dict[str, Stored] = {}
         errors: dict[str, float] = {}
         for layers in stats.taps(formats):

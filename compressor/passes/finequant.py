@@ -58,7 +58,7 @@ class FineQuant(HQQ):
             except ValueError as error:
                 raise RecipeError(f"{block.prefix}: budget_bits_per_weight {self.budget_bits_per_weight}: {error}") from error
             taken = {unit: spent[unit] for unit in choice}
-        return rounded(block, self.formats(block, taken), self.fit)
+        return rounded(block, self.formats(block, stats, taken), self.fit)
 
     def _ladder(self, block: Block, layers: Sequence[str]) -> list["Rung"]:
         """The options that can hold a unit's layers, from the fewest stored bits to the most."""

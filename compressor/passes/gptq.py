@@ -29,6 +29,7 @@ from compressor.types import (
     Block,
     Format,
     Grid,
+    OneOf,
     Outcome,
     PairedAccumulator,
     QuantizedTensor,
@@ -83,18 +84,18 @@ class GPTQ(WeightRounding):
 
     @property
     def needs(self) -> tuple[type[Accumulator | PairedAccumulator], ...]:
-        return (Hessian, Mismatch) if self.two_streams else (Hessian,)
+        return (Hessian, Mismatch, *self.looks) if self.two_streams else (Hessian, *self.looks)
 
     @property
     def two_streams(self) -> bool:
         return self.asymmetric_calibration > 0
 
-    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        option_of = self.formats(block, choice)
+    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format | OneOf]) -> Outcome:
+        offered = self.formats(block, stats, choice)
         edits: dict[str, Stored] = {}
         errors: dict[str, float] = {}
         warnings: list[str] = []
-        for layers in stats.taps(option_of):
+        for layers in stats.taps(offered):
             where = f"{block.prefix}.{layers[0]}"
             h_II = stats[layers[0], Hessian].value
             factors = [self._factor(where, h_II, stats[layers[0], Hessian].count, damp) for damp in self.damps]
@@ -106,7 +107,7 @@ class GPTQ(WeightRounding):
                 if self.two_streams:
                     moved = correction(weight, stats[name, Mismatch].value, factors[0])
                     weight = weight.add(moved, alpha=self.asymmetric_calibration)
-                tried = (self.solve(weight, option_of[name], h_II, factor) for factor in factors)
+                tried = (self.solve(weight, fmt, h_II, factor) for fmt in offered[name] for factor in factors)
                 edits[name], loss = min(tried, key=lambda found: found[1])
                 errors[name] = loss / max(output_energy(weight, h_II), 1e-30)
             del h_II, factors, factor, weight  # the next tap may be the widest

@@ -51,7 +51,7 @@ class HQQ(WeightRounding):
             raise ValueError(f"steps: {self.steps} is not a positive number")
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        return rounded(block, self.formats(block, choice), self.fit)
+        return rounded(block, self.formats(block, stats, choice), self.fit)
 
     def fit(self, fmt: Format, w_OI: Tensor) -> IntGrid:
         """The grid of a format for a weight, fp32 [O, I]."""

@@ -1,7 +1,6 @@
 """Round to nearest: no calibration, the baseline that every other quantizer must beat."""
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 from compressor.passes._rounding import WeightRounding, rounded
 from compressor.registry import node
@@ -13,10 +12,13 @@ class RTN(WeightRounding):
     """Round every weight to the nearest value of its group's grid."""
 
     search: bool = False
-    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
+
+    @property
+    def needs(self) -> tuple[type[Accumulator], ...]:
+        return self.looks
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        return rounded(block, self.formats(block, choice), lambda fmt, weight: fmt.fit(weight, search=self.search))
+        return rounded(block, self.formats(block, stats, choice), lambda fmt, weight: fmt.fit(weight, search=self.search))
 
 
 EXPORT = RTN

@@ -59,7 +59,7 @@ def _alike(layers: Sequence[PackedLinear]) -> bool:
         and layer.packed.layout == first.layout
         and layer.packed.layout.by_rows
         and layer.packed.kernel == first.kernel
-        and layer.packed.rounded == first.rounded
+        and layer.packed.rounding == first.rounding
         and layer.in_features == first.shape[1]
         and layer.out_features % ROWS == 0
         and (layer.bias is None) == (first.bias is None)
@@ -78,7 +78,7 @@ def _join(layers: Sequence[PackedLinear]) -> None:
     }
     bias = None if first.bias is None else torch.cat([weight.bias for weight in weights if weight.bias is not None])
     rows = sum(layer.out_features for layer in layers)
-    whole = PackedWeight(first.layout, parts, (rows, first.shape[1]), bias, first.kernel, len(layers), first.rounded)
+    whole = PackedWeight(first.layout, parts, (rows, first.shape[1]), bias, first.kernel, len(layers), first.rounding)
     start = 0
     for taker, layer in enumerate(layers):
         layer.packed, layer.rows, layer.taker = whole, slice(start, start + layer.out_features), taker

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from compressor.activations import round_tokens, rounds_inputs
-from compressor.codes import Codes, IntCodes
+from compressor.activations import InputRounding, input_rounding, round_tokens
+from compressor.codes import Codes, FloatCodes, IntCodes
 from compressor.kernels.dispatch import AUTO
 from compressor.kernels.layouts import Layout, layout_for
 from compressor.kernels.layouts._tiles import ROWS
@@ -50,7 +50,7 @@ class PackedWeight(nn.Module):
         bias: [rows], or None.
         kernel: "auto", or the kernel to use.
         takers: How many layers share the product.
-        rounded: Activations are rounded first, token by token (compressor/activations.py).
+        rounding: What is done to activations first (compressor/activations.py).
     """
 
     bias: Tensor | None
@@ -63,10 +63,10 @@ class PackedWeight(nn.Module):
         bias: Tensor | None,
         kernel: str = AUTO,
         takers: int = 1,
-        rounded: bool = False,
+        rounding: InputRounding | None = None,
     ) -> None:
         super().__init__()
-        self.layout, self.shape, self.kernel, self.takers, self.rounded = layout, shape, kernel, takers, rounded
+        self.layout, self.shape, self.kernel, self.takers, self.rounding = layout, shape, kernel, takers, rounding
         self._dtypes = {name: part.dtype for name, part in parts.items()}
         for name, part in parts.items():
             as_bits = part.view(BITS[part.itemsize]) if part.is_floating_point() else part
@@ -81,8 +81,9 @@ class PackedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias."""
-        parts = list(self.parts.values())
-        y: Tensor = packed_linear(x, parts, self.bias, self.layout.name, self.shape[0], self.kernel, self.rounded)
+        parts, in_kernel = list(self.parts.values()), self.rounding is round_tokens
+        x = x if in_kernel or self.rounding is None else self.rounding(x)
+        y: Tensor = packed_linear(x, parts, self.bias, self.layout.name, self.shape[0], self.kernel, in_kernel)
         return y
 
     def take(self, x: Tensor, taker: int) -> Tensor:
@@ -173,7 +174,10 @@ class PackedLinear(nn.Module):
                 f"{prefix}{wrong[0]}: has shape {list(parts[wrong[0]].shape)}, not {list(own.parts[wrong[0]].shape)}"
             )
             return
-        new = self.packed.layout.arrange(own.format.codes(QuantizedTensor(own.format, own.shape, parts)))
+        loaded = QuantizedTensor(own.format, own.shape, parts)
+        codes = own.format.codes(loaded)
+        new, self.stored = self.packed.layout.arrange(codes), Stored.of(loaded, codes)
+        self.packed.rounding = input_rounding(own.format, parts.__getitem__)
         tiles = slice(self.rows.start // ROWS, -(-self.rows.stop // ROWS))
         for name, part in self.packed.parts.items():
             (part[tiles] if self.packed.takers > 1 and name != "order" else part).copy_(new[name])
@@ -191,19 +195,22 @@ class Stored:
     format: Format
     bits: int | None  # of integers, which a layout may widen
     groups: int | None  # in a row, which a layout may divide
+    inputs: float | None = None  # what activations are rounded by, of which a layout knows nothing
 
     @staticmethod
     def of(tensor: QuantizedTensor, codes: Codes) -> "Stored":
         """Of a tensor and its codes."""
         if isinstance(codes, IntCodes):
             return Stored(tensor.format, codes.bits, codes.scale.shape[1])
-        return Stored(tensor.format, None, None)
+        return Stored(tensor.format, None, None, codes.inputs if isinstance(codes, FloatCodes) else None)
 
     def again(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
         """The tensor."""
         if isinstance(codes, IntCodes) and self.groups is not None and self.bits is not None:
             each = codes.scale.shape[1] // self.groups
             codes = replace(codes, bits=self.bits, scale=codes.scale[:, ::each], zero=codes.zero[:, ::each])
+        if isinstance(codes, FloatCodes):
+            codes = replace(codes, inputs=self.inputs)
         return self.format.stored(codes, shape)
 
 
@@ -226,7 +233,8 @@ class StoredLinear(nn.Module):
         return QuantizedTensor(self.format, self.shape, parts)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = round_tokens(x) if rounds_inputs(self.format) else x
+        how = input_rounding(self.format, lambda part: getattr(self, part))
+        x = x if how is None else how(x)
         return linear(x, self.quantized().dequantize().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
@@ -242,8 +250,8 @@ def packed_linear_module(
     layout = layout_for(codes)
     if layout is None:
         return StoredLinear(tensor, bias)
-    rounded = rounds_inputs(tensor.format)
-    weight = PackedWeight(layout, layout.arrange(codes), tensor.shape, bias, kernel, rounded=rounded)
+    rounding = input_rounding(tensor.format, tensor.parts.__getitem__)
+    weight = PackedWeight(layout, layout.arrange(codes), tensor.shape, bias, kernel, rounding=rounding)
     return PackedLinear(weight, slice(0, tensor.shape[0]), Stored.of(tensor, codes))
 
 

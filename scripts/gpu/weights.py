@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compressor.codes import Codes, DenseCodes, Fp4Codes, IntCodes, SignCodes, VectorCodes
+from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
+from compressor.floats import E2M1
 from compressor.kernels.layouts import Layout, layout_for
 
 Make = Callable[[int, int, torch.device], Codes]  # of out_features, in_features, and where
@@ -38,7 +39,7 @@ def _fp4(dtype: torch.dtype, group: int) -> Format:
     def make(rows: int, columns: int, device: torch.device) -> Codes:
         shape = (rows, columns // group if group else 1)
         scale = (2.0 ** torch.randint(-3, 4, shape, device=device)).to(dtype)
-        return Fp4Codes(_below(16, (rows, columns), device), scale, 0.1 / columns**0.5)
+        return FloatCodes(E2M1, _below(16, (rows, columns), device), scale, 0.1 / columns**0.5)
 
     return Format(make, columns=group or 1)
 

@@ -10,7 +10,8 @@ import torch
 from simt import Launch
 from tolerance import TOLERANCE, error
 
-from compressor.codes import E2M1, Fp4Codes, values
+from compressor.codes import FloatCodes, values
+from compressor.floats import E2M1
 from compressor.kernels.layouts.fp4 import Fp4
 
 pytestmark = simt.needs_gxx
@@ -26,7 +27,7 @@ def library(libraries: Path) -> simt.Library:
     return simt.build(libraries, ["fp4"], list(DECODERS.values()), [ONE, TWO, FOUR])
 
 
-def fp4_codes(scale: str, rows: int, columns: int, factor: float) -> Fp4Codes:
+def fp4_codes(scale: str, rows: int, columns: int, factor: float) -> FloatCodes:
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
     match scale:
         case "e4m3":
@@ -35,10 +36,10 @@ def fp4_codes(scale: str, rows: int, columns: int, factor: float) -> Fp4Codes:
             scales = torch.randint(110, 125, (rows, columns // 32), dtype=torch.uint8).view(torch.float8_e8m0fnu)
         case _:
             scales = torch.rand(rows, 1).bfloat16()
-    return Fp4Codes(codes, scales, factor)
+    return FloatCodes(E2M1, codes, scales, factor)
 
 
-def laid_out(codes: Fp4Codes) -> tuple[Fp4, list[torch.Tensor]]:
+def laid_out(codes: FloatCodes) -> tuple[Fp4, list[torch.Tensor]]:
     layout = Fp4.of(codes)
     assert layout is not None
     return layout, list(layout.arrange(codes).values())
@@ -79,7 +80,7 @@ def test_every_number_meets_every_scale(library: simt.Library, scale: str) -> No
     rows = len(scales)
     codes_OI = (torch.arange(128) + torch.arange(rows)[:, None]).remainder(16).to(torch.uint8)
     bytes_OG = scales.view(torch.uint8)[(torch.arange(rows)[:, None] + 3 * torch.arange(128 // group)) % rows]
-    codes = Fp4Codes(codes_OI, bytes_OG.view(scales.dtype))
+    codes = FloatCodes(E2M1, codes_OI, bytes_OG.view(scales.dtype))
     _, parts = laid_out(codes)
     found = library.dequantize(DECODERS[scale], parts, (rows, 128), 128)
     assert parity.steps_apart(found, values(codes).bfloat16()) == 0
@@ -95,7 +96,7 @@ extern "C" void numbers(u32* out) {
     out = torch.empty(65536, 4, dtype=torch.int32)
     library = ctypes.CDLL(str(simt.compiled(libraries, simt.source(["fp4"]) + entry)))
     library.numbers(ctypes.c_void_p(out.data_ptr()))
-    table, half = torch.tensor([*E2M1, *(-value for value in E2M1)]).double(), torch.arange(65536)
+    table, half = torch.tensor([*E2M1.magnitudes, *(-value for value in E2M1.magnitudes)]).double(), torch.arange(65536)
     found = out.view(torch.bfloat16).view(65536, 4, 2).double() * 2.0**126
     for i in range(4):
         assert torch.equal(found[:, i, 0], table[half >> 4 * i & 15]), i
@@ -106,4 +107,4 @@ def test_scales_without_room_are_refused() -> None:
     codes = torch.zeros(16, 32, dtype=torch.uint8)
     for byte, taken in ((136, True), (137, False), (255, False)):  # 2^9, 2^10, not a number
         scale = torch.full((16, 1), byte, dtype=torch.uint8).view(torch.float8_e8m0fnu)
-        assert (Fp4.of(Fp4Codes(codes, scale)) is not None) == taken
+        assert (Fp4.of(FloatCodes(E2M1, codes, scale)) is not None) == taken

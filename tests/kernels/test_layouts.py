@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.codes import Fp4Codes, IntCodes, values
+from compressor.codes import FloatCodes, IntCodes, values
+from compressor.floats import E2M1
 from compressor.kernels.layouts.fp4 import Fp4
 from compressor.kernels.layouts.input_groups import InputGroups
 from compressor.kernels.layouts.int_groups import IntGroups
@@ -79,15 +80,15 @@ def test_integers_by_groups_of_rows_come_back(bits: int, shape: tuple[int, int, 
 def test_e2m1_numbers_come_back(dtype: torch.dtype, group: int) -> None:
     torch.manual_seed(0)
     scale = (0.5 + torch.rand(21, 160 // group)).to(dtype)
-    codes = Fp4Codes(torch.randint(0, 16, (21, 160), dtype=torch.uint8), scale, 0.25)
+    codes = FloatCodes(E2M1, torch.randint(0, 16, (21, 160), dtype=torch.uint8), scale, 0.25)
     layout = Fp4.of(codes)
     assert layout is not None
     parts = layout.arrange(codes)
     assert tuple(parts) == layout.parts
     back = layout.restore(parts, (21, 160))
     assert torch.equal(back.codes_OI, codes.codes_OI)
-    assert torch.equal(back.scale_OG.float(), codes.scale_OG.float())
-    assert back.scale_OG.dtype == dtype
+    assert torch.equal(back.scale.float(), codes.scale.float())
+    assert back.scale.dtype == dtype
     assert back.factor == 0.25
     assert_in_place(parts, 4, codes.codes_OI)
 
@@ -95,7 +96,7 @@ def test_e2m1_numbers_come_back(dtype: torch.dtype, group: int) -> None:
 @pytest.mark.parametrize(("dtype", "group"), [(torch.float8_e4m3fn, 16), (torch.float8_e8m0fnu, 32)])
 def test_a_lane_finds_the_scales_of_its_run(dtype: torch.dtype, group: int) -> None:
     scale = torch.arange(32 * 128 // group).remainder(120).to(torch.uint8).view(32, -1)
-    codes = Fp4Codes(torch.zeros(32, 128, dtype=torch.uint8), scale.view(dtype))
+    codes = FloatCodes(E2M1, torch.zeros(32, 128, dtype=torch.uint8), scale.view(dtype))
     layout = Fp4.of(codes)
     assert layout is not None
     scales = layout.arrange(codes)["scales"]
@@ -161,8 +162,8 @@ def test_codes_that_no_lane_could_read_are_refused() -> None:
     assert InputGroups.of(parity.int_codes(4, 32, 64, 16, 1, torch.float16)) is None
     assert InputGroups.of(parity.int_codes(4, 32, 64, 1, 64)) is None
     codes = torch.zeros(16, 64, dtype=torch.uint8)
-    assert Fp4.of(Fp4Codes(codes, torch.ones(16, 2).to(torch.float8_e4m3fn))) is None
-    assert Fp4.of(Fp4Codes(codes, torch.ones(16, 4).bfloat16())) is None
+    assert Fp4.of(FloatCodes(E2M1, codes, torch.ones(16, 2).to(torch.float8_e4m3fn))) is None
+    assert Fp4.of(FloatCodes(E2M1, codes, torch.ones(16, 4).bfloat16())) is None
 
 
 def test_nothing_given_is_changed() -> None:

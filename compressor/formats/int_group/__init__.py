@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from compressor.activations import SCHEMES
 from compressor.codes import Codes, IntCodes, values
 from compressor.formats import _bits
 from compressor.formats._int_grid import IntFit, IntGrid, groups
@@ -36,7 +37,6 @@ from compressor.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 SCALE_DTYPE = torch.bfloat16  # exact in float32 too, and in float16 above 2e-5
-PER_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}  # activations: int8
 
 
 @node
@@ -91,7 +91,7 @@ class IntGroup:
             strategy = {"strategy": "group", "group_size": self.group_size}
         weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, **strategy, "dynamic": False}
         scheme = {"format": "pack-quantized" if self.packed else "int-quantized", "weights": weights}
-        return scheme if self.activations is None else scheme | {"input_activations": dict(PER_TOKEN)}
+        return scheme if self.activations is None else scheme | {"input_activations": dict(SCHEMES[self.activations])}
 
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> IntGrid:
         return IntFit(self.bits, self.group_size, self.symmetric, SCALE_DTYPE).grid(self, w_OI, importance_I, search)

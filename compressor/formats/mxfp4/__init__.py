@@ -7,19 +7,21 @@ Bytes, for a weight [O, I]:
 
     w[o, i] = e2m1(code[o, i]) * 2 ** (scale[o, i // 32] - 127)
 
-This is `mxfp4-pack-quantized` of compressed-tensors, byte for byte.
+This is `mxfp4-pack-quantized` of compressed-tensors, byte for byte. Of rounded activations nothing is stored.
 
 Shape suffixes: O out_features, I in_features.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from compressor.codes import Codes, Fp4Codes, values
-from compressor.formats._fp4_grid import E8M0, Fp4Grid, fitted, pairs, unpaired
+from compressor.activations import SCHEMES
+from compressor.codes import Codes, FloatCodes
+from compressor.floats import E2M1, E8M0Scale
+from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, pairs, unpaired
 from compressor.formats._int_grid import groups
 from compressor.registry import node
 from compressor.types import PartSpec, QuantizedTensor
@@ -28,40 +30,41 @@ GROUP = 32
 
 
 @node
-class MXFP4:
-    """4-bit floating-point numbers with a power of two per 32 input channels: the OCP Microscaling format."""
+class MXFP4(FloatFormat):
+    """4-bit floating-point numbers with a power of two per 32 input channels: the OCP Microscaling format.
+
+    Args:
+        activations: mxfp4 rounds the layer's input likewise, mxfp8 to 8 bits; null leaves it as it is.
+    """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
 
+    activations: Literal["mxfp4", "mxfp8"] | None = None
+
     @property
     def label(self) -> str:
-        return "mxfp4"
+        return "mxfp4" if self.activations is None else f"mxfp4-{self.activations}"
 
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         rows, count = shape[0], groups(shape[1], GROUP)
         return {"weight_packed": (torch.uint8, (rows, shape[1] // 2)), "weight_scale": (torch.uint8, (rows, count))}
 
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        return sum(8 * torch.Size(size).numel() for _, size in self.checkpoint_parts(shape).values())
-
     def compressed_tensors(self) -> dict[str, Any] | None:
         weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": GROUP}
-        return {"format": "mxfp4-pack-quantized", "weights": {**weights, "dynamic": False, "scale_dtype": "torch.uint8"}}
+        scheme = {"format": "mxfp4-pack-quantized", "weights": {**weights, "dynamic": False, "scale_dtype": "torch.uint8"}}
+        return scheme if self.activations is None else scheme | {"input_activations": dict(SCHEMES[self.activations])}
 
-    def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> Fp4Grid:
-        return fitted(self, E8M0(), GROUP, 1.0, w_OI, importance_I, search)
+    def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> FloatGrid:
+        return FloatFit(E2M1, E8M0Scale(), GROUP).grid(self, w_OI, importance_I, search)
 
-    def codes(self, packed: QuantizedTensor) -> Fp4Codes:
+    def codes(self, packed: QuantizedTensor) -> FloatCodes:
         scale = packed.parts["weight_scale"].view(torch.float8_e8m0fnu)
-        return Fp4Codes(unpaired(packed.parts["weight_packed"]), scale)
+        return FloatCodes(E2M1, unpaired(packed.parts["weight_packed"]), scale)
 
     def stored(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
-        assert isinstance(codes, Fp4Codes)
-        scale = codes.scale_OG.view(torch.uint8)
+        assert isinstance(codes, FloatCodes)
+        scale = codes.scale.view(torch.uint8)
         return QuantizedTensor(self, shape, {"weight_packed": pairs(codes.codes_OI), "weight_scale": scale})
-
-    def dequantize(self, packed: QuantizedTensor) -> Tensor:
-        return values(self.codes(packed))
 
 
 EXPORT = MXFP4

@@ -5,6 +5,7 @@ Bytes, for a weight [O, I]:
     weight_packed        uint8 [O, I / 2]    two codes to a byte, the even column in the low bits
     weight_scale         e4m3  [O, I / 16]
     weight_global_scale  fp32  [1]           a divisor
+    input_global_scale   fp32  [1]           with `activations: nvfp4`, the divisor of those (compressor/activations.py)
 
     w[o, i] = e2m1(code[o, i]) * scale[o, i // 16] / global_scale
 
@@ -18,14 +19,16 @@ Shape suffixes: O out_features, I in_features.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import floor, log2
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from compressor.codes import Codes, Fp4Codes, values
+from compressor.activations import INPUT_DIVISOR, SCHEMES, Seen
+from compressor.codes import Codes, FloatCodes
 from compressor.errors import SourceError
-from compressor.formats._fp4_grid import E4M3, LARGEST, Fp4Grid, fitted, pairs, unpaired
+from compressor.floats import E2M1, E4M3Scale
+from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, pairs, unpaired
 from compressor.formats._int_grid import groups
 from compressor.registry import node
 from compressor.types import PartSpec, QuantizedTensor
@@ -36,14 +39,20 @@ ROOM = 256.0  # scale of the largest group: three halves of it, which puts its l
 
 
 @node
-class NVFP4:
-    """4-bit floating-point numbers with a scale of 8 bits per 16 input channels, as Blackwell GPUs multiply."""
+class NVFP4(FloatFormat):
+    """4-bit floating-point numbers with a scale of 8 bits per 16 input channels, as Blackwell GPUs multiply.
 
-    part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_global_scale")
+    Args:
+        activations: nvfp4 rounds the layer's input likewise, fp8 each of its tokens to 8 bits; null leaves it as it is.
+    """
+
+    part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
+
+    activations: Literal["nvfp4", "fp8"] | None = None
 
     @property
     def label(self) -> str:
-        return "nvfp4"
+        return "nvfp4" if self.activations is None else f"nvfp4-{self.activations}"
 
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         rows, count = shape[0], groups(shape[1], GROUP)
@@ -51,56 +60,64 @@ class NVFP4:
             "weight_packed": (torch.uint8, (rows, shape[1] // 2)),
             "weight_scale": (torch.float8_e4m3fn, (rows, count)),
             "weight_global_scale": (torch.float32, (1,)),
+            **self.input_parts(),
         }
-
-    def stored_bits(self, shape: tuple[int, int]) -> int:
-        parts = self.checkpoint_parts(shape).values()
-        return sum(8 * dtype.itemsize * torch.Size(size).numel() for dtype, size in parts)
 
     def compressed_tensors(self) -> dict[str, Any] | None:
         weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": GROUP}
-        return {
-            "format": "nvfp4-pack-quantized",
-            "weights": {**weights, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn"},
-        }
+        weights |= {"dynamic": False, "scale_dtype": "torch.float8_e4m3fn"}
+        scheme = {"format": "nvfp4-pack-quantized", "weights": weights}
+        return scheme if self.activations is None else scheme | {"input_activations": dict(SCHEMES[self.activations])}
 
-    def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> Fp4Grid:
-        return self._fit(float(w_OI.abs().max()), w_OI, importance_I, search)
+    def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> FloatGrid:
+        return self._fit(float(w_OI.abs().max()), None, w_OI, importance_I, search)
 
-    def beside(self, largest: float) -> "NVFP4":
-        return Beside(largest=largest)
+    def within(self, largest: float, seen: Seen | None) -> "NVFP4":
+        divisor = _divisor(seen.peak()) if seen is not None and self.static_inputs else None
+        return Within(activations=self.activations, largest=largest, divisor=divisor)
 
-    def _fit(self, largest: float, w_OI: Tensor, importance_I: Tensor | None, search: bool) -> Fp4Grid:
-        power = floor(log2(ROOM) + log2(LARGEST) - log2(largest or 1.0))
-        factor = 2.0 ** -max(-POWERS, min(power, POWERS))
-        return fitted(NVFP4(), E4M3(), GROUP, factor, w_OI, importance_I, search)
+    def _fit(
+        self, largest: float, inputs: float | None, w_OI: Tensor, importance_I: Tensor | None, search: bool
+    ) -> FloatGrid:
+        plain, factor = NVFP4(activations=self.activations), 1 / _divisor(largest)
+        fit = FloatFit(E2M1, E4M3Scale(), GROUP, factor=factor, inputs=inputs)
+        return fit.grid(plain, w_OI, importance_I, search)
 
-    def codes(self, packed: QuantizedTensor) -> Fp4Codes:
-        scale, divisor = packed.parts["weight_scale"], float(packed.parts["weight_global_scale"])
+    def codes(self, packed: QuantizedTensor) -> FloatCodes:
+        scale, divisor, inputs = (
+            packed.parts["weight_scale"],
+            float(packed.parts["weight_global_scale"]),
+            self.input_number(packed),
+        )
         if scale.dtype != torch.float8_e4m3fn:
             raise SourceError(f"nvfp4: weight_scale is stored as {scale.dtype} where E4M3 is needed; get a sound copy")
-        if not 0 < divisor < float("inf"):
-            raise SourceError(f"nvfp4: weight_global_scale is {divisor:g}, by which nothing can be divided; get a sound copy")
-        return Fp4Codes(unpaired(packed.parts["weight_packed"]), scale, 1 / divisor)
+        for name, number in (("weight_global_scale", divisor), (INPUT_DIVISOR, 1.0 if inputs is None else inputs)):
+            if not 0 < number < float("inf"):
+                raise SourceError(f"nvfp4: {name} is {number:g}, by which nothing can be divided; get a sound copy")
+        return FloatCodes(E2M1, unpaired(packed.parts["weight_packed"]), scale, 1 / divisor, inputs=inputs)
 
     def stored(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
-        assert isinstance(codes, Fp4Codes)
+        assert isinstance(codes, FloatCodes)
         divisor = torch.tensor([1 / codes.factor], device=codes.codes_OI.device)
-        parts = {"weight_packed": pairs(codes.codes_OI), "weight_scale": codes.scale_OG, "weight_global_scale": divisor}
-        return QuantizedTensor(self, shape, parts)
-
-    def dequantize(self, packed: QuantizedTensor) -> Tensor:
-        return values(self.codes(packed))
+        parts = {"weight_packed": pairs(codes.codes_OI), "weight_scale": codes.scale, "weight_global_scale": divisor}
+        return QuantizedTensor(self, shape, parts | self.stored_inputs(codes))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside(NVFP4):
-    """NVFP4 for layers that share their divisor; what is stored is plain NVFP4."""
+class Within(NVFP4):
+    """NVFP4 for layers that share their divisor, and whose input is known; what is stored is plain NVFP4."""
 
     largest: float  # weight of all of them
+    divisor: float | None  # of activations
 
-    def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> Fp4Grid:
-        return self._fit(self.largest, w_OI, importance_I, search)
+    def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> FloatGrid:
+        return self._fit(self.largest, self.divisor, w_OI, importance_I, search)
+
+
+def _divisor(largest: float) -> float:
+    """The power of two that gives the group of a largest number a scale of at most `ROOM`, and more than half of it."""
+    power = floor(log2(ROOM) + log2(E2M1.largest) - log2(largest or 1.0))
+    return float(2.0 ** max(-POWERS, min(power, POWERS)))
 
 
 EXPORT = NVFP4

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from compressor.codes import Codes, DenseCodes, Fp4Codes, IntCodes, SignCodes, VectorCodes
+from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
 from compressor.errors import KernelError
 from compressor.kernels.layouts.fp4 import Fp4
 from compressor.kernels.layouts.input_groups import InputGroups
@@ -37,7 +37,7 @@ class Layout(Protocol):
 
 FAMILIES: dict[type, tuple[Any, ...]] = {
     IntCodes: (IntGroups, InputGroups),
-    Fp4Codes: (Fp4,),
+    FloatCodes: (Fp4,),
     VectorCodes: (Vectors,),
     SignCodes: (Signs,),
     DenseCodes: (Lossless,),

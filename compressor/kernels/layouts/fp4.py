@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import Fp4Codes
+from compressor.codes import FloatCodes
+from compressor.floats import E2M1
 from compressor.kernels.layouts import _tiles
 
 GROUP = {torch.float8_e4m3fn: 16, torch.float8_e8m0fnu: 32, torch.bfloat16: 0}  # columns; 0 for the whole row
@@ -62,25 +63,23 @@ class Fp4:
         return GROUP[self._dtype]
 
     @staticmethod
-    def of(codes: Fp4Codes) -> "Fp4 | None":
+    def of(codes: FloatCodes) -> "Fp4 | None":
         """The layout that takes these codes, or None."""
-        dtype, groups = codes.scale_OG.dtype, codes.scale_OG.shape[1]
+        dtype, groups = codes.scale.dtype, codes.scale.shape[1]
         columns = codes.codes_OI.shape[1]
-        if dtype not in GROUP or groups * (GROUP[dtype] or columns) != columns:
+        if codes.element != E2M1 or codes.rows != 1 or dtype not in GROUP or groups * (GROUP[dtype] or columns) != columns:
             return None
-        if GROUP[dtype] and not (codes.scale_OG.float().abs() <= LARGEST).all():
+        if GROUP[dtype] and not (codes.scale.float().abs() <= LARGEST).all():
             return None
         return Fp4(NAMES[dtype])
 
-    def arrange(self, codes: Fp4Codes) -> dict[str, Tensor]:
+    def arrange(self, codes: FloatCodes) -> dict[str, Tensor]:
         """The parts."""
-        scales = (
-            self._arrange_scales(codes.scale_OG) if self.group else pad(codes.scale_OG[:, 0], (0, -len(codes.scale_OG) % 16))
-        )
+        scales = self._arrange_scales(codes.scale) if self.group else pad(codes.scale[:, 0], (0, -len(codes.scale) % 16))
         factor = torch.tensor([codes.factor], device=codes.codes_OI.device)
         return _tiles.pack_codes(codes.codes_OI, 4) | {"scales": scales, "factor": factor}
 
-    def restore(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Fp4Codes:
+    def restore(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> FloatCodes:
         """The codes that were arranged."""
         scales = parts["scales"]
         if self.group:
@@ -88,7 +87,7 @@ class Fp4:
             scale = of_rows.reshape(16 * len(scales), -1)[: shape[0], : shape[1] // self.group].contiguous().view(self._dtype)
         else:
             scale = scales[: shape[0], None]
-        return Fp4Codes(_tiles.unpack_codes(parts, 4, shape), scale, parts["factor"].item())
+        return FloatCodes(E2M1, _tiles.unpack_codes(parts, 4, shape), scale, parts["factor"].item())
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -1,0 +1,131 @@
+"""Floating-point numbers of 3 to 8 bits, of any division into exponent and mantissa, with a real scale per group: LLM-FP4.
+
+Bytes, for a weight [O, I] with G = I / group_size groups in a row:
+
+    weight_packed  int32 [O, ceil(I * bits / 32)]   codes, LSB-first bit stream along the input channels
+    weight_scale   bf16  [O, G]
+    input_scale    fp32  [1]    with activations `…-tensor`: what those are rounded to multiples of
+
+    w[o, i] = number(code[o, i]) * scale[o, i // group_size]
+
+The logarithm of a scale is what LLM-FP4 calls a real-valued exponent bias. No other layout holds it; our own does. With E2M1
+and one scale a row the GPU kernels multiply by it, other kinds are dequantised at every call.
+
+Source: Liu et al., "LLM-FP4: 4-Bit Floating-Point Quantized Transformers", EMNLP 2023.
+
+Shape suffixes: O out_features, I in_features, G groups in a row.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compressor.activations import TENSOR, TOKEN, Seen
+from compressor.codes import Codes, FloatCodes
+from compressor.floats import Minifloat, RealScale
+from compressor.formats import _bits
+from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid
+from compressor.formats._int_grid import groups
+from compressor.registry import node
+from compressor.types import PartSpec, QuantizedTensor
+
+SEARCHED = {
+    "fp4": tuple(Minifloat.parse(name) for name in ("e2m1", "e1m2", "e3m0")),
+    "fp8": tuple(Minifloat.parse(name) for name in ("e4m3", "e3m4", "e2m5", "e5m2")),
+}  # what activations of a number of bits are tried as
+
+
+@node
+class FloatGroup(FloatFormat):
+    """Args:
+    exponent: Bits of the exponent, 1 to 7.
+    mantissa: Bits of the mantissa; with sign and exponent 3 to 8.
+    group_size: Adjacent input channels that share a scale; -1 for the whole row.
+    activations: What the layer's input is rounded to: numbers such as e2m1 or e4m3, followed by -token (each token by a scale
+        of its own) or by -tensor (all by one scale from calibration, searched for the least error). fp4-tensor and fp8-tensor
+        search the numbers too. null leaves the input as it is.
+    """
+
+    part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "input_scale")
+
+    exponent: int = 2
+    mantissa: int = 1
+    group_size: int = -1
+    activations: str | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.element
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size: {self.group_size} is neither -1 (the whole row) nor a positive number")
+        if self.activations is not None:
+            name = self.activations.removesuffix(TENSOR).removesuffix(TOKEN)
+            if name == self.activations:
+                raise ValueError(f"activations: {name} says not by which scale; add {TOKEN} or {TENSOR}")
+            if not (name in SEARCHED and self.activations.endswith(TENSOR)):
+                Minifloat.parse(name)
+
+    @property
+    def element(self) -> Minifloat:
+        """The numbers. Raises ValueError if there are none such."""
+        return Minifloat.parse(f"e{self.exponent}m{self.mantissa}")
+
+    @property
+    def label(self) -> str:
+        group = "" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{self.element.name}{group}" + ("" if self.activations is None else f"-{self.activations}")
+
+    def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
+        rows, columns = shape
+        packed: PartSpec = (torch.int32, (rows, _bits.words(columns, self.element.bits)))
+        scale: PartSpec = (torch.bfloat16, (rows, groups(columns, self.group_size)))
+        return {"weight_packed": packed, "weight_scale": scale, **self.input_parts()}
+
+    def compressed_tensors(self) -> dict[str, Any] | None:
+        return None
+
+    def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> FloatGrid:
+        return FloatFit(self.element, RealScale(), self.group_size).grid(self, w_OI, importance_I, search)
+
+    def within(self, largest: float, seen: Seen | None) -> "FloatGroup":
+        if not self.static_inputs or seen is None or self.activations is None:
+            return self
+        name = self.activations.removesuffix(TENSOR)
+        element, scale = seen.best(SEARCHED[name] if name in SEARCHED else [Minifloat.parse(name)])
+        return Within(
+            exponent=self.exponent,
+            mantissa=self.mantissa,
+            group_size=self.group_size,
+            activations=f"{element.name}{TENSOR}",
+            inputs_scale=scale,
+        )
+
+    def _plain(self) -> "FloatGroup":
+        return FloatGroup(
+            exponent=self.exponent, mantissa=self.mantissa, group_size=self.group_size, activations=self.activations
+        )
+
+    def codes(self, packed: QuantizedTensor) -> FloatCodes:
+        codes = _bits.unpack(packed.parts["weight_packed"], self.element.bits, packed.shape[1])
+        return FloatCodes(self.element, codes, packed.parts["weight_scale"], inputs=self.input_number(packed))
+
+    def stored(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
+        assert isinstance(codes, FloatCodes)
+        parts = {"weight_packed": _bits.pack(codes.codes_OI, self.element.bits), "weight_scale": codes.scale}
+        return QuantizedTensor(self, shape, parts | self.stored_inputs(codes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Within(FloatGroup):
+    """The same for layers whose input is known; what is stored is plain."""
+
+    inputs_scale: float
+
+    def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> FloatGrid:
+        fit = FloatFit(self.element, RealScale(), self.group_size, inputs=self.inputs_scale)
+        return fit.grid(self._plain(), w_OI, importance_I, search)
+
+
+EXPORT = FloatGroup
