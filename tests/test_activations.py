@@ -363,13 +363,26 @@ class TestFloats:
                 module.kernel = "reference"
         for found in (whole(tokens).logits, exact(path)(tokens).logits, ours(tokens).logits):
             assert difference(found, expected) < SLIPS
-        if fmt.compressed_tensors() is not None:
-            dtype = getattr(torch, stock_dtype(ModelSource(path, cpu)))
-            here = compressor.load(path, dtype=dtype, dense=True)
-            assert (
-                difference(stock_logits(path, tokens, dtype), here(tokens).logits)
-                < (6 if dtype is torch.bfloat16 else 1) * SLIPS
-            )
+
+    @pytest.mark.parametrize(
+        "fmt", [f for f in FLOATS if f.compressed_tensors() and f != NVFP4(activations="fp8")], ids=lambda fmt: fmt.label
+    )
+    def test_stock_transformers_computes_the_same(self, fmt: Format, quantized: Callable[..., Path]) -> None:
+        """In bf16 it rounds scales and quotients once more, on the way to what we compute in fp32.
+
+        With NVFP4 and fp8 tokens, where neither is a power of two, that takes many activations to the next number.
+        """
+        path, tokens = quantized(fmt), some_tokens(1, 40)
+        dtype = getattr(torch, stock_dtype(ModelSource(path, torch.device("cpu"))))
+        ours = compressor.load(path, dtype=dtype, dense=True)
+        rounded = ours(tokens).logits
+        missed = difference(stock_logits(path, tokens, dtype), rounded)
+        if dtype is torch.float32 or way(fmt) is None:
+            assert missed < SLIPS
+        else:
+            for module in ours.modules():
+                module._forward_pre_hooks.clear()
+            assert missed < 0.7 * difference(ours(tokens).logits, rounded)
 
     @pytest.mark.parametrize("fmt", FLOATS, ids=lambda fmt: fmt.label)
     def test_a_loaded_model_is_saved_as_it_was(self, fmt: Format, quantized: Callable[..., Path], tmp_path: Path) -> None:
