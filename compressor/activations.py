@@ -30,6 +30,7 @@ from compressor.magnitudes import BINS, Magnitudes
 HALF_RANGE = 127.5  # of the 256 values of 8 bits
 LEAST, MOST = -128, 127
 EPSILON = torch.finfo(torch.float32).eps  # the scale of a token of zeros
+EIGHTHS = 8  # of a power of two: how finely scales are searched
 INPUT_SCALE, INPUT_DIVISOR = "input_scale", "input_global_scale"  # stored beside a weight
 
 
@@ -57,20 +58,20 @@ class Seen:
 
     def best(self, elements: Sequence[Minifloat]) -> tuple[Minifloat, float]:
         """The numbers, and the scale for all channels, that leave the least error of the layers' output."""
-        found = [
-            (self.cost(element, scale), element, scale) for element in elements for scale in scales(element, self.peak())
-        ]
+        ladders = [(element, scales(element, self.peak())) for element in elements]
+        found = [(c, e, scale) for e, of in ladders for c, scale in zip(self.costs(e, of), of, strict=True)]
         _, element, scale = min(found, key=lambda tried: tried[0])
         return element, scale
 
-    def cost(self, element: Minifloat, scale: float) -> float:
-        """Mean squared error of the layers' output, as if errors of channels did not know of each other."""
-        return float(self.magnitudes.missed(element, [scale])[0] @ self.energy_I.double())
+    def costs(self, element: Minifloat, scales: Sequence[float]) -> list[float]:
+        """Mean squared error of the layers' output by scale, as if errors of channels did not know of each other."""
+        found: list[float] = (self.magnitudes.missed(element, scales) @ self.energy_I.double()).tolist()
+        return found
 
 
-def scales(element: Minifloat, peak: float) -> list[float]:
-    """Those to try for numbers up to a peak: from twice what holds it down to what cuts off all but a sixty-fourth."""
-    return [peak / element.largest * 2 ** (-eighths / 8) for eighths in range(-8, 49)]
+def scales(element: Minifloat, peak: float, below: int = 0) -> list[float]:
+    """Those to try for numbers up to a peak, in eighths of a power of two: from twice what holds it to a 64th, and some below."""
+    return [peak / element.largest * 2 ** (-eighths / EIGHTHS) for eighths in range(-EIGHTHS, 6 * EIGHTHS + 1 + below)]
 
 
 @dataclass(frozen=True)

@@ -38,18 +38,18 @@ class Magnitudes:
         return torch.where(top.amax(1) > 0, _edges(self.counts_IB.device)[top.amax(1)], 0.0)
 
     def energy(self) -> Tensor:
-        """Mean square of each channel."""
-        return self._mean(_points(self.counts_IB.device).square().mean(1))
+        """Mean square of each channel, fp64 [I]."""
+        return self._mean(_points(self.counts_IB.device).square().mean(1)[None])[0]
 
     def missed(self, element: Minifloat, scales: Sequence[float]) -> Tensor:
-        """Mean squared error of each channel when it is rounded to numbers of a kind times each of some scales, fp64."""
+        """Mean squared error of each channel when it is rounded to numbers of a kind times each of K scales, fp64 [K, I]."""
         points = _points(self.counts_IB.device)
-        return torch.stack([
-            self._mean((element.round(points / scale) * scale - points).square().mean(1)) for scale in scales
-        ])  # fmt: skip
+        scale = torch.tensor(scales, device=points.device)[:, None, None]
+        return self._mean((element.round(points / scale) * scale - points).square().mean(2))
 
-    def _mean(self, of_bins_B: Tensor) -> Tensor:
-        return self.counts_IB.double() @ of_bins_B.double() / self.counts_IB.sum(1).clamp(min=1)
+    def _mean(self, of_bins_KB: Tensor) -> Tensor:
+        shares_BI = self.counts_IB.T.double() / self.counts_IB.sum(1).clamp(min=1)
+        return of_bins_KB.double() @ shares_BI
 
 
 def _edges(device: torch.device) -> Tensor:

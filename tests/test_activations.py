@@ -452,4 +452,4 @@ class TestFloats:
 
         least = min(cost(kind, tried) for kind in kinds for tried in scales(kind, float(x.abs().max())))
         assert cost(element, scale) < 1.03 * least
-        assert seen.cost(element, scale) == pytest.approx(cost(element, scale), rel=0.03)
+        assert seen.costs(element, [scale])[0] == pytest.approx(cost(element, scale), rel=0.03)

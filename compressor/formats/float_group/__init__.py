@@ -73,6 +73,12 @@ class FloatGroup(FloatFormat):
         return Minifloat.parse(f"e{self.exponent}m{self.mantissa}")
 
     @property
+    def input_elements(self) -> tuple[Minifloat, ...]:
+        """What activations may be rounded to."""
+        name = (self.activations or "").removesuffix(TENSOR).removesuffix(TOKEN)
+        return SEARCHED[name] if name in SEARCHED else (Minifloat.parse(name),) if name else ()
+
+    @property
     def label(self) -> str:
         group = "" if self.group_size == -1 else f"g{self.group_size}"
         return f"{self.element.name}{group}" + ("" if self.activations is None else f"-{self.activations}")
@@ -90,10 +96,9 @@ class FloatGroup(FloatFormat):
         return FloatFit(self.element, RealScale(), self.group_size).grid(self, w_OI, importance_I, search)
 
     def within(self, largest: float, seen: Seen | None) -> "FloatGroup":
-        if not self.static_inputs or seen is None or self.activations is None:
+        if not self.static_inputs or seen is None:
             return self
-        name = self.activations.removesuffix(TENSOR)
-        element, scale = seen.best(SEARCHED[name] if name in SEARCHED else [Minifloat.parse(name)])
+        element, scale = seen.best(self.input_elements)
         return Within(
             exponent=self.exponent,
             mantissa=self.mantissa,
