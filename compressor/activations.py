@@ -70,7 +70,7 @@ class Seen:
 
 
 def scales(element: Minifloat, peak: float, below: int = 0) -> list[float]:
-    """Those to try for numbers up to a peak, in eighths of a power of two: from twice what holds it to a 64th, and some below."""
+    """Those to try for numbers up to a peak, in eighths of a power of two: from twice what holds it to a 64th, and below."""
     return [peak / element.largest * 2 ** (-eighths / EIGHTHS) for eighths in range(-EIGHTHS, 6 * EIGHTHS + 1 + below)]
 
 
@@ -225,4 +225,7 @@ def rounded_inputs(module: nn.Module, layers: Mapping[str, InputRounding]) -> It
 
 
 def _rounded(how: InputRounding, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (how(given[0]), *given[1:])
+    x = given[0]
+    if x.requires_grad:  # the gradient passes as if nothing had been rounded
+        return (how(x.detach()) + (x - x.detach()), *given[1:])
+    return (how(x), *given[1:])

@@ -1,8 +1,7 @@
 """Learned rounding: train the codes and scales that earlier passes left, so that the whole block's output stays what it was.
 
-A code rounds a latent number that starts at the weight itself (where the code is the nearest one), or just inside the code
-that an earlier pass chose; the gradient passes the rounding as if it were not there. Steps are taken on a few samples at a
-time, with learning rates that fall to zero.
+What is trained is in compressor/passes/_latents.py. Steps are taken on a few samples at a time, with learning rates that fall
+to zero.
 
 Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent" (AutoRound), EMNLP 2024 findings; Chen et al.,
 "EfficientQAT", ACL 2025, section 3.2 (latents unbounded, scales trained along). What differs:
@@ -17,21 +16,21 @@ Shape suffixes: O out_features, I in_features, D hidden, B samples, S sequence.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from compressor.calibration.stats import Hessian
-from compressor.codes import IntCodes
+from compressor.codes import FloatCodes, IntCodes
 from compressor.errors import RecipeError
+from compressor.passes._latents import FloatRounding, IntRounding, Rounding
 from compressor.passes.gptq import output_energy
 from compressor.registry import node
 from compressor.types import Accumulator, Block, Format, Group, Outcome, QuantizedTensor, Stats
 
 PIECE = 1024  # tokens whose gradients are computed together; a sample at least
-KEPT = 0.45  # distance from its code, in steps of the grid, at which a latent starts at the most
 
 
 @node
@@ -41,7 +40,8 @@ class Learned:
     Args:
         steps: Of training, for each block.
         batch: Samples in a step.
-        lr: First learning rate of the latents, in steps of the grid, times the bits of a code: fine grids need small moves.
+        lr: First learning rate of the latents, in steps of the grid (their mean, of floating-point numbers), times the bits
+            of a code: fine grids need small moves.
         scale_lr: First learning rate of the scales, as a fraction of their mean size.
         sensitivity: Weigh errors by the Fisher information of the block's output; False takes the plain squared error.
         seed: Of the order of samples.
@@ -76,7 +76,7 @@ class Learned:
             raise RecipeError(f"{block.prefix}: no earlier pass has rounded a layer; put `gptq` or `rtn` before `learned`")
         assert block.unrounded is not None
         dense = {name: block.unrounded[name].float() for name in start}
-        roundings = {name: Rounding.at(integers(new, f"{block.prefix}.{name}"), dense[name]) for name, new in start.items()}
+        roundings = {name: rounding(new, dense[name], f"{block.prefix}.{name}") for name, new in start.items()}
         text = Text(stats.inputs, stats.targets, pieces(stats.inputs, stats.ranks))
         training = Training(block, roundings, text, stats.metric if self.sensitivity else None, stats.ranks)
         before = training.loss()
@@ -90,61 +90,6 @@ class Learned:
             warnings = (f"{block.prefix}: {found}; its rounding stays as it was, try a lower lr",)
         errors = {n: _relative(edits[n], dense[n], stats[n, Hessian].value) for n in edits}
         return Outcome(edits, errors, warnings)
-
-
-@dataclass
-class Rounding:
-    """The trainable rounding of one weight: w = scale * clamp(round(latent)), the zero point fixed."""
-
-    codes: IntCodes  # of the start
-    latent_OI: Tensor  # fp32, in steps of the grid, counted from the zero point
-    scale: Tensor  # fp32 [O / a, I / b]
-
-    @classmethod
-    def at(cls, codes: IntCodes, w_OI: Tensor) -> "Rounding":
-        """Where an earlier pass left a weight `w_OI`."""
-        scale = codes.scale.float()
-        found = cls(codes, torch.empty(0), scale)
-        steps = codes.codes_OI.float() - found.spread(codes.zero.float())
-        aside = (w_OI.float() / found.spread(scale) - steps).clamp_(-KEPT, KEPT)
-        return replace(found, latent_OI=steps.add_(aside))
-
-    def spread(self, values: Tensor) -> Tensor:
-        """One value per group -> one per weight, [O, I]."""
-        (rows, columns), (down, across) = self.codes.codes_OI.shape, values.shape
-        return values.repeat_interleave(rows // down, 0).repeat_interleave(columns // across, 1)
-
-    def gathered(self, values_OI: Tensor) -> Tensor:
-        """Sums over each group, [O / a, I / b]."""
-        down, across = self.scale.shape
-        sums: Tensor = values_OI.unflatten(1, (across, -1)).sum(2).unflatten(0, (down, -1)).sum(1)
-        return sums
-
-    def limits(self) -> tuple[Tensor, Tensor]:
-        """The least and the largest code, counted from the zero point, [O, I]."""
-        low = -self.spread(self.codes.zero.float())
-        return low, low + (2**self.codes.bits - 1)
-
-    def stored_scale(self) -> Tensor:
-        """The scale as it will be read back, fp32."""
-        return self.scale.to(self.codes.scale.dtype).float()
-
-    def weight(self) -> Tensor:
-        """fp32 [O, I]."""
-        return self.latent_OI.round().clamp_(*self.limits()).mul_(self.spread(self.stored_scale()))
-
-    def slopes(self, by_weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients by latent and by scale, from that by the weight: rounding counts as the identity."""
-        low, high = self.limits()
-        steps = self.latent_OI.round().clamp_(low, high)
-        inside = (self.latent_OI > low - 0.5) & (self.latent_OI < high + 0.5)
-        return by_weight_OI * self.spread(self.stored_scale()) * inside, self.gathered(by_weight_OI * steps)
-
-    def result(self) -> IntCodes:
-        """What is stored."""
-        low, high = self.limits()
-        codes = self.latent_OI.round().clamp_(low, high).sub_(low).to(torch.uint8)
-        return replace(self.codes, codes_OI=codes, scale=self.scale.to(self.codes.scale.dtype))
 
 
 @dataclass(frozen=True)
@@ -221,7 +166,7 @@ class Training:
         """Adam over all latents and scales; the rate of a scale is relative to what scales of its weight are like."""
         groups = []
         for r in self.roundings.values():
-            groups.append({"params": [r.latent_OI], "first": options.lr / r.codes.bits})
+            groups.append({"params": [r.latent_OI], "first": options.lr * r.step / r.bits})
             groups.append({"params": [r.scale], "first": options.scale_lr * float(r.scale.abs().mean())})
         return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-30)
 
@@ -271,16 +216,20 @@ def packed(block: Block, name: str) -> QuantizedTensor:
     return stored
 
 
-def integers(packed: QuantizedTensor, where: str) -> IntCodes:
-    """The codes of a weight.
+def rounding(packed: QuantizedTensor, w_OI: Tensor, where: str) -> Rounding:
+    """The rounding of a weight `w_OI` as an earlier pass left it.
 
     Raises:
-        RecipeError: they are no integers.
+        RecipeError: its codes are neither integers nor floating-point numbers.
     """
     codes = packed.format.codes(packed)
-    if not isinstance(codes, IntCodes) or codes.order_I is not None:
-        raise RecipeError(f"{where}: `learned` trains integers, not {packed.format.label}; leave that pass out")
-    return codes
+    if isinstance(codes, FloatCodes):
+        return FloatRounding.at(codes, w_OI)
+    if isinstance(codes, IntCodes) and codes.order_I is None:
+        return IntRounding.at(codes, w_OI)
+    raise RecipeError(
+        f"{where}: `learned` trains integers and floating-point numbers, not {packed.format.label}; leave it out"
+    )
 
 
 EXPORT = Learned

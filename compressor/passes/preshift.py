@@ -1,9 +1,9 @@
 """Pre-shifted exponent bias: channels with small activations are multiplied by powers of two, so that one scale serves all.
 
-    x_j 2^k_j is what layers then read, and W_:j 2^-k_j their weights: the norm or the layer before takes the factors up, exactly,
-    and nothing is left to do at run time. Meant for formats that round activations to floating-point numbers by one scale.
+Layers then read x_j 2^k_j, and their weights are W_:j 2^-k_j: the norm or the layer before takes the factors up, exactly, and
+nothing is left to do at run time. Meant for formats that round activations to floating-point numbers by one scale.
 
-The scale a of the activations and the shifts are searched together. For each a, each channel takes the shift that costs least,
+The scale a of the activations and the shifts are searched together. For each a, a channel takes the shift that costs least,
 
     c_j(k) = |W_:j|^2 E|round(x_j 2^k, a) 2^-k - x_j|^2 + E[x_j^2] |round(W_:j 2^-k) 2^k - W_:j|^2
 

@@ -5,19 +5,32 @@ from dataclasses import replace
 import pytest
 import torch
 
+from compressor.activations import rounded_inputs
+from compressor.activations import rounding as rounding_of
 from compressor.assets import DEMO_MODEL
 from compressor.calibration.stream import CalibrationStream
-from compressor.codes import values
+from compressor.codes import FloatCodes, values
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError
+from compressor.formats.float_group import FloatGroup
+from compressor.formats.fp8 import FP8
 from compressor.formats.int_group import IntGroup
+from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.nvfp4 import NVFP4
 from compressor.model.source import ModelSource
-from compressor.passes.learned import KEPT, Learned, Rounding
+from compressor.passes.learned import Learned, rounding
 from compressor.passes.rtn import RTN
 from compressor.types import dense
 
 CPU = torch.device("cpu")
-FORMATS = [IntGroup(bits=2, group_size=16), IntGroup(bits=3, group_size=-1, symmetric=False)]
+FORMATS = [
+    IntGroup(bits=2, group_size=16),
+    IntGroup(bits=3, group_size=-1, symmetric=False),
+    NVFP4(),
+    MXFP4(),
+    FP8(scales="tensor"),
+    FloatGroup(exponent=3, mantissa=2, group_size=16),
+]
 
 
 def started(fmt, seed=0):
@@ -30,37 +43,66 @@ def started(fmt, seed=0):
 class TestRounding:
     def test_starts_where_the_earlier_pass_ended(self, fmt):
         w, packed = started(fmt)
-        assert torch.equal(Rounding.at(fmt.codes(packed), w).weight(), packed.dequantize())
+        assert torch.equal(rounding(packed, w, "").weight(), packed.dequantize())
 
     def test_keeps_a_code_that_is_not_the_nearest(self, fmt):
+        """Neighbours are those in the order of codes, up to the last."""
         w, packed = started(fmt)
         codes = fmt.codes(packed)
-        moved = replace(codes, codes_OI=(codes.codes_OI.int() + 1).clamp(max=2**fmt.bits - 1).to(torch.uint8))
-        start = Rounding.at(moved, w)
+        half = codes.element.sign if isinstance(codes, FloatCodes) else 2**fmt.bits
+        last = half - codes.element.reserved - 1 if isinstance(codes, FloatCodes) else half - 1
+        other = codes.codes_OI // half * half + (codes.codes_OI % half + 1).clamp(max=last)
+        moved = replace(codes, codes_OI=other.to(torch.uint8))
+        start = rounding(fmt.stored(moved, packed.shape), w, "")
         assert torch.equal(start.weight(), values(moved))
-        assert float((start.latent_OI - start.latent_OI.round()).abs().max()) <= KEPT + 1e-6
+        assert torch.equal(start.result().codes_OI, moved.codes_OI)
+        assert float((start.latent_OI - start.rounded()[0]).abs().max()) > 0
 
     def test_result_is_what_it_computed_with(self, fmt):
         w, packed = started(fmt)
-        rounding = Rounding.at(fmt.codes(packed), w)
-        rounding.latent_OI += torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
-        rounding.scale *= 1.1
-        assert torch.equal(fmt.stored(rounding.result(), packed.shape).dequantize(), rounding.weight())
+        trained = rounding(packed, w, "")
+        trained.latent_OI += torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+        trained.scale *= 1.1
+        assert torch.equal(fmt.stored(trained.result(), packed.shape).dequantize(), trained.weight())
 
     def test_slopes_are_those_of_autograd_with_rounding_as_the_identity(self, fmt):
         w, packed = started(fmt)
-        rounding = Rounding.at(fmt.codes(packed), w)
-        rounding.latent_OI += torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
-        zero = rounding.spread(rounding.codes.zero.float())
-        latent, scale = rounding.latent_OI.clone().requires_grad_(), rounding.scale.clone().requires_grad_()
-        within = latent.clamp(min=-zero - 0.5, max=2**fmt.bits - 0.5 - zero)
-        steps = within + (rounding.weight() / rounding.spread(rounding.stored_scale()) - within).detach()
+        trained = rounding(packed, w, "")
+        trained.latent_OI += torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+        latent, scale = trained.latent_OI.clone().requires_grad_(), trained.scale.clone().requires_grad_()
+        if isinstance(trained.codes, FloatCodes):
+            numbers, factor = trained.codes.element.magnitudes, trained.codes.factor
+            end = numbers[-1] + (numbers[-1] - numbers[-2]) / 2
+            within = latent.clamp(-end, end)
+        else:
+            zero, factor = trained.spread(trained.codes.zero.float()), 1.0
+            within = latent.clamp(min=-zero - 0.5, max=2**fmt.bits - 0.5 - zero)
+        steps = within + (trained.weight() / trained.spread(trained.stored_scale()) - within).detach()
         upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(2))
-        stored = scale + (rounding.stored_scale() - scale).detach()
-        (steps * rounding.spread(stored) * upstream).sum().backward()
-        by_latent, by_scale = rounding.slopes(upstream)
+        stored = scale * factor + (trained.stored_scale() - scale * factor).detach()
+        (steps * trained.spread(stored) * upstream).sum().backward()
+        by_latent, by_scale = trained.slopes(upstream)
         torch.testing.assert_close(by_latent, latent.grad)
         torch.testing.assert_close(by_scale, scale.grad)
+
+
+class TestFloats:
+    def test_scales_that_are_powers_of_two_stay(self):
+        w, packed = started(MXFP4())
+        trained = rounding(packed, w, "")
+        trained.scale *= 3
+        assert torch.equal(trained.result().scale.view(torch.uint8), packed.parts["weight_scale"])
+
+    def test_activations_that_are_rounded_pass_their_gradient(self):
+        """Else nothing before the last layer would be trained."""
+        model, x = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 4)), torch.randn(5, 32)
+        with rounded_inputs(model, {"1": rounding_of("mxfp4", {}.__getitem__)}):
+            given = model(x)
+            given.sum().backward()
+        with torch.no_grad(), rounded_inputs(model, {"1": rounding_of("mxfp4", {}.__getitem__)}):
+            assert torch.equal(given, model(x))
+        expected = model[1].weight.sum(0)[:, None] * x.sum(0)
+        torch.testing.assert_close(model[0].weight.grad, expected)
 
 
 FMT = IntGroup(bits=3, group_size=64)
