@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from compressor import methods, pipeline
+from compressor.activations import static_part
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import Keep, keeping
 from compressor.calibration.sensitivity import sensitivities
@@ -122,14 +123,14 @@ def run(
 
 
 def quantize(
-    model: str | Path = ".", out: str | Path | None = None, *, bits: int = 4, tell: Tell = silent, **options: Any
+    model: str | Path = ".", out: str | Path | None = None, *, bits: int | None = None, tell: Tell = silent, **options: Any
 ) -> Report:
     """Quantize a model's weights: `run` with the recipe of `quantize_recipe`.
 
     Args:
         model: Hugging Face model directory.
         out: Directory to create; None appends what was done to the model's name.
-        bits: 2 to 8.
+        bits: 2 to 8; None takes 4, or what the numbers have.
         tell: Called with progress.
         options: Of `quantize_recipe`, and resume, overwrite, verify, device, dtype of `run`.
     """
@@ -138,9 +139,10 @@ def quantize(
 
 
 def quantize_recipe(
-    bits: int = 4,
+    bits: int | None = None,
     *,
     fmt: str = methods.INTEGERS,
+    activations: int = methods.DENSE,
     method: str | None = None,
     calibrated: bool = True,
     group_size: int | None = None,
@@ -156,8 +158,9 @@ def quantize_recipe(
     """The recipe that `compress quantize` runs.
 
     Args:
-        bits: Width of a code.
-        fmt: `int`, or `nvfp4` or `mxfp4`, which have 4 bits and groups of their own.
+        bits: Of a weight; None takes 4, or what the numbers have.
+        fmt: `int`, or `nvfp4`, `mxfp4`, `fp4`, `fp8` or `mxfp8`: floating-point numbers, which have bits of their own.
+        activations: Bits that activations are rounded to; 16 leaves them as they are.
         method: A name in compressor/methods.py; None takes the best for the numbers and their bits.
         calibrated: False allows no method that reads text.
         group_size: Adjacent input channels that share a scale, -1 for whole rows; None takes 128.
@@ -177,9 +180,15 @@ def quantize_recipe(
         raise RecipeError(
             f"--calibration {calibration} --no-calibration: one asks for what the other rules out; leave out one of the two"
         )
-    options = [methods.option(fmt, bits, group_size, symmetric=symmetric)]
+    bits = methods.width(fmt, bits)
+    options = methods.formats(fmt, bits, group_size, symmetric=symmetric, activations=activations)
+    name = methods.chosen(method, fmt, bits, calibrated=calibrated)
+    if not calibrated and (way := options[0].get("activations")) and static_part(way):
+        raise RecipeError(
+            f"--activations {activations} --no-calibration: {way} is a scale from calibration; leave out one of the two"
+        )
     data = {
-        "passes": methods.passes(methods.chosen(method, bits, fmt, calibrated=calibrated), options, ignore),
+        "passes": methods.passes(name, options, ignore),
         "calibration": {"source": calibration or "builtin", "samples": samples, "seq_len": seq_len, "seed": seed},
         "evaluation": {} if evaluate else None,
     }

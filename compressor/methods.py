@@ -7,11 +7,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compressor.activations import TENSOR
 from compressor.errors import RecipeError
 from compressor.registry import suggestion
 
-INTEGERS, FLOATS = "int", ("nvfp4", "mxfp4")  # what --format takes
-FLOAT_BITS, GROUP_SIZE = 4, 128
+INTEGERS, GROUP_SIZE = "int", 128
+DENSE = 16  # bits of activations that are left as they are
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What --format stands for.
+
+    Args:
+        bits: Of a weight, if there is no choice.
+        options: The formats of a recipe, of which each layer takes the best.
+        activations: How they are rounded, by their bits.
+        grouped: The size of groups can be chosen.
+    """
+
+    bits: int
+    options: Sequence[Mapping[str, Any]]
+    activations: Mapping[int, str]
+    grouped: bool = False
+
+
+FLOATS: Mapping[str, Numbers] = {
+    "nvfp4": Numbers(4, [{"format": "nvfp4"}], {4: "nvfp4", 8: "fp8"}),
+    "mxfp4": Numbers(4, [{"format": "mxfp4"}], {4: "mxfp4", 8: "mxfp8"}),
+    "fp4": Numbers(
+        4,
+        [{"format": "float_group", "exponent": e, "mantissa": 3 - e} for e in (2, 1, 3)],
+        {4: "fp4-tensor", 8: "fp8-tensor"},
+        grouped=True,
+    ),
+    "fp8": Numbers(8, [{"format": "fp8"}], {8: "fp8"}),
+    "mxfp8": Numbers(8, [{"format": "mxfp8"}], {8: "mxfp8"}),
+}
 LEARNED_BITS = 4  # and fewer: what learned rounding is worth its time for
 
 
@@ -23,24 +55,27 @@ class Method:
         about: What it is, for --help and the table of methods.
         passes: Each as in a recipe, without the format and the layers.
         calibrated: Whether it reads text.
-        also: Formats that are options besides the given one, with the same fields.
-        integers: It works on integers alone.
+        only: Values of --format that it works with; None for all.
     """
 
     about: str
     passes: Sequence[Mapping[str, Any]]
     calibrated: bool = True
-    also: Sequence[str] = ()
-    integers: bool = False
+    only: Sequence[str] | None = None
 
 
 METHODS: Mapping[str, Method] = {
-    "learned": Method(
-        "GPTQ, then rounding and scales trained block by block", [{"pass": "gptq"}, {"pass": "learned"}], integers=True
-    ),
+    "learned": Method("GPTQ, then rounding and scales trained block by block", [{"pass": "gptq"}, {"pass": "learned"}]),
     "gptq": Method("rounding with error feedback", [{"pass": "gptq"}]),
     "adadim": Method(
-        "gptq, in groups along either axis, layer by layer", [{"pass": "adadim"}], also=("int_input_group",), integers=True
+        "gptq, in groups along either axis, or to the best of several kinds of number, layer by layer",
+        [{"pass": "adadim"}],
+        only=(INTEGERS, "fp4"),
+    ),
+    "fpq": Method(
+        "channels shifted by powers of two where activations are rounded, then adadim, then learned",
+        [{"pass": "preshift"}, {"pass": "adadim"}, {"pass": "learned"}],
+        only=("fp4",),
     ),
     "awq": Method(
         "channels with large activations scaled up, then rounding to nearest",
@@ -51,64 +86,102 @@ METHODS: Mapping[str, Method] = {
         [{"pass": "rotate", "learn": 200}, {"pass": "gptq"}],
     ),
     "rotated-learned": Method(
-        "the same, then learned", [{"pass": "rotate", "learn": 200}, {"pass": "gptq"}, {"pass": "learned"}], integers=True
+        "the same, then learned", [{"pass": "rotate", "learn": 200}, {"pass": "gptq"}, {"pass": "learned"}]
     ),
-    "hqq": Method("scales fitted to the weights alone, no calibration", [{"pass": "hqq"}], calibrated=False, integers=True),
+    "hqq": Method(
+        "scales fitted to the weights alone, no calibration", [{"pass": "hqq"}], calibrated=False, only=(INTEGERS,)
+    ),
     "search": Method("rounding, scales searched for the least error", [{"pass": "rtn", "search": True}], calibrated=False),
     "rtn": Method("rounding to nearest, no calibration", [{"pass": "rtn"}], calibrated=False),
 }
 BARE = ("learned", "rotate")  # passes that take no format and no layers
-TRYING = ("awq",)  # passes that prepare layers for the format that a later one rounds to
+TRYING = ("awq", "preshift")  # passes that prepare layers for the format that a later one rounds to
+CHOOSING = ("adadim",)  # passes that choose among several formats
+SHIFTING = ("preshift",)  # passes for activations that one scale serves
+BESIDE = {"int_group": "int_input_group"}  # what those choose among besides, of the same fields
 
 
-def best(bits: int, *, calibrated: bool, integers: bool = True) -> str:
+def best(fmt: str, bits: int, *, calibrated: bool) -> str:
     """The default: of the methods measured on the same model and text, the one with the least KL divergence."""
     if not calibrated:
-        return "hqq" if integers else "search"
-    return "learned" if integers and bits <= LEARNED_BITS else "gptq"
+        return "hqq" if fmt == INTEGERS else "search"
+    if bits > LEARNED_BITS:
+        return "gptq"
+    return "fpq" if fmt == "fp4" else "learned"
 
 
-def chosen(method: str | None, bits: int, fmt: str = INTEGERS, *, calibrated: bool) -> str:
+def chosen(method: str | None, fmt: str, bits: int, *, calibrated: bool) -> str:
     """The method that was asked for, or the best, for numbers of a kind.
 
     Raises:
         RecipeError: no such method, one for other numbers, or one that reads text where none may be read.
     """
     if method is None:
-        return best(bits, calibrated=calibrated, integers=fmt == INTEGERS)
+        return best(fmt, bits, calibrated=calibrated)
     if method not in METHODS:
         raise RecipeError(f"--method: no method named `{method}`; {suggestion(method, list(METHODS))}")
-    if METHODS[method].integers and fmt != INTEGERS:
-        others = ", ".join(name for name, known in METHODS.items() if not known.integers)
-        raise RecipeError(f"--method {method} --format {fmt}: `{method}` is for integers; take one of {others}")
+    if fmt not in (METHODS[method].only or (fmt,)):
+        able = ", ".join(name for name, known in METHODS.items() if fmt in (known.only or (fmt,)))
+        raise RecipeError(f"--method {method} --format {fmt}: `{method}` is not for these numbers; take one of {able}")
     if METHODS[method].calibrated and not calibrated:
         raise RecipeError(f"--method {method} --no-calibration: `{method}` reads calibration text; leave out one of the two")
     return method
 
 
-def option(fmt: str, bits: int, group_size: int | None, *, symmetric: bool) -> dict[str, Any]:
-    """The format of the weights, as in a recipe.
+def width(fmt: str, bits: int | None) -> int:
+    """Bits of a weight, those that were asked for or those that the numbers have.
 
     Raises:
-        RecipeError: no such format, or one that leaves nothing to choose where something was chosen.
+        RecipeError: no such numbers, or none of as many bits.
     """
     if fmt == INTEGERS:
-        size = GROUP_SIZE if group_size is None else group_size
-        return {"format": "int_group", "bits": bits, "group_size": size, "symmetric": symmetric}
+        return 4 if bits is None else bits
     if fmt not in FLOATS:
         raise RecipeError(f"--format: no format named `{fmt}`; {suggestion(fmt, [INTEGERS, *FLOATS])}")
-    if bits != FLOAT_BITS or group_size is not None or not symmetric:
+    if bits not in (None, FLOATS[fmt].bits):
+        raise RecipeError(f"--format {fmt} --bits {bits}: has {FLOATS[fmt].bits} bits; leave out --bits")
+    return FLOATS[fmt].bits
+
+
+def formats(
+    fmt: str, bits: int, group_size: int | None = None, *, symmetric: bool = True, activations: int = DENSE
+) -> list[dict[str, Any]]:
+    """The formats of the weights, as in a recipe; of several each layer may take the best.
+
+    Raises:
+        RecipeError: something was chosen that the numbers leave no choice of.
+    """
+    ways = {8: "int8"} if fmt == INTEGERS else FLOATS[fmt].activations
+    if activations not in (DENSE, *ways):
+        able = ", ".join(map(str, sorted((*ways, DENSE))))
+        raise RecipeError(f"--format {fmt} --activations {activations}: takes activations of {able} bits")
+    rounded = {} if activations == DENSE else {"activations": ways[activations]}
+    if fmt == INTEGERS:
+        bytewise = {"packed": False} if rounded and bits == 8 else {}  # what engines multiply as integers
+        size = (-1 if bytewise else GROUP_SIZE) if group_size is None else group_size
+        return [{"format": "int_group", "bits": bits, "group_size": size, "symmetric": symmetric, **bytewise, **rounded}]
+    if not symmetric or not (group_size is None or FLOATS[fmt].grouped):
         raise RecipeError(
-            f"--format {fmt}: has {FLOAT_BITS} bits, groups of a size of its own, and no zero points; "
-            "leave out --bits, --group-size and --asymmetric"
+            f"--format {fmt}: has no zero points, and groups of a size of its own; leave out --asymmetric and --group-size"
+            if not FLOATS[fmt].grouped
+            else f"--format {fmt}: has no zero points; leave out --asymmetric"
         )
-    return {"format": fmt}
+    grouped = {} if group_size is None else {"group_size": group_size}
+    return [{**option, **grouped, **rounded} for option in FLOATS[fmt].options]
 
 
 def passes(method: str, options: Sequence[Mapping[str, Any]], ignore: Sequence[str]) -> list[dict[str, Any]]:
     """The passes of a method, as plain data for a recipe."""
-    also = [{**option, "format": name} for option in options for name in METHODS[method].also]
-    rounding = {"options": [*map(dict, options), *also], "ignore": list(ignore)}
-    trying = {"format": dict(options[0]), "ignore": list(ignore)}
-    given: dict[str, dict[str, Any]] = {name: {} for name in BARE} | dict.fromkeys(TRYING, trying)
-    return [{**step, **given.get(step["pass"], rounding)} for step in METHODS[method].passes]
+    first = dict(options[0])
+    several = [*map(dict, options), *({**o, "format": BESIDE[o["format"]]} for o in options if o["format"] in BESIDE)]
+    by_one_scale = str(first.get("activations")).endswith(TENSOR)
+
+    def given(name: str) -> dict[str, Any]:
+        if name in BARE:
+            return {}
+        if name in TRYING:
+            return {"format": first, "ignore": list(ignore)}
+        return {"options": several if name in CHOOSING else [first], "ignore": list(ignore)}
+
+    wanted = [step for step in METHODS[method].passes if by_one_scale or step["pass"] not in SHIFTING]
+    return [{**step, **given(step["pass"])} for step in wanted]

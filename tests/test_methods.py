@@ -1,6 +1,7 @@
 """`compress quantize --method NAME` and what is taken without it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,11 @@ import pytest
 
 from compressor import api
 from compressor.errors import RecipeError
-from compressor.methods import FLOATS, METHODS
+from compressor.methods import METHODS
 from compressor.registry import describe
 from compressor.report import Report
 
-FAST = {"learned": ["steps"], "rotate": ["learn"]}  # what takes long, by pass
+FAST = ("steps", "learn")  # what takes long
 
 
 def run(method: str, model: Path, text: Path, place: Path, **options: Any) -> Report:
@@ -24,11 +25,10 @@ def run(method: str, model: Path, text: Path, place: Path, **options: Any) -> Re
         samples=4,
         seq_len=32,
         evaluate=False,
-        changes=[
-            f"passes.{i}.{key}=2" for i, step in enumerate(METHODS[method].passes) for key in FAST.get(step["pass"], ())
-        ],
         **options,
     )
+    quick = [replace(step, **{key: 2 for key in FAST if hasattr(step, key)}) for step in recipe.passes]  # type: ignore[type-var]
+    recipe = replace(recipe, passes=tuple(quick))
     return api.run(recipe, model, place / "out", verify=False, device="cpu")
 
 
@@ -46,37 +46,94 @@ def test_many_bits_need_no_training(bits: int) -> None:
     assert names(bits=bits) == ["gptq"]
 
 
-@pytest.mark.parametrize("fmt", FLOATS)
-def test_floats_are_rounded_with_feedback_or_searched(fmt: str) -> None:
-    assert names(fmt=fmt) == ["gptq"]
+@pytest.mark.parametrize(
+    ("fmt", "expected"),
+    [
+        ("nvfp4", ["gptq", "learned"]),
+        ("mxfp4", ["gptq", "learned"]),
+        ("fp4", ["adadim", "learned"]),
+        ("fp8", ["gptq"]),
+        ("mxfp8", ["gptq"]),
+    ],
+)
+def test_floats_have_a_default(fmt: str, expected: list[str]) -> None:
+    assert names(fmt=fmt) == expected
     (step,) = describe(api.quantize_recipe(fmt=fmt, calibrated=False).passes)
-    assert (step["pass"], step["search"], step["options"]) == ("rtn", True, [{"format": fmt}])
+    assert (step["pass"], step["search"]) == ("rtn", True)
+    assert len(step["options"]) == 1
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].integers])
+def test_shifts_are_for_activations_that_one_scale_serves() -> None:
+    assert names(fmt="fp4", activations=4) == ["preshift", "adadim", "learned"]
+    assert names(fmt="fp4", activations=16) == ["adadim", "learned"]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "bits", "ways"),
+    [
+        ("int", 8, {8: "int8-bytes-a8"}),
+        ("int", 4, {8: "int4g128-a8"}),
+        ("nvfp4", None, {4: "nvfp4-nvfp4", 8: "nvfp4-fp8"}),
+        ("mxfp4", None, {4: "mxfp4-mxfp4", 8: "mxfp4-mxfp8"}),
+        ("fp4", None, {4: "e2m1-fp4-tensor", 8: "e2m1-fp8-tensor"}),
+        ("fp8", None, {8: "fp8-channel-fp8"}),
+        ("mxfp8", None, {8: "mxfp8-mxfp8"}),
+    ],
+)
+def test_activations_of_some_bits(fmt: str, bits: int | None, ways: dict[int, str]) -> None:
+    for wanted in (4, 8):
+        if wanted in ways:
+            recipe = api.quantize_recipe(bits, fmt=fmt, activations=wanted)
+            assert recipe.passes[-2 if len(recipe.passes) > 1 else 0].options[0].label == ways[wanted]
+        else:
+            with pytest.raises(RecipeError, match=f"--format {fmt} --activations {wanted}: takes activations of .*16 bits"):
+                api.quantize_recipe(bits, fmt=fmt, activations=wanted)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].only is None])
 def test_each_that_can_runs_on_floats(method: str, tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
     report = run(method, tiny("llama"), text_file, tmp_path, fmt="nvfp4")
     assert {row.option for row in report.rows} == {"nvfp4"}
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].integers])
-def test_one_for_integers_is_refused_for_floats(method: str) -> None:
-    with pytest.raises(RecipeError, match=f"--method {method} --format mxfp4: .* is for integers; take one of gptq, awq"):
+def test_numbers_of_the_best_kind_with_rounded_activations(
+    tiny: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    report = run("fpq", tiny("llama"), text_file, tmp_path, fmt="fp4", activations=4)
+    assert {row.option[:4] for row in report.rows} <= {"e2m1", "e1m2", "e3m0"}
+    assert {row.option[5:] for row in report.rows} <= {"e2m1-tensor", "e1m2-tensor", "e3m0-tensor"}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if "mxfp4" not in (METHODS[name].only or ("mxfp4",))])
+def test_one_for_other_numbers_is_refused(method: str) -> None:
+    with pytest.raises(RecipeError, match=f"--method {method} --format mxfp4: .* not for these numbers; take one of learned"):
         api.quantize_recipe(fmt="mxfp4", method=method, calibrated=METHODS[method].calibrated)
 
 
-@pytest.mark.parametrize("chosen", [{"bits": 3}, {"group_size": 16}, {"symmetric": False}], ids=str)
-def test_floats_leave_nothing_to_choose(chosen: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="--format nvfp4: has 4 bits, groups of a size of its own"):
-        api.quantize_recipe(fmt="nvfp4", **chosen)
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"fmt": "nvfp4", "bits": 3}, "--format nvfp4 --bits 3: has 4 bits"),
+        ({"fmt": "fp8", "bits": 4}, "--format fp8 --bits 4: has 8 bits"),
+        ({"fmt": "nvfp4", "group_size": 16}, "--format nvfp4: has no zero points, and groups of a size of its own"),
+        ({"fmt": "mxfp4", "symmetric": False}, "--format mxfp4: has no zero points, and groups"),
+        ({"fmt": "fp4", "symmetric": False}, "--format fp4: has no zero points; leave out --asymmetric"),
+        ({"fmt": "nvpf4"}, "--format: no format named `nvpf4`; did you mean `nvfp4`"),
+        ({"fmt": "nvfp4", "activations": 4, "calibrated": False}, "--activations 4 --no-calibration: nvfp4 is a scale"),
+    ],
+    ids=str,
+)
+def test_what_leaves_no_choice_is_refused(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        api.quantize_recipe(**chosen)
 
 
-def test_a_misspelt_format_is_suggested() -> None:
-    with pytest.raises(RecipeError, match="--format: no format named `nvpf4`; did you mean `nvfp4`"):
-        api.quantize_recipe(fmt="nvpf4")
+def test_groups_of_fp4_can_be_chosen() -> None:
+    recipe = api.quantize_recipe(fmt="fp4", group_size=32)
+    assert [option.label for option in recipe.passes[0].options] == ["e2m1g32", "e1m2g32", "e3m0g32"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if "int" in (METHODS[name].only or ("int",))])
 def test_each_runs_and_all_its_layers_get_the_bits(
     method: str, tiny: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:

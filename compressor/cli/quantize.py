@@ -1,4 +1,4 @@
-"""`compress quantize`: a recipe with one rounding pass, from a few options."""
+"""`compress quantize`: the recipe of a method, from a few options."""
 
 import sys
 from pathlib import Path
@@ -12,13 +12,18 @@ from compressor.cli._compress import compress
 
 def quantize(
     model: a.Model = Path(),
-    bits: Annotated[int, typer.Option(help="Bits of a weight, 2 to 8.")] = 4,
-    fmt: Annotated[str, typer.Option("--format", help="int; or nvfp4 or mxfp4: 4 bits, floating point, own groups.")] = "int",
+    bits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8. [default: 4, or what the format has]")] = None,
+    fmt: Annotated[
+        str, typer.Option("--format", help="int; or floating point: nvfp4, mxfp4 or fp4 (4 bits), fp8 or mxfp8 (8 bits).")
+    ] = "int",
+    activations: Annotated[
+        int, typer.Option(help="Bits that activations are rounded to: 16 (not at all), 8, or with 4-bit floating point 4.")
+    ] = 16,
     method: Annotated[
         str | None,
         typer.Option(
-            help="learned, gptq, rotated, rotated-learned, adadim or awq (calibrated), hqq, search or rtn (weights alone). "
-            "[default: learned for integers up to 4 bits, else gptq; hqq or search with --no-calibration]"
+            help="learned, gptq, rotated, rotated-learned, adadim, fpq or awq (calibrated), hqq, search or rtn (weights alone). "
+            "[default: learned up to 4 bits (fp4: fpq), else gptq; with --no-calibration hqq (int) or search]"
         ),
     ] = None,
     group_size: Annotated[
@@ -52,12 +57,12 @@ def quantize(
     device: a.Device = None,
     dtype: a.Dtype = None,
 ) -> None:
-    """Quantize the weights of MODEL to integers, or to 4-bit floating-point numbers.
+    """Quantize the weights of MODEL to integers or to floating-point numbers, and activations if asked to.
 
-    The result loads in stock transformers and vLLM (compressed-tensors layout), and comes with its quality against the
+    The result loads in stock transformers and vLLM (compressed-tensors layout; fp4 in compressor.load only), and comes with its quality against the
     original.
 
-    Example: `compress quantize --bits 4 model/`, or `compress quantize --format nvfp4 model/`
+    Example: `compress quantize --bits 4 model/`, or `compress quantize --format nvfp4 --activations 4 model/`
     """
     from compressor.api import quantize_recipe
     from compressor.recipe import to_yaml
@@ -65,6 +70,7 @@ def quantize(
     recipe = quantize_recipe(
         bits,
         fmt=fmt,
+        activations=activations,
         method=method,
         calibrated=not no_calibration,
         group_size=group_size,
