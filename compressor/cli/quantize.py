@@ -22,8 +22,8 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="learned, gptq, rotated, rotated-learned, adadim, fpq or awq (calibrated), hqq, search or rtn (weights alone). "
-            "[default: learned up to 4 bits (fp4: fpq), else gptq; with --no-calibration hqq (int) or search]"
+            help="learned, gptq, rotated, rotated-learned, adadim, fpq or awq (calibrated), hqq, search or rtn "
+            "(weights alone). [default: learned up to 4 bits (fp4: fpq), else gptq; with --no-calibration hqq (int) or search]"
         ),
     ] = None,
     group_size: Annotated[
@@ -59,8 +59,8 @@ def quantize(
 ) -> None:
     """Quantize the weights of MODEL to integers or to floating-point numbers, and activations if asked to.
 
-    The result loads in stock transformers and vLLM (compressed-tensors layout; fp4 in compressor.load only), and comes with its quality against the
-    original.
+    The result loads in stock transformers and vLLM (compressed-tensors layout; fp4 in compressor.load only), and comes with
+    its quality against the original.
 
     Example: `compress quantize --bits 4 model/`, or `compress quantize --format nvfp4 --activations 4 model/`
     """
