@@ -23,7 +23,7 @@ def quantize(
         str | None,
         typer.Option(
             help="learned, gptq, rotated, rotated-learned, adadim, fpq or awq (calibrated), hqq, search or rtn "
-            "(weights alone). [default: learned up to 4 bits (fp4: fpq), else gptq; with --no-calibration hqq (int) or search]"
+            "(weights alone). [default: learned up to 4 bits (fpq for fp4), else gptq; without text hqq (int) or search]"
         ),
     ] = None,
     group_size: Annotated[

@@ -7,12 +7,14 @@ import torch
 from tiny_models import FAMILIES, some_tokens, stock_logits, tensors
 
 from compressor import api
+from compressor.activations import FixedScale, scales
 from compressor.assets import DEMO_MODEL
 from compressor.calibration.data import load_samples, load_tokenizer
-from compressor.calibration.stats import Hessian, Peak
+from compressor.calibration.stats import Hessian, Peak, Spread
 from compressor.calibration.stream import CalibrationStream, watching
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError
+from compressor.formats.float_group import FloatGroup
 from compressor.formats.int_group import IntGroup
 from compressor.model.feeds import find_feeds
 from compressor.model.source import ModelSource
@@ -20,6 +22,7 @@ from compressor.passes import _learned_rotation
 from compressor.passes._learned_rotation import gradient, learned, of_one_length, some_vectors
 from compressor.passes._rotation import Rotation
 from compressor.passes.awq import AWQ
+from compressor.passes.preshift import Preshift
 from compressor.passes.rotate import Rotate
 from compressor.passes.smooth import Smooth
 from compressor.pipeline import Event
@@ -29,7 +32,8 @@ from compressor.verification.verify import verify
 
 CPU = torch.device("cpu")
 FOUR_BITS = IntGroup(bits=4, group_size=64)
-SCALINGS = {"smooth": Smooth(), "awq": AWQ(format=FOUR_BITS)}
+FP4 = FloatGroup(activations="e2m1-tensor")
+SCALINGS = {"smooth": Smooth(), "awq": AWQ(format=FOUR_BITS), "preshift": Preshift(format=FP4)}
 ALIKE = {"rtol": 0, "atol": 2e-5}  # logits of about 1 in fp32
 PLAIN = (
     "llama",
@@ -60,7 +64,14 @@ def statistics(block, hidden, kinds):
 
 class TestScaling:
     @pytest.mark.parametrize(
-        ("family", "step"), [*((family, "smooth") for family in FAMILIES), ("llama", "awq"), ("opt", "awq")]
+        ("family", "step"),
+        [
+            *((family, "smooth") for family in FAMILIES),
+            ("llama", "awq"),
+            ("opt", "awq"),
+            ("qwen3", "preshift"),
+            ("opt", "preshift"),
+        ],
     )
     def test_leaves_the_logits(self, family, step, tiny):
         changed = []
@@ -72,7 +83,7 @@ class TestScaling:
 
         source = ModelSource(tiny(family), CPU)
         torch.testing.assert_close(logits(source, scale), logits(source), **ALIKE)
-        assert min(changed) > 0.01
+        assert min(changed) > (0.01 if step != "preshift" else -1)  # where channels are alike nothing is shifted
 
     def test_finds_every_feed_of_a_gated_block(self, tiny):
         with_heads = list(find_feeds(ModelSource(tiny("qwen3"), CPU).block(0), 128))
@@ -127,6 +138,64 @@ class TestSmooth:
     def test_refuses_an_alpha_outside_its_range(self, alpha):
         with pytest.raises(ValueError, match="is not in 0 … 1"):
             Smooth(alpha=alpha)
+
+
+class TestPreshift:
+    """On what the norm before a gated MLP writes, some channels of which are large."""
+
+    @pytest.fixture
+    def at_work(self, tiny):
+        hidden = torch.randn(4, 60, 128, generator=torch.Generator().manual_seed(0))
+        block = ModelSource(tiny("llama"), CPU).block(0)
+        gain = torch.ones(128)
+        gain[::16] = 20
+        block.install({"post_attention_layernorm.weight": gain})
+        (feed,) = [f for f in find_feeds(block, 128) if f.writer == "post_attention_layernorm"]
+        stats = statistics(block, hidden, (Spread,))
+        weights = {name: block.weight(name).float() for name in feed.readers}
+        return block, hidden, feed, weights, stats
+
+    def test_factors_are_powers_of_two_and_bring_channels_together(self, at_work):
+        _, _, feed, weights, stats = at_work
+        factors = Preshift(format=FP4).factors(feed, weights, stats)
+        exponents = factors.log2()
+        assert torch.equal(exponents, exponents.round())
+        assert not exponents[::16].any()
+        assert -5 <= exponents[1:16].max() <= -2
+
+    def test_the_error_of_the_readers_falls(self, at_work):
+        """Oracle: the readers' outputs themselves, with activations and weights rounded, each scale at its best."""
+        block, hidden, feed, weights, stats = at_work
+        seen = []
+        reader = block.module.get_submodule(feed.readers[0])
+        handle = reader.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
+        block.forward(hidden)
+        handle.remove()
+        x = seen[0].flatten(0, 1)
+
+        def error(factors):
+            missed = []
+            for scale in scales(FP4.input_elements[0], float((x / factors).abs().max())):
+                rounded = FixedScale(FP4.input_elements[0], scale)(x / factors)
+                total = 0.0
+                for w in weights.values():
+                    grid = FP4.fit(w * factors, (x / factors).square().mean(0))
+                    total += float((rounded @ grid.decode(grid.round(w * factors, 0), 0).T - x @ w.T).square().mean())
+                missed.append(total)
+            return min(missed)
+
+        found = error(Preshift(format=FP4).factors(feed, weights, stats))
+        assert found < 0.5 * error(torch.ones(128))
+        for doubled in (2.0, 0.5):  # of all but the large ones
+            other = torch.full((128,), doubled) * Preshift(format=FP4).factors(feed, weights, stats)
+            other[::16] = 1
+            assert found < 1.02 * error(other)
+
+    def test_a_format_that_rounds_no_activations_by_one_scale_is_refused(self, at_work):
+        _, _, feed, weights, stats = at_work
+        for fmt in (FOUR_BITS, FloatGroup(), FloatGroup(activations="e2m1-token")):
+            with pytest.raises(RecipeError, match=r"preshift: .* does not round activations by one scale"):
+                Preshift(format=fmt).factors(feed, weights, stats)
 
 
 class TestAWQ:
