@@ -1,7 +1,8 @@
 """Which runtimes can load a model directory, and why the others cannot.
 
-The first two were run. The rest is as read in their sources, not run: vLLM (`compressed_tensors_wNa16.py`,
-`compressed_tensors/utils.py`, `marlin_utils.py`, `auto_gptq.py`), SGLang (the same files), llama.cpp.
+The first two were run. The rest is as read in their sources, not run: vLLM (`compressed_tensors.py`,
+`compressed_tensors_wNa16.py`, `compressed_tensors/utils.py`, `marlin_utils.py`, `auto_gptq.py`), SGLang (the same files),
+llama.cpp.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compressor.activations import way
+from compressor.formats._float_grid import FloatFormat
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.formats.mxfp4 import MXFP4
@@ -20,6 +22,10 @@ from compressor.model.source import ModelSource
 from compressor.types import Format
 
 KERNEL_BITS = (4, 8)  # of the kernels for 16-bit activations (Marlin) in vLLM and SGLang
+SERVED_FLOATS = frozenset({
+    "nvfp4", "nvfp4-nvfp4", "mxfp4", "fp8-tensor", "fp8-channel", "fp8-tensor-fp8", "fp8-channel-fp8",
+    "fp8-tensor-fp8-static", "fp8-channel-fp8-static", "fp8-block-fp8-block",
+})  # fmt: skip
 KERNEL_GROUPS = (-1, 32, 64, 128)
 SAME_IN_EVERY_VERSION = (2, 4, 8)  # compressed-tensors before 0.18 packed other widths differently
 
@@ -111,6 +117,8 @@ def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Ite
         if isinstance(fmt, IntGroup) and fmt.activations:
             yield from (f"{layer}: {obstacle}" for obstacle in _rounding_obstacles(fmt))
             continue
+        if isinstance(fmt, FloatFormat) and fmt.label not in SERVED_FLOATS:
+            yield f"{layer}: for weights and activations stored as {fmt.label} no kernels are known"
         if isinstance(fmt, IntGroup | GptqInt) and fmt.group_size not in KERNEL_GROUPS:
             yield f"{layer}: group_size {fmt.group_size} is none of {_list(KERNEL_GROUPS)}, which the kernels take"
         if isinstance(fmt, IntGroup) and not fmt.packed:

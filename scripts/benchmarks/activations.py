@@ -1,11 +1,11 @@
 """What rounding activations costs, in floating-point numbers of 4 and 8 bits: `scripts/bench activations MODEL …`.
 
-Weights have 4 bits in all rows. Each chain of passes is run on the model as it is and, where one scale serves all activations, on
-one that computes the same but has outliers in them: in every norm a few gains are multiplied by a power of two, and the
-columns that read them divided by it. The texts to judge on should not be the one to calibrate on.
+Weights have 4 bits in all rows. Each chain of passes is run on the model as it is and, where one scale serves all
+activations, on one that computes the same but has outliers in them: in every norm a few gains are multiplied by a power of
+two, and the columns that read them divided by it. The texts to judge on should not be the one to calibrate on.
 
-Exit status 1 if pre-shifted exponent biases (`preshift`, kinds of number searched as LLM-FP4 does) leave more than half of the
-KL divergence that activations rounded to E2M1 by one scale for each layer add.
+Exit status 1 if pre-shifted exponent biases (`preshift`, kinds of number searched as LLM-FP4 does) leave more than half of
+the KL divergence that activations rounded to E2M1 by one scale for each layer add.
 """
 
 import argparse
