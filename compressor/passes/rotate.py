@@ -49,6 +49,8 @@ class Rotate:
         residual: Rotate the residual stream, which folds the norms' gains into the layers that read them.
         heads: Rotate the values of each head.
         online: Turn what the other layers read, such as down_proj, when the model runs: other runtimes do not load it then.
+        block: Channels that are turned together when the model runs, a power of two: 16 or 32 keeps within what share a scale
+            in NVFP4 or MXFP4. 0 turns as many as can be.
         learn: Steps by which residual and head rotations are improved, for weights without outliers.
         seed: Of the rotations.
     """
@@ -56,6 +58,7 @@ class Rotate:
     residual: bool = True
     heads: bool = True
     online: bool = False
+    block: int = 0
     learn: int = 0
     seed: int = 0
     needs: ClassVar[tuple[type[Accumulator], ...]] = ()
@@ -66,6 +69,8 @@ class Rotate:
     sensitivity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        if self.block < 0 or self.block & (self.block - 1):
+            raise ValueError(f"block: {self.block} is no power of two; give 0 for the largest that a layer allows")
         if self.learn < 0:
             raise ValueError(f"learn: {self.learn} is no number of steps; give 0 for random rotations")
 
@@ -97,7 +102,7 @@ class Rotate:
                 self._head(changes, block, feed)
             if self.online:
                 offline = {reader for feed in heads for reader in feed.readers}.union(*norms.values())
-                changes.online(block, [name for name in block.layers if name not in offline])
+                changes.online(block, [name for name in block.layers if name not in offline], self.block)
         if not changes.steps:
             raise RecipeError(f"rotate: nothing in {source.path} can be rotated as asked; leave the pass out")
         rewriting = changes.rewriting()
@@ -188,10 +193,11 @@ class Changes:
         for reader in feed.readers:
             self._layer(block, reader, turn)
 
-    def online(self, block: Block, layers: Iterable[str]) -> None:
-        """Layers whose activations will be turned when the model runs."""
+    def online(self, block: Block, layers: Iterable[str], most: int) -> None:
+        """Layers whose activations will be turned when the model runs, in blocks of at most some channels; 0 is any number."""
         for name in layers:
             size = largest_block(block.shape(name)[1])
+            size = min(size, most) if most else size
             if size > 1:
                 self._layer(block, name, partial(turned, size=size))
                 self.hadamard[f"{block.prefix}.{name}"] = size

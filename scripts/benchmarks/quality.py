@@ -62,10 +62,12 @@ class Entry:
 
 ENTRIES: Mapping[str, Entry] = {
     OURS: Entry("our default", floats=True),
-    "compressor gptq": Entry("GPTQ", flags=("--method", "gptq")),
+    "compressor gptq": Entry("GPTQ", flags=("--method", "gptq"), floats=True),
     "compressor awq": Entry("AWQ", flags=("--method", "awq")),
     "compressor rotated": Entry("rotated, GPTQ", flags=("--method", "rotated"), floats=True),
-    "compressor rotated-learned": Entry("rotated, GPTQ, rounding learned by block", flags=("--method", "rotated-learned")),
+    "compressor rotated-learned": Entry(
+        "rotated, GPTQ, rounding learned by block", flags=("--method", "rotated-learned"), floats=True
+    ),
     "compressor hqq": Entry("HQQ, no data", flags=("--method", "hqq")),
     "compressor search": Entry("rounding, scales searched, no data", flags=("--method", "search"), floats=True),
     "compressor rtn": Entry("rounding, no data", flags=("--method", "rtn"), floats=True),
