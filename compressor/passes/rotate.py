@@ -48,7 +48,8 @@ class Rotate:
     Args:
         residual: Rotate the residual stream, which folds the norms' gains into the layers that read them.
         heads: Rotate the values of each head.
-        online: Turn what the other layers read, such as down_proj, when the model runs: other runtimes do not load it then.
+        online: Turn what the layers read that are left, such as down_proj, when the model runs: other runtimes do not load
+            it then.
         block: Channels that are turned together when the model runs, a power of two: 16 or 32 keeps within what share a scale
             in NVFP4 or MXFP4. 0 turns as many as can be.
         learn: Steps by which residual and head rotations are improved, for weights without outliers.
@@ -101,7 +102,8 @@ class Rotate:
             for feed in heads if self.heads else ():
                 self._head(changes, block, feed)
             if self.online:
-                offline = {reader for feed in heads for reader in feed.readers}.union(*norms.values())
+                readers = [*(norms.values() if self.residual else ()), *(feed.readers for feed in heads if self.heads)]
+                offline = set(chain.from_iterable(readers))
                 changes.online(block, [name for name in block.layers if name not in offline], self.block)
         if not changes.steps:
             raise RecipeError(f"rotate: nothing in {source.path} can be rotated as asked; leave the pass out")

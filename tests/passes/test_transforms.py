@@ -326,13 +326,31 @@ class TestRotate:
 
     @pytest.mark.parametrize(
         ("family", "layers"),
-        [("opt", {"fc2"}), ("gpt2", {"c_proj"}), ("gemma2", {"down_proj"}), ("phi3", {"o_proj", "down_proj"})],
+        [
+            ("opt", {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
+            ("gpt2", {"c_attn", "c_proj", "c_fc"}),
+            ("gemma2", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+            ("phi3", {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
+        ],
     )
-    def test_turns_activations_where_nothing_else_can_be_rotated(self, family, layers, tiny):
+    @pytest.mark.parametrize("block", [0, 32])
+    def test_turns_activations_of_all_layers_where_nothing_else_is_rotated(self, family, layers, block, tiny):
         source = ModelSource(tiny(family), CPU)
-        rewriting = Rotate(residual=False, heads=False, online=True).rewriting(source)
+        rewriting = Rotate(residual=False, heads=False, online=True, block=block).rewriting(source)
         assert {name.rpartition(".")[2] for name in rewriting.hadamard} == layers
+        assert not block or set(rewriting.hadamard.values()) == {block}
         torch.testing.assert_close(logits(ModelSource(tiny(family), CPU, rewriting=rewriting)), logits(source), **ALIKE)
+
+    def test_turns_activations_of_those_that_are_left(self, tiny):
+        source = ModelSource(tiny("qwen3"), CPU)
+        for options, layers in (({}, {"down_proj"}), ({"heads": False}, {"down_proj", "o_proj"})):
+            rewriting = Rotate(online=True, **options).rewriting(source)
+            assert {name.rpartition(".")[2] for name in rewriting.hadamard} == layers
+
+    @pytest.mark.parametrize("block", [-1, 3, 48])
+    def test_refuses_blocks_that_are_no_power_of_two(self, block):
+        with pytest.raises(ValueError, match=f"block: {block} is no power of two"):
+            Rotate(online=True, block=block)
 
     def test_folds_the_gains_of_norms(self, tiny):
         source = ModelSource(tiny("qwen3"), CPU)
