@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,8 +69,16 @@ class LlmCompressor(Adapter):
     """GPTQ or AWQ of llm-compressor, block by block (its `sequential` pipeline).
 
     Options: `method`, gptq (default), awq or rtn; `symmetric`, without which zero points are stored too, true by default;
-    `format`, nvfp4 or mxfp4, the tool's scheme for which then stands instead of integers.
+    `format`, nvfp4, mxfp4 or fp8, and `activations`, their bits: a scheme of the tool then stands instead of integers.
     """
+
+    SCHEMES: ClassVar[Mapping[tuple[str, int], str]] = {
+        ("nvfp4", 16): "NVFP4A16",
+        ("nvfp4", 4): "NVFP4",
+        ("mxfp4", 16): "MXFP4A16",
+        ("mxfp4", 4): "MXFP4",
+        ("fp8", 8): "FP8_DYNAMIC",
+    }
 
     package = "llmcompressor"
 
@@ -85,7 +93,8 @@ class LlmCompressor(Adapter):
     def numbers(self) -> dict[str, Any]:
         """What the weights are to be stored as."""
         if "format" in self.job.options:
-            return {"scheme": f"{self.job.options['format'].upper()}A16", "targets": "Linear"}
+            scheme = self.SCHEMES[self.job.options["format"], self.job.options["activations"]]
+            return {"scheme": scheme, "targets": "Linear"}
         schemes = importlib.import_module("compressed_tensors.quantization")
         size = self.job.group_size
         groups = {"strategy": "group", "group_size": size} if size != -1 else {"strategy": "channel"}

@@ -70,6 +70,7 @@ class Settings:
     rows: Path  # what `draw` wrote
     threads: int | None = None  # of OpenMP; None leaves it to the environment
     fmt: str = INTEGERS  # of the weights; others than integers have bits and groups of their own
+    activations: int = 16  # bits; 16 leaves them as they are
 
     def protocol(self) -> dict[str, Any]:
         """For the record, without paths."""
@@ -80,7 +81,8 @@ class Settings:
         }
         rest = {key: getattr(self, key) for key in ("samples", "seq_len", "dtype", "threads")}
         waiting = {key.lower(): os.environ.get(key, value) for key, value in WAITING.items()}
-        numbers = {} if self.fmt == INTEGERS else {"format": self.fmt}
+        numbers: dict[str, Any] = {} if self.fmt == INTEGERS else {"format": self.fmt}
+        numbers |= {} if self.activations == 16 else {"activations": self.activations}
         return {**named, **rest, "documents": DOCUMENTS, "document_tokens": DOCUMENT_TOKENS, **waiting, **numbers}
 
 
@@ -194,7 +196,7 @@ class Ours(Contestant):
         s = self.settings
         report = self.scratch / "report.json"
         integers = {"--bits": s.bits, "--group-size": s.group_size}
-        numbers = integers if s.fmt == INTEGERS else {"--format": s.fmt}
+        numbers = integers if s.fmt == INTEGERS else {"--format": s.fmt, "--activations": s.activations}
         options: dict[str, object] = {
             **numbers,
             "--calibration": s.calibration,
@@ -231,7 +233,8 @@ class Peer(Contestant):
         options: Mapping[str, Any] = NO_OPTIONS,
     ) -> None:
         self.tool, self.package = tool, PEERS[tool]
-        self.options = options if settings.fmt == INTEGERS else {**options, "format": settings.fmt}
+        numbers = {"format": settings.fmt, "activations": settings.activations}
+        self.options = options if settings.fmt == INTEGERS else {**options, **numbers}
         super().__init__(name, method or self.package.method, settings, scratch)
         self.venv = BENCH / "venvs" / tool
         self.python = self.venv / "bin" / "python"

@@ -34,7 +34,7 @@ from _process import BENCH, RunError, machine, tell
 from rich.console import Console
 from rich.table import Table
 
-FLOATS = {"nvfp4": 16, "mxfp4": 32}  # with the size of their groups
+FLOATS = {"nvfp4": (4, 16), "mxfp4": (4, 32), "fp8": (8, -1)}  # with their bits and the size of their groups
 PASSED_OVER = 1.5  # times our bits per weight: a peer with more left layers dense
 MOST = 0.85  # of the best peer's KL that our default may have
 OURS = "compressor"  # with its default method
@@ -50,7 +50,7 @@ class Entry:
     tool: str = ""  # empty: ours
     flags: tuple[str, ...] = ()  # ours
     options: tuple[tuple[str, Any], ...] = ()  # a peer's, for its adapter
-    floats: bool = False  # it knows nvfp4 and mxfp4
+    floats: bool = False  # it knows floating-point formats
     integers: bool = True
 
     def contestant(self, name: str, settings: Settings, scratch: Path) -> Contestant:
@@ -249,6 +249,7 @@ def parse() -> argparse.Namespace:
         "--eval", type=Path, nargs="+", action="extend", required=True, help="the same, unseen in calibration"
     )
     parser.add_argument("--format", choices=[INTEGERS, *FLOATS], default=INTEGERS, help="others than int: no further choice")
+    parser.add_argument("--activations", type=int, default=16, help="bits, with --format; 16: as they are")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--group-size", type=int, nargs="+", default=[128, 64], help="-1: one scale per row")
     parser.add_argument("--samples", type=int, default=128)
@@ -263,7 +264,8 @@ def parse() -> argparse.Namespace:
     if not (options.model / "config.json").is_file():
         parser.error(f"{options.model}: no config.json here; MODEL is a Hugging Face model directory")
     if options.format != INTEGERS:
-        options.bits, options.group_size = [4], [FLOATS[options.format]]
+        bits, size = FLOATS[options.format]
+        options.bits, options.group_size = [bits], [size]
     for path in (options.calibration, *options.eval):
         if not path.is_file():
             parser.error(f"{path}: no such file; give a .jsonl file whose lines have a `text` field")
@@ -290,6 +292,7 @@ def main() -> int:
                 group_size=group_size,
                 rows=rows,
                 fmt=options.format,
+                activations=options.activations,
                 **{key: getattr(options, key) for key in ("samples", "seq_len", "dtype", "timeout", "threads")},
             )
             for bits in options.bits
@@ -298,7 +301,8 @@ def main() -> int:
         tokens = json.loads(rows.read_text(encoding="utf-8"))["sha256"]
         protocol = next(iter(settings.values())).protocol() | {"tokens_sha256": tokens}
         try:
-            name = model.name if options.format == INTEGERS else f"{model.name}-{options.format}"
+            rounded = "" if options.activations == 16 else f"-a{options.activations}"
+            name = model.name if options.format == INTEGERS else f"{model.name}-{options.format}{rounded}"
             store = Store(options.out or BENCH.parent / "benchmarks" / f"quality-{name}.json", protocol)
         except RunError as error:
             tell(str(error))
