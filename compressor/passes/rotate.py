@@ -196,7 +196,7 @@ class Changes:
             self._layer(block, reader, turn)
 
     def online(self, block: Block, layers: Iterable[str], most: int) -> None:
-        """Layers whose activations will be turned when the model runs, in blocks of at most some channels; 0 is any number."""
+        """Layers whose activations will be turned when the model runs, in blocks of at most `most` channels; 0 is any."""
         for name in layers:
             size = largest_block(block.shape(name)[1])
             size = min(size, most) if most else size

@@ -51,16 +51,15 @@ BY_ONE_SCALE: Mapping[str, Chain] = {
     "fpq (that, learned)": chain(numbers("fp4-tensor"), shifted=True, trained=True),
     "8 bits, one scale": chain(numbers("fp8-tensor")),
 }
+TURNED = {"pass": "rotate", "residual": False, "heads": False, "online": True, "block": 32}
+MXFP4 = [{"format": "mxfp4", "activations": "mxfp4"}]
 BY_TOKENS: Mapping[str, Chain] = {
     "E2M1, a scale per token": chain(numbers("e2m1-token")[:1]),
-    **{
-        f"{fmt}, {way or 'weights alone'}{', learned' if trained else ''}": chain(
-            [{"format": fmt, "activations": way}], trained=trained
-        )
-        for fmt, ways in {"nvfp4": (None, "nvfp4", "fp8"), "mxfp4": (None, "mxfp4", "mxfp8")}.items()
-        for way in ways
-        for trained in (False, True)
-    },
+    "nvfp4, fp8": chain([{"format": "nvfp4", "activations": "fp8"}]),
+    "mxfp4, mxfp8": chain([{"format": "mxfp4", "activations": "mxfp8"}]),
+    "mxfp4, mxfp4": chain(MXFP4),
+    "mxfp4, mxfp4, blocks turned": [TURNED, *chain(MXFP4)],
+    "mxfp4, mxfp4, blocks turned, learned": [TURNED, *chain(MXFP4, trained=True)],
 }
 
 
