@@ -190,6 +190,13 @@ def rounding(name: str, part: Callable[[str], Tensor]) -> InputRounding:
     return FixedScale(E4M3 if name == "fp8-static" else Minifloat.parse(name.removesuffix(TENSOR)), number)
 
 
+def bits(name: str) -> int:
+    """Of what activations are rounded to in a way."""
+    if name in SCHEMES:
+        return int(SCHEMES[name]["num_bits"])
+    return Minifloat.parse(name.removesuffix(TENSOR).removesuffix(TOKEN)).bits
+
+
 def way(fmt: Any) -> str | None:
     """How layers of a format round what they multiply by, if they do; most formats know no such thing."""
     name: str | None = getattr(fmt, "activations", None)

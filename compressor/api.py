@@ -185,7 +185,7 @@ def quantize_recipe(
     name = methods.chosen(method, fmt, bits, calibrated=calibrated)
     if not calibrated and (way := options[0].get("activations")) and static_part(way):
         raise RecipeError(
-            f"--activations {activations} --no-calibration: {way} is a scale from calibration; leave out one of the two"
+            f"--activations {activations} --no-calibration: {way} needs a scale from calibration; leave out one of the two"
         )
     data = {
         "passes": methods.passes(name, options, ignore),

@@ -139,7 +139,7 @@ def width(fmt: str, bits: int | None) -> int:
     if fmt not in FLOATS:
         raise RecipeError(f"--format: no format named `{fmt}`; {suggestion(fmt, [INTEGERS, *FLOATS])}")
     if bits not in (None, FLOATS[fmt].bits):
-        raise RecipeError(f"--format {fmt} --bits {bits}: has {FLOATS[fmt].bits} bits; leave out --bits")
+        raise RecipeError(f"--format {fmt} --bits {bits}: these numbers have {FLOATS[fmt].bits} bits; leave out --bits")
     return FLOATS[fmt].bits
 
 
@@ -154,7 +154,7 @@ def formats(
     ways = {8: "int8"} if fmt == INTEGERS else FLOATS[fmt].activations
     if activations not in (DENSE, *ways):
         able = ", ".join(map(str, sorted((*ways, DENSE))))
-        raise RecipeError(f"--format {fmt} --activations {activations}: takes activations of {able} bits")
+        raise RecipeError(f"--format {fmt} --activations {activations}: these weights go with activations of {able} bits")
     rounded = {} if activations == DENSE else {"activations": ways[activations]}
     if fmt == INTEGERS:
         bytewise = {"packed": False} if rounded and bits == 8 else {}  # what engines multiply as integers

@@ -86,7 +86,9 @@ def test_activations_of_some_bits(fmt: str, bits: int | None, ways: dict[int, st
             recipe = api.quantize_recipe(bits, fmt=fmt, activations=wanted)
             assert recipe.passes[-2 if len(recipe.passes) > 1 else 0].options[0].label == ways[wanted]
         else:
-            with pytest.raises(RecipeError, match=f"--format {fmt} --activations {wanted}: takes activations of .*16 bits"):
+            with pytest.raises(
+                RecipeError, match=f"--format {fmt} --activations {wanted}: these weights go with activations of .*16 bits"
+            ):
                 api.quantize_recipe(bits, fmt=fmt, activations=wanted)
 
 
@@ -113,13 +115,13 @@ def test_one_for_other_numbers_is_refused(method: str) -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"fmt": "nvfp4", "bits": 3}, "--format nvfp4 --bits 3: has 4 bits"),
-        ({"fmt": "fp8", "bits": 4}, "--format fp8 --bits 4: has 8 bits"),
+        ({"fmt": "nvfp4", "bits": 3}, "--format nvfp4 --bits 3: these numbers have 4 bits"),
+        ({"fmt": "fp8", "bits": 4}, "--format fp8 --bits 4: these numbers have 8 bits"),
         ({"fmt": "nvfp4", "group_size": 16}, "--format nvfp4: has no zero points, and groups of a size of its own"),
         ({"fmt": "mxfp4", "symmetric": False}, "--format mxfp4: has no zero points, and groups"),
         ({"fmt": "fp4", "symmetric": False}, "--format fp4: has no zero points; leave out --asymmetric"),
         ({"fmt": "nvpf4"}, "--format: no format named `nvpf4`; did you mean `nvfp4`"),
-        ({"fmt": "nvfp4", "activations": 4, "calibrated": False}, "--activations 4 --no-calibration: nvfp4 is a scale"),
+        ({"fmt": "nvfp4", "activations": 4, "calibrated": False}, "--activations 4 --no-calibration: nvfp4 needs a scale"),
     ],
     ids=str,
 )

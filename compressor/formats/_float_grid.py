@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from compressor.activations import static_part
 from compressor.codes import FloatCodes, values
-from compressor.errors import RecipeError
+from compressor.errors import RecipeError, SourceError
 from compressor.floats import Minifloat, ScaleType
 from compressor.formats._int_grid import groups
 from compressor.types import Format, PartSpec, QuantizedTensor
@@ -181,6 +181,17 @@ class FloatFit:
             best = torch.where(error < least, scale, best)
             least = torch.minimum(error, least)
         return best
+
+
+def bytes_of(numbers: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """The codes of numbers that lie as they are, uint8.
+
+    Raises:
+        SourceError: they are of another kind: loaders take any floating-point dtype for another.
+    """
+    if numbers.dtype != dtype:
+        raise SourceError(f"{where} is stored as {numbers.dtype} where {dtype} is needed; get a sound copy")
+    return numbers.view(torch.uint8)
 
 
 def pairs(codes_OI: Tensor) -> Tensor:

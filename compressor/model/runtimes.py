@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compressor.activations import way
+from compressor.activations import bits, way
 from compressor.formats._float_grid import FloatFormat
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
@@ -81,9 +81,9 @@ def _stock_obstacles(packed: Mapping[str, Format]) -> Iterator[str]:
             yield f"{layer}: packed zero points do not reload"
 
 
-def rounds_activations(source: ModelSource) -> bool:
-    """Whether some layer rounds what it multiplies by."""
-    return any(way(fmt) is not None for fmt in source.packed().values())
+def activation_bits(source: ModelSource) -> int | None:
+    """The fewest bits that some layer rounds to what it multiplies by; None where none does."""
+    return min((bits(name) for name in map(way, source.packed().values()) if name is not None), default=None)
 
 
 def stock_dtype(source: ModelSource) -> str:
@@ -100,7 +100,7 @@ def _cache_obstacles(source: ModelSource) -> Iterator[str]:
 def per_tensor(source: ModelSource) -> str | None:
     """What compressed-tensors does to activations that lose their batch dimension on the way into a layer."""
     kind = source.model.config.model_type
-    if kind not in FLATTENING or not rounds_activations(source):
+    if kind not in FLATTENING or activation_bits(source) is None:
         return None
     return f"some layers of `{kind}` get activations [tokens, channels]; compressed-tensors rounds those by one scale for all"
 

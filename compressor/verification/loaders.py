@@ -18,7 +18,7 @@ from compressor.errors import SourceError
 from compressor.evaluation.predict import final_hidden
 from compressor.model.memory import available_memory, parameters
 from compressor.model.quantization_config import OWN, STOCK_NEEDS
-from compressor.model.runtimes import per_tensor, rounds_activations, stock_dtype
+from compressor.model.runtimes import activation_bits, per_tensor, stock_dtype
 from compressor.model.source import ModelSource
 from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
 from compressor.verification.manifest import MANIFEST, Manifest
@@ -29,7 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # record; another adds in another order. For that, 16-bit dtypes get 5 times what computing in fp32 instead changes on
 # trained models of 4 to 8 blocks (float16 0.004, bfloat16 0.04), fp32 about 1000 roundings. A misread layer costs far more.
 LIMITS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.2}
-ROUNDED = 0.1  # where activations are rounded: sums in another order take some to the next step, and more from there on
+# Where activations, or keys and values, are rounded: sums in another order, and in transformers scales in bfloat16, take
+# some to the next step, and more from there on. With 4 bits a step is a quarter of a number: on the demo model 0.28 nats.
+ROUNDED = {4: 0.5, 8: 0.1}
 STOCK = Path(__file__).with_name("stock.py")
 SHARE = 0.5  # of the available memory, at most, for stock transformers, which holds the whole model
 SHORT_OF_MEMORY = ("MemoryError", "Cannot allocate memory")  # Python's words, and the system's, which torch passes on
@@ -98,7 +100,8 @@ def streamed_logits(source: ModelSource, tokens_1S: Tensor, progress: Progress) 
 
 def _judge(found: float, source: ModelSource, whose: str, compared: str, dtype: str = "float32") -> str:
     dtype = max(dtype, str(source.dtype).removeprefix("torch."), key=lambda name: LIMITS[name])
-    limit = max(LIMITS[dtype], ROUNDED if rounds_activations(source) or source.cache is not None else 0.0)
+    bits = activation_bits(source) or (8 if source.cache is not None else None)
+    limit = LIMITS[dtype] if bits is None else max(LIMITS[dtype], ROUNDED[4 if bits <= 4 else 8])
     if not found <= limit:
         raise WrongError(
             f"{whose} differ from {compared} by {found:.3g} nats on average where {limit:g} is allowed in {dtype}"

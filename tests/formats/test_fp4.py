@@ -16,7 +16,9 @@ import compressor
 from compressor import api
 from compressor.errors import SourceError
 from compressor.floats import E2M1, E4M3Scale, E8M0Scale, ScaleType
+from compressor.formats.fp8 import FP8
 from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
 from compressor.inspection import inspect_model
 from compressor.model.source import ModelSource
@@ -153,7 +155,10 @@ class TestReading:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"weight_scale": torch.ones(128, 8)}, "weight_scale is stored as torch.float32 where E4M3 is needed"),
+            (
+                {"weight_scale": torch.ones(128, 8)},
+                "weight_scale is stored as torch.float32 where torch.float8_e4m3fn is needed",
+            ),
             ({"weight_global_scale": torch.zeros(1)}, "weight_global_scale is 0, by which nothing can be divided"),
             ({"weight_global_scale": torch.full((1,), float("nan"))}, "weight_global_scale is nan"),
         ],
@@ -166,6 +171,15 @@ class TestReading:
         layer = "model.layers.0.self_attn.q_proj"
         change_tensors(tmp_path / "out", lambda t: t.update({f"{layer}.{part}": new for part, new in change.items()}))
         with pytest.raises(SourceError, match=message):
+            ModelSource(tmp_path / "out", torch.device("cpu")).block(0)
+
+    @pytest.mark.parametrize("fmt", [FP8(), MXFP8()], ids=lambda fmt: fmt.label)
+    def test_numbers_of_another_kind_are_refused(self, fmt: Format, tiny: Tiny, tmp_path: Path) -> None:
+        """A loader takes one floating-point dtype for another where nothing is said: here that would change the numbers."""
+        api.run(recipe(fmt.label.partition("-")[0]), tiny("llama"), tmp_path / "out", device="cpu", verify=False)
+        layer = "model.layers.0.mlp.up_proj.weight"
+        change_tensors(tmp_path / "out", lambda t: t.update({layer: t[layer].float().to(torch.float8_e5m2)}))
+        with pytest.raises(SourceError, match=r"weight is stored as torch.float8_e5m2 where torch.float8_e4m3fn is needed"):
             ModelSource(tmp_path / "out", torch.device("cpu")).block(0)
 
 

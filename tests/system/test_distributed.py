@@ -28,6 +28,8 @@ SETTINGS = {
         *("--set", "passes.0.learn=5", "--set", "passes.2.steps=5"),
     ),
     "learned": (*FOUR_BATCHES, "--method", "learned", "--set", "passes.1.steps=5"),
+    "nvfp4 with a scale of activations from calibration": (*FOUR_BATCHES, "--format", "nvfp4", "--activations", 4),
+    "fpq": (*FOUR_BATCHES, "--method", "fpq", "--format", "fp4", "--activations", 4, "--set", "passes.2.steps=5"),
     "rtn": ("--method", "rtn", "--no-eval", "--no-verify"),
 }
 

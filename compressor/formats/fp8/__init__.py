@@ -23,7 +23,7 @@ from torch import Tensor
 from compressor.activations import SCHEMES, Seen
 from compressor.codes import Codes, FloatCodes
 from compressor.floats import E4M3, RealScale
-from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid
+from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of
 from compressor.formats._int_grid import groups
 from compressor.registry import node
 from compressor.types import PartSpec, QuantizedTensor
@@ -86,7 +86,7 @@ class FP8(FloatFormat):
     def codes(self, packed: QuantizedTensor) -> FloatCodes:
         scale, (rows, _) = packed.parts["weight_scale"], packed.shape
         shared = {"tensor": rows, "channel": 1, "block": BLOCK}[self.scales]
-        codes = packed.parts["weight"].view(torch.uint8)
+        codes = bytes_of(packed.parts["weight"], torch.float8_e4m3fn, "fp8: weight")
         return FloatCodes(E4M3, codes, scale.view(-1, 1) if scale.ndim < 2 else scale, 1.0, shared, self.input_number(packed))
 
     def stored(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from compressor.activations import SCHEMES
 from compressor.codes import Codes, FloatCodes
 from compressor.floats import E4M3, E8M0Scale
-from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid
+from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of
 from compressor.formats._int_grid import groups
 from compressor.registry import node
 from compressor.types import PartSpec, QuantizedTensor
@@ -61,7 +61,7 @@ class MXFP8(FloatFormat):
 
     def codes(self, packed: QuantizedTensor) -> FloatCodes:
         scale = packed.parts["weight_scale"].view(torch.float8_e8m0fnu)
-        return FloatCodes(E4M3, packed.parts["weight"].view(torch.uint8), scale)
+        return FloatCodes(E4M3, bytes_of(packed.parts["weight"], torch.float8_e4m3fn, "mxfp8: weight"), scale)
 
     def stored(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
         assert isinstance(codes, FloatCodes)

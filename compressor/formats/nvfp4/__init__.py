@@ -28,7 +28,7 @@ from compressor.activations import INPUT_DIVISOR, SCHEMES, Seen
 from compressor.codes import Codes, FloatCodes
 from compressor.errors import SourceError
 from compressor.floats import E2M1, E4M3Scale
-from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, pairs, unpaired
+from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of, pairs, unpaired
 from compressor.formats._int_grid import groups
 from compressor.registry import node
 from compressor.types import PartSpec, QuantizedTensor
@@ -89,8 +89,7 @@ class NVFP4(FloatFormat):
             float(packed.parts["weight_global_scale"]),
             self.input_number(packed),
         )
-        if scale.dtype != torch.float8_e4m3fn:
-            raise SourceError(f"nvfp4: weight_scale is stored as {scale.dtype} where E4M3 is needed; get a sound copy")
+        bytes_of(scale, torch.float8_e4m3fn, "nvfp4: weight_scale")
         for name, number in (("weight_global_scale", divisor), (INPUT_DIVISOR, 1.0 if inputs is None else inputs)):
             if not 0 < number < float("inf"):
                 raise SourceError(f"nvfp4: {name} is {number:g}, by which nothing can be divided; get a sound copy")
