@@ -154,7 +154,7 @@ class GptqModel(Adapter):
 class AutoRound(Adapter):
     """Learned rounding of auto-round, block by block, with its default of 200 iterations; symmetric groups.
 
-    Options: what AutoRound itself takes, such as `iters`.
+    Options: what AutoRound itself takes, such as `iters`; `format` and `activations` as of llm-compressor.
     """
 
     package = "auto-round"
@@ -166,15 +166,20 @@ class AutoRound(Adapter):
         self.tuner = library.AutoRound(
             self.model,
             tokenizer,
-            bits=self.job.bits,
-            group_size=self.job.group_size,
-            sym=True,
             dataset=[torch.tensor([row]) for row in self.job.rows],
             nsamples=len(self.job.rows),
             seqlen=len(self.job.rows[0]),
             device_map="cpu",
-            **self.job.options,
+            **self.numbers(),
+            **{key: value for key, value in self.job.options.items() if key not in ("format", "activations")},
         )
+
+    def numbers(self) -> dict[str, Any]:
+        """What weights and activations are to be stored as."""
+        if "format" not in self.job.options:
+            return {"bits": self.job.bits, "group_size": self.job.group_size, "sym": True}
+        scheme = {"scheme": self.job.options["format"].upper()}
+        return scheme if self.job.options["activations"] == 4 else {**scheme, "act_bits": self.job.options["activations"]}
 
     def quantize(self) -> None:
         self.tuner.quantize()

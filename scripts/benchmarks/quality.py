@@ -79,8 +79,8 @@ ENTRIES: Mapping[str, Entry] = {
     "llmcompressor awq asym": Entry("AWQ, zero points", "llmcompressor", options=(("method", "awq"), ("symmetric", False))),
     "gptqmodel": Entry("GPTQ", "gptqmodel"),
     "hqq": Entry("HQQ, no data", "hqq"),
-    "autoround": Entry("learned, 200 iterations", "autoround"),
-    "autoround best": Entry("learned, 1000 iterations", "autoround", options=(("iters", 1000),)),
+    "autoround": Entry("learned, 200 iterations", "autoround", floats=True),
+    "autoround best": Entry("learned, 1000 iterations", "autoround", options=(("iters", 1000),), floats=True),
     "autoround ext": Entry("learned, 1000, alg_ext", "autoround", options=(("iters", 1000), ("enable_alg_ext", True))),
 }
 
