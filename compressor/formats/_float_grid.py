@@ -12,6 +12,7 @@ logarithm of our scale; the search contains the choice of Cook et al., "Four Ove
 Shape suffixes: O out_features, I in_features, N blocks of rows, G groups in a row, E elements of a group, C adjacent columns.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -36,11 +37,13 @@ class FloatFormat:
     part_names: ClassVar[tuple[str, ...]]
     activations: str | None
 
+    @abstractmethod
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
-        raise NotImplementedError
+        """As of `Format`."""
 
+    @abstractmethod
     def codes(self, packed: QuantizedTensor) -> FloatCodes:
-        raise NotImplementedError
+        """As of `Format`."""
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         parts = self.checkpoint_parts(shape).values()

@@ -7,14 +7,13 @@ llama.cpp.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import frexp
 from typing import Any
 
 from compressor.activations import bits, way
 from compressor.formats._float_grid import FloatFormat
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
-from compressor.formats.mxfp4 import MXFP4
-from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
 from compressor.model.architecture import FLATTENING, fused_groups, linear_layers
 from compressor.model.quantization_config import OWN, STOCK_NEEDS
@@ -87,8 +86,9 @@ def activation_bits(source: ModelSource) -> int | None:
 
 
 def stock_dtype(source: ModelSource) -> str:
-    """What transformers has to compute in: compressed-tensors makes bfloat16 of these numbers, always."""
-    return "bfloat16" if any(isinstance(fmt, NVFP4 | MXFP4 | MXFP8) for fmt in source.packed().values()) else "float32"
+    """What transformers holds the weights in that it computes with: NVFP4 in bfloat16, which cuts off odd divisors."""
+    layers = [layer for layer, fmt in source.packed().items() if isinstance(fmt, NVFP4)]
+    return "bfloat16" if any(frexp(_divisor(source, layer))[0] != 0.5 for layer in layers) else "float32"
 
 
 def _cache_obstacles(source: ModelSource) -> Iterator[str]:

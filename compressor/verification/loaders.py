@@ -29,8 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # record; another adds in another order. For that, 16-bit dtypes get 5 times what computing in fp32 instead changes on
 # trained models of 4 to 8 blocks (float16 0.004, bfloat16 0.04), fp32 about 1000 roundings. A misread layer costs far more.
 LIMITS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.2}
-# Where activations, or keys and values, are rounded: sums in another order, and in transformers scales in bfloat16, take
-# some to the next step, and more from there on. With 4 bits a step is a quarter of a number: on the demo model 0.28 nats.
+# Where activations, or keys and values, are rounded: sums in another order take some to the next step, and more from there
+# on. With 4 bits a step is a quarter of a number: 0.3 nats where weights differ in the last digit of bfloat16.
 ROUNDED = {4: 0.5, 8: 0.1}
 STOCK = Path(__file__).with_name("stock.py")
 SHARE = 0.5  # of the available memory, at most, for stock transformers, which holds the whole model
@@ -62,8 +62,7 @@ def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | No
     _check_memory(source)
     tokens_1S = probe_tokens(source) if tokens is None else tokens
     _check_tokens(source, tokens_1S)
-    dtype = stock_dtype(source)
-    stock = _ask(directory, dtype, tokens_1S)
+    stock = _ask(directory, tokens_1S)
     known = {name.rpartition(".")[0] for name in source.names.values()}
     problems = [
         f"{directory}: transformers finds no tensor for {key} and draws it at random" for key in stock["missing_keys"]
@@ -81,7 +80,7 @@ def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | No
         raise NotCheckedError(f"it finds every key, but its logits have none of ours to be compared with: {error}") from error
     record = Record.of(tokens_1S, source.dtype, ours_SV)
     found = record.difference(stock["logits"])
-    return _judge(found, source, f"{directory}: log-probabilities of transformers", "ours", dtype)
+    return _judge(found, source, f"{directory}: log-probabilities of transformers", "ours", stock_dtype(source))
 
 
 def streamed_logits(source: ModelSource, tokens_1S: Tensor, progress: Progress) -> Tensor:
@@ -126,13 +125,13 @@ def _check_memory(source: ModelSource) -> None:
         )
 
 
-def _ask(directory: Path, dtype: str, tokens_1S: Tensor) -> dict[str, Any]:
+def _ask(directory: Path, tokens_1S: Tensor) -> dict[str, Any]:
     """What transformers answers in a process that cannot import this package, on the CPU."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
     with tempfile.TemporaryDirectory() as place:
         answer = Path(place) / "answer.pt"
         tokens = map(str, tokens_1S[0].tolist())
-        command = [sys.executable, "-P", str(STOCK), str(directory), str(answer), dtype, *tokens]
+        command = [sys.executable, "-P", str(STOCK), str(directory), str(answer), *tokens]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False)
         if done.returncode < 0:
             raise NotCheckedError(f"it was ended by signal {-done.returncode}, most likely for lack of memory")

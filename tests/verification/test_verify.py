@@ -268,7 +268,7 @@ class TestReaders:
 
     def test_what_transformers_draws_at_random_fails(self, out: Path) -> None:
         change_tensors(out, lambda content: content.pop(f"{LAYER}.weight_packed"))
-        assert any(LAYER in key for key in loaders._ask(out, "float32", torch.tensor([[1, 2, 3]]))["missing_keys"])
+        assert any(LAYER in key for key in loaders._ask(out, torch.tensor([[1, 2, 3]]))["missing_keys"])
 
     @pytest.mark.parametrize("kind", ["missing_keys", "mismatched_keys", "unexpected_keys"])
     def test_keys_that_transformers_stumbles_over_are_named(
@@ -281,7 +281,7 @@ class TestReaders:
     def test_transformers_that_cannot_load_it_fails_with_its_reason(self, out: Path) -> None:
         change_config(out, model_type="llama", rope_parameters={"rope_type": "nonsense"})
         with pytest.raises(loaders.WrongError, match="stock transformers cannot load it"):
-            loaders._ask(out, "float32", torch.tensor([[1, 2]]))
+            loaders._ask(out, torch.tensor([[1, 2]]))
 
     def test_without_compressed_tensors_transformers_is_skipped(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loaders, "find_spec", lambda name: None)
