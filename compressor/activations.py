@@ -48,7 +48,7 @@ class Seen:
     energy_I: Tensor  # sum of squares of the weights of each input channel
 
     def peak(self) -> float:
-        """No activation was larger; 1 if all were zero."""
+        """No activation was larger; 1 if none was seen."""
         return float(self.magnitudes.largest.max()) or 1.0
 
     @staticmethod
