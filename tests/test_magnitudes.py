@@ -60,4 +60,4 @@ def test_the_error_of_rounding_is_nearly_that_of_the_numbers(name: str) -> None:
     x, element = some(30_000), Minifloat.parse(name)
     scales = [0.01, 0.3, 2.0, 40.0]
     exact = torch.stack([(element.round(x / s) * s - x).double().square().mean(0) for s in scales])
-    torch.testing.assert_close(counted(x).missed(element, scales), exact, rtol=0.06, atol=1e-7)
+    torch.testing.assert_close(counted(x).missed(element, scales), exact, rtol=0.1, atol=1e-7)
