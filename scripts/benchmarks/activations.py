@@ -103,14 +103,20 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--eval-samples", type=int, default=120, help="documents of each text, at most")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--only", nargs="+", metavar="CHAIN", help="measure these, and keep what --out has of the others")
     options = parser.parse_args()
+    kept = json.loads(options.out.read_text())["results"] if options.only else []
     quiet()
     with tempfile.TemporaryDirectory() as place:
         planted = Path(place) / "planted"
         plant(options.model, planted, options.channels, 1 / options.factor)
         same = judged([planted], options.model, options)[0]["kl"]
-        results = measure(options.model, {**BY_ONE_SCALE, **BY_TOKENS}, Path(place), options, "as it is")
-        results += measure(planted, BY_ONE_SCALE, Path(place), options, "outliers")
+        wanted = {"as it is": (options.model, {**BY_ONE_SCALE, **BY_TOKENS}), "outliers": (planted, BY_ONE_SCALE)}
+        found = {(r["model"], r["chain"]): r for r in kept}
+        for title, (model, chains) in wanted.items():
+            asked = {name: passes for name, passes in chains.items() if options.only is None or name in options.only}
+            found |= {(title, r["chain"]): r for r in measure(model, asked, Path(place), options, title)}
+        results = [found[title, name] for title, (_, chains) in wanted.items() for name in chains]
     shares = recovered(results)
     table = Table(title=f"{options.model.resolve().name}, 4-bit weights, outliers x {options.factor:g}")
     for name in ("model", "chain", "bits/weight", "KL", "perplexity", "recovered", "seconds"):
