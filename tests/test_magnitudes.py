@@ -29,6 +29,9 @@ def test_every_number_is_in_one_bin() -> None:
     assert torch.equal(counted(x).counts_IB.sum(1), torch.full((8,), len(x)))
     assert torch.equal(counted(x[:100], x[100:]).counts_IB, counted(x).counts_IB)
     assert torch.equal(counted(-x).counts_IB, counted(x).counts_IB)
+    many = some(600_000)  # more than are counted at a time
+    assert torch.equal(counted(many).counts_IB, counted(many[:300_000], many[300_000:]).counts_IB)
+    assert int(counted(many).counts_IB.sum()) == many.numel()
 
 
 def test_bins_are_an_eighth_of_a_power_of_two_wide() -> None:

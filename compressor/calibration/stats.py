@@ -11,6 +11,8 @@ from torch import Tensor
 from compressor.magnitudes import BINS, Magnitudes, bins
 from compressor.types import Group
 
+AT_ONCE = 2**22  # numbers counted together: bounds the temporaries
+
 
 class Hessian:
     """Second moment of a layer's input, XᵀX / T: the Hessian of its squared output error, up to a factor.
@@ -76,10 +78,9 @@ class Spread:
 
     def update(self, x_TI: Tensor) -> None:
         """Count the inputs of T tokens."""
-        channel = torch.arange(x_TI.shape[1], device=x_TI.device) * BINS
-        self.counts_IB += torch.bincount((bins(x_TI) + channel).flatten(), minlength=self.counts_IB.numel()).view_as(
-            self.counts_IB
-        )
+        channel, size = torch.arange(x_TI.shape[1], device=x_TI.device) * BINS, self.counts_IB.numel()
+        for x in x_TI.split(max(1, AT_ONCE // x_TI.shape[1])):
+            self.counts_IB += torch.bincount((bins(x) + channel).flatten(), minlength=size).view_as(self.counts_IB)
 
     def merge(self, ranks: Group) -> None:
         """Count those of other ranks."""
