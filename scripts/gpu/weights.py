@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
-from compressor.floats import E2M1
+from compressor.floats import E2M1, E4M3, Minifloat
 from compressor.kernels.layouts import Layout, layout_for
 
 Make = Callable[[int, int, torch.device], Codes]  # of out_features, in_features, and where
@@ -33,13 +33,15 @@ def _integers(bits: int, a: int, b: int, dtype: torch.dtype = torch.bfloat16, or
     return Format(make, a or 1, b or 1)
 
 
-def _fp4(dtype: torch.dtype, group: int) -> Format:
-    """With scales of a dtype for each group of columns, or for each row."""
+def _floats(element: Minifloat, dtype: torch.dtype, group: int, block: int = 1) -> Format:
+    """With scales of a dtype for each group of columns (0 for the whole row) of a block of rows."""
 
     def make(rows: int, columns: int, device: torch.device) -> Codes:
-        shape = (rows, columns // group if group else 1)
-        scale = (2.0 ** torch.randint(-3, 4, shape, device=device)).to(dtype)
-        return FloatCodes(E2M1, _below(16, (rows, columns), device), scale, 0.1 / columns**0.5)
+        shape = (-(-rows // block), columns // group if group else 1)
+        scale = (2.0 ** (torch.randint(-3, 4, shape, device=device) - element.bias - 6)).to(dtype)
+        size = _below(len(element.magnitudes), (rows, columns), device)
+        codes = size + _below(2, (rows, columns), device) * element.sign
+        return FloatCodes(element, codes, scale, 0.1 / columns**0.5 if dtype == torch.float8_e4m3fn else 1.0, block)
 
     return Format(make, columns=group or 1)
 
@@ -86,9 +88,15 @@ FORMATS: dict[str, Format] = {
     "int3-rows-ordered": _integers(3, 0, 1, ordered=True),
     "int2-rows16": _integers(2, 16, 1),
     "int8-rows16": _integers(8, 16, 1),
-    "nvfp4": _fp4(torch.float8_e4m3fn, 16),
-    "mxfp4": _fp4(torch.float8_e8m0fnu, 32),
-    "fp4-row": _fp4(torch.bfloat16, 0),
+    "nvfp4": _floats(E2M1, torch.float8_e4m3fn, 16),
+    "mxfp4": _floats(E2M1, torch.float8_e8m0fnu, 32),
+    "mxfp8": _floats(E4M3, torch.float8_e8m0fnu, 32),
+    "fp4-row": _floats(E2M1, torch.bfloat16, 0),
+    "fp4-g32": _floats(E2M1, torch.bfloat16, 32),
+    "e1m2-g128": _floats(Minifloat(1, 2), torch.bfloat16, 128),
+    "fp8-row": _floats(E4M3, torch.bfloat16, 0),
+    "fp8-block": _floats(E4M3, torch.float32, 128, 128),
+    "e2m3-row": _floats(Minifloat(2, 3), torch.float16, 0),
     "vectors12": _vectors(12),
     "vectors8+8": _vectors(8, 8),
     "signs1-g128": _signs(1, 128),
@@ -99,7 +107,7 @@ FORMATS: dict[str, Format] = {
 MEASURED: dict[str, Format] = {
     **{name: FORMATS[name] for name in ("int4-g128", "int3-g128", "int2-g64", "int8-g128")},
     "int4-rows128": _integers(4, 128, 1),
-    **{name: FORMATS[name] for name in ("nvfp4", "mxfp4", "vectors12", "signs1-g128", "lossless")},
+    **{name: FORMATS[name] for name in ("nvfp4", "mxfp4", "mxfp8", "fp8-row", "vectors12", "signs1-g128", "lossless")},
 }
 
 

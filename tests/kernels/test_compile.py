@@ -34,7 +34,8 @@ needs_disassembler = pytest.mark.skipif(
 REGISTERS = {
     "int4-g128": 64, "int4-g32": 80, "int4-row-fp16-ordered": 64, "int3-g128": 80, "int2-g64": 80, "int2-g128-fp16": 80,
     "int8-g128": 64, "int4-rows16": 80, "int3-rows-ordered": 96, "int2-rows16": 80, "int8-rows16": 64,
-    "nvfp4": 64, "mxfp4": 64, "fp4-row": 64, "vectors12": 64, "vectors8+8": 64, "signs1-g128": 64, "signs3-row": 80,
+    "nvfp4": 64, "mxfp4": 64, "mxfp8": 64, "fp4-row": 64, "fp4-g32": 64, "e1m2-g128": 64, "fp8-row": 64, "fp8-block": 64,
+    "e2m3-row": 64, "vectors12": 64, "vectors8+8": 64, "signs1-g128": 64, "signs3-row": 80,
     "lossless": 80,
 }  # fmt: skip
 MOST_REGISTERS = 184  # of any instance: one block to an SM

@@ -128,7 +128,8 @@ def test_rows_say_what_was_timed_and_what_it_comes_to(tmp_path: Path) -> None:
 def test_bytes_are_those_of_the_parts(name: str) -> None:
     """And the format's bits for each weight, but for tables of one size."""
     bits = {"int4-g128": 4.25, "int4-rows128": 4.25, "int3-g128": 3.25, "int2-g64": 2.5, "int8-g128": 8.25, "nvfp4": 4.5,
-            "mxfp4": 4.25, "signs1-g128": 1.125, "vectors12": 2, "lossless": 12}[name]  # fmt: skip
+            "mxfp4": 4.25, "mxfp8": 8.25, "fp8-row": 8, "signs1-g128": 1.125, "vectors12": 2,
+            "lossless": 12}[name]  # fmt: skip
     layout = layout_of(codes := make(name, 1024, 4096))
     parts = layout.arrange(codes)
     tables = sum(parts[part].nbytes for part in ("codebook", "starts", "escapes") if part in parts)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from compressor.codes import FloatCodes, IntCodes, values
-from compressor.floats import E2M1
-from compressor.kernels.layouts.fp4 import Fp4
+from compressor.floats import E2M1, E4M3, Minifloat
+from compressor.kernels.layouts.floats import Floats
 from compressor.kernels.layouts.input_groups import InputGroups
 from compressor.kernels.layouts.int_groups import IntGroups
 
@@ -76,33 +76,49 @@ def test_integers_by_groups_of_rows_come_back(bits: int, shape: tuple[int, int, 
     assert_in_place(parts, layout.bits, codes.codes_OI)
 
 
-@pytest.mark.parametrize(("dtype", "group"), [(torch.float8_e4m3fn, 16), (torch.float8_e8m0fnu, 32), (torch.bfloat16, 160)])
-def test_e2m1_numbers_come_back(dtype: torch.dtype, group: int) -> None:
+FLOATS = [
+    *[(name, dtype, group, 1) for name, dtype, group in (
+        ("e2m1", torch.float8_e4m3fn, 16), ("e2m1", torch.float8_e8m0fnu, 32), ("e2m1", torch.bfloat16, 160),
+        ("e2m1", torch.bfloat16, 32), ("e1m1", torch.float16, 160), ("e4m3", torch.float8_e8m0fnu, 32),
+        ("e4m3", torch.float32, 32), ("e3m2", torch.bfloat16, 16), ("e1m6", torch.bfloat16, 160))],
+    ("e4m3", torch.float32, 32, 16), ("e4m3", torch.bfloat16, 160, 21), ("e2m1", torch.bfloat16, 160, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype", "group", "rows"), FLOATS)
+def test_floating_point_numbers_come_back(name: str, dtype: torch.dtype, group: int, rows: int) -> None:
     torch.manual_seed(0)
-    scale = (0.5 + torch.rand(21, 160 // group)).to(dtype)
-    codes = FloatCodes(E2M1, torch.randint(0, 16, (21, 160), dtype=torch.uint8), scale, 0.25)
-    layout = Fp4.of(codes)
+    element = Minifloat.parse(name)
+    scale = (0.5 + torch.rand(-(-21 // rows), 160 // group)).to(dtype)
+    size = torch.randint(0, 2**element.bits, (21, 160), dtype=torch.uint8)
+    codes = FloatCodes(element, size, scale, 0.25 if dtype == torch.float8_e4m3fn else 1.0, rows)
+    layout = Floats.of(codes)
     assert layout is not None
     parts = layout.arrange(codes)
     assert tuple(parts) == layout.parts
     back = layout.restore(parts, (21, 160))
     assert torch.equal(back.codes_OI, codes.codes_OI)
     assert torch.equal(back.scale.float(), codes.scale.float())
-    assert back.scale.dtype == dtype
-    assert back.factor == 0.25
-    assert_in_place(parts, 4, codes.codes_OI)
+    assert (back.scale.dtype, back.element, back.factor, back.rows) == (dtype, element, codes.factor, rows)
+    if element.bits in (4, 8):
+        assert_in_place(parts, element.bits, codes.codes_OI)
 
 
-@pytest.mark.parametrize(("dtype", "group"), [(torch.float8_e4m3fn, 16), (torch.float8_e8m0fnu, 32)])
-def test_a_lane_finds_the_scales_of_its_run(dtype: torch.dtype, group: int) -> None:
+@pytest.mark.parametrize(
+    ("element", "dtype", "group"),
+    [(E2M1, torch.float8_e4m3fn, 16), (E2M1, torch.float8_e8m0fnu, 32), (E4M3, torch.float8_e8m0fnu, 32)],
+    ids=str,
+)
+def test_a_lane_finds_the_scales_of_its_run(element: Minifloat, dtype: torch.dtype, group: int) -> None:
     scale = torch.arange(32 * 128 // group).remainder(120).to(torch.uint8).view(32, -1)
-    codes = FloatCodes(E2M1, torch.zeros(32, 128, dtype=torch.uint8), scale.view(dtype))
-    layout = Fp4.of(codes)
+    codes = FloatCodes(element, torch.zeros(32, 128, dtype=torch.uint8), scale.view(dtype))
+    layout = Floats.of(codes)
     assert layout is not None
-    scales = layout.arrange(codes)["scales"]
+    scales, chunk = layout.arrange(codes)["scales"], {4: 64, 8: 32}[element.bits]
+    run = chunk // 4
     for row, column in ((0, 0), (9, 70), (23, 40), (31, 127)):
-        lane = 4 * (row % 8) + column % 64 // 16
-        assert scales[row // 16, column // 64, lane // (group // 16), row % 16 // 8] == scale[row, column // group]
+        lane = 4 * (row % 8) + column % chunk // run
+        assert scales[row // 16, column // chunk, lane // (group // run), row % 16 // 8] == scale[row, column // group]
 
 
 def test_scale_and_zero_point_share_a_word() -> None:
@@ -145,13 +161,14 @@ def test_the_order_of_columns_is_the_last_part(family: type[IntGroups | InputGro
         IntGroups(3, 0, "fp16", ordered=True),
         InputGroups(4, 128),
         InputGroups(8, 0, ordered=True),
-        Fp4("e4m3"),
-        Fp4("e8m0"),
-        Fp4("bf16"),
+        Floats(E2M1, "e4m3", 16),
+        Floats(E4M3, "e8m0", 32),
+        Floats(E4M3, "fp32", 128, 128),
+        Floats(Minifloat(3, 0), "bf16", 0, 0),
     ],
 )
-def test_a_name_says_all_of_a_layout(layout: IntGroups | InputGroups | Fp4) -> None:
-    found = [family.parse(layout.name) for family in (IntGroups, InputGroups, Fp4)]
+def test_a_name_says_all_of_a_layout(layout: IntGroups | InputGroups | Floats) -> None:
+    found = [family.parse(layout.name) for family in (IntGroups, InputGroups, Floats)]
     assert [one for one in found if one is not None] == [layout]
 
 
@@ -162,8 +179,15 @@ def test_codes_that_no_lane_could_read_are_refused() -> None:
     assert InputGroups.of(parity.int_codes(4, 32, 64, 16, 1, torch.float16)) is None
     assert InputGroups.of(parity.int_codes(4, 32, 64, 1, 64)) is None
     codes = torch.zeros(16, 64, dtype=torch.uint8)
-    assert Fp4.of(FloatCodes(E2M1, codes, torch.ones(16, 2).to(torch.float8_e4m3fn))) is None
-    assert Fp4.of(FloatCodes(E2M1, codes, torch.ones(16, 4).bfloat16())) is None
+    for element, groups, dtype in (
+        (E2M1, 2, torch.float8_e4m3fn),
+        (E4M3, 4, torch.float8_e4m3fn),
+        (E2M1, 8, torch.bfloat16),
+        (E2M1, 4, torch.float32),
+        (Minifloat(3, 0), 2, torch.float8_e8m0fnu),
+    ):
+        assert Floats.of(FloatCodes(element, codes, torch.ones(16, groups).to(dtype))) is None, (element, groups, dtype)
+    assert Floats.of(FloatCodes(E2M1, codes, torch.ones(16, 1).bfloat16(), factor=0.5)) is None
 
 
 def test_nothing_given_is_changed() -> None:

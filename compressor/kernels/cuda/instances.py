@@ -8,7 +8,7 @@ import functools
 from typing import NamedTuple
 
 from compressor.kernels.layouts import Layout
-from compressor.kernels.layouts.fp4 import Fp4
+from compressor.kernels.layouts.floats import Floats
 from compressor.kernels.layouts.input_groups import InputGroups
 from compressor.kernels.layouts.int_groups import IntGroups
 from compressor.kernels.layouts.lossless import Lossless
@@ -37,8 +37,9 @@ def decoder(layout: Layout) -> str:
             return f"IntGroups<{layout.bits}, {int(layout.scale == 'fp16')}, {int(inner)}>"
         case InputGroups():
             return f"InputGroups<{layout.bits}>"
-        case Fp4():
-            return f"Fp4<{ {'e4m3': 'E4M3', 'e8m0': 'E8M0', 'bf16': 'OF_ROW'}[layout.scale] }>"
+        case Floats():
+            element = layout.element
+            return f"Floats<{element.exponent}, {element.mantissa}, {layout.scale.upper()}, {int(layout.inner)}>"
         case Vectors():
             return f"Vectors<{layout.bits}, {layout.residual_bits}>"
         case Signs():
@@ -50,7 +51,7 @@ def decoder(layout: Layout) -> str:
 
 def group(layout: Layout) -> int:
     """`group` of the kernels' arguments."""
-    return layout.group if isinstance(layout, IntGroups | InputGroups | Fp4 | Signs) else 0
+    return layout.group if isinstance(layout, IntGroups | InputGroups | Floats | Signs) else 0
 
 
 def shared_bytes(layout: Layout) -> int:

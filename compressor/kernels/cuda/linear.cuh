@@ -33,7 +33,8 @@
 //                          1, 1, 4   1, 2, 2   2, 1, 4   4, 1, 2   4, 2, 1   8, 1, 2
 //     int 4 bits                64        70        79       106       128       142
 //     int 2, 3, 8 bits       58-72     63-94     75-80    86-100    97-165   100-180
-//     E2M1                   59-64        63     63-80    98-102   128-130       138
+//     floats, 4 bits         59-64     62-70     64-80    97-104   128-130   138-140
+//     floats, 8 bits         48-64     54-62     64-74     78-88         -    98-128
 //     input groups, 4 bits     118       123       127       126       158       164   (1, 1, 2: 75)
 //
 // and spills nothing. Input groups of 2 and 3 bits want PF = 1 (77 for NT = RB = 1): scales and zero points are in the ring.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compressor.errors import KernelError
 from compressor.kernels.layouts import Layout
-from compressor.kernels.layouts.fp4 import Fp4
+from compressor.kernels.layouts.floats import Floats
 from compressor.kernels.layouts.input_groups import InputGroups
 from compressor.kernels.layouts.int_groups import IntGroups
 from compressor.kernels.layouts.lossless import Lossless
@@ -22,7 +22,7 @@ FRAME = ("primitives.cuh", "linear.cuh")
 DECODERS: dict[type, tuple[str, ...]] = {
     IntGroups: ("int_groups.cuh",),
     InputGroups: ("int_groups.cuh", "input_groups.cuh"),
-    Fp4: ("fp4.cuh",),
+    Floats: ("floats.cuh",),
     Vectors: ("vectors.cuh",),
     Signs: ("signs.cuh",),
     Lossless: ("lossless.cuh",),

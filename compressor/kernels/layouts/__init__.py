@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
 from compressor.errors import KernelError
-from compressor.kernels.layouts.fp4 import Fp4
+from compressor.kernels.layouts.floats import Floats
 from compressor.kernels.layouts.input_groups import InputGroups
 from compressor.kernels.layouts.int_groups import IntGroups
 from compressor.kernels.layouts.lossless import Lossless
@@ -19,8 +19,10 @@ from compressor.kernels.layouts.vectors import Vectors
 class Layout(Protocol):
     """An arrangement of a weight's elements; a frozen dataclass whose name says all of it."""
 
-    by_rows: ClassVar[bool]  # every part but `order` begins with the tiles of rows: two weights are joined by joining parts
-
+    @property
+    def by_rows(
+        self,
+    ) -> bool: ...  # every part but `order` begins with the tiles of rows: two weights are joined by joining parts
     @property
     def name(self) -> str: ...
 
@@ -37,7 +39,7 @@ class Layout(Protocol):
 
 FAMILIES: dict[type, tuple[Any, ...]] = {
     IntCodes: (IntGroups, InputGroups),
-    FloatCodes: (Fp4,),
+    FloatCodes: (Floats,),
     VectorCodes: (Vectors,),
     SignCodes: (Signs,),
     DenseCodes: (Lossless,),
