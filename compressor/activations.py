@@ -94,10 +94,20 @@ class FloatTokens:
     group: int | None = None
 
     def __call__(self, x_TI: Tensor) -> Tensor:
+        x, scale = self._scaled(x_TI)
+        return self.element.round(x).mul_(scale).view(x_TI.shape).to(x_TI.dtype)
+
+    def codes(self, x_TI: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as E4M3 codes, float8_e4m3fn, and the scales of tokens, fp32 [T, 1]."""
+        assert self.element == E4M3 and self.group is None
+        x, scale = self._scaled(x_TI)
+        return x.clamp_(-E4M3.largest, E4M3.largest).to(torch.float8_e4m3fn), scale
+
+    def _scaled(self, x_TI: Tensor) -> tuple[Tensor, Tensor]:
         x = x_TI.float() if self.group is None else x_TI.float().unflatten(-1, (-1, self.group))
         scale = x.abs().amax(-1, keepdim=True) / self.element.largest
         scale.masked_fill_(scale == 0, EPSILON)
-        return self.element.round(x / scale).mul_(scale).view(x_TI.shape).to(x_TI.dtype)
+        return x / scale, scale
 
 
 @dataclass(frozen=True)
@@ -155,9 +165,11 @@ SCHEMES: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """`input_activations` of compressed-tensors."""
 
+IN_PRODUCTS: Mapping[str, InputRounding] = {"int8": round_tokens, "fp8": FloatTokens(E4M3)}
+"""What a kernel may compute by itself, to multiply by the codes."""
+
 _DYNAMIC: Mapping[str, InputRounding] = {
-    "int8": round_tokens,
-    "fp8": FloatTokens(E4M3),
+    **IN_PRODUCTS,
     "fp8-block": FloatTokens(E4M3, 128),
     "mxfp4": PowerGroups(E2M1),
     "mxfp8": PowerGroups(E4M3),
@@ -188,6 +200,11 @@ def rounding(name: str, part: Callable[[str], Tensor]) -> InputRounding:
     if name == "nvfp4":
         return TwoLevelGroups(number)
     return FixedScale(E4M3 if name == "fp8-static" else Minifloat.parse(name.removesuffix(TENSOR)), number)
+
+
+def in_product(how: InputRounding | None) -> str | None:
+    """The name of a way that may be left to the product; None for all others."""
+    return next((name for name, known in IN_PRODUCTS.items() if known == how), None)
 
 
 def bits(name: str) -> int:

@@ -16,7 +16,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of a conversation.")] = False,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed. [default: the likeliest token each time]")] = None,
-    kernel: Annotated[str, typer.Option(help="auto, cuda, cpu, or reference, to multiply by packed weights.")] = "auto",
+    kernel: Annotated[
+        str, typer.Option(help="auto, native, cuda, cpu, or reference, to multiply by packed weights.")
+    ] = "auto",
     as_json: a.Json = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:

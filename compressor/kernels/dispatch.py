@@ -1,4 +1,4 @@
-"""Which kernel multiplies: the CUDA kernels, the CPU kernels, or the reference, in this order.
+"""Which kernel multiplies: tensor cores by themselves, the CUDA kernels, the CPU kernels, or the reference, in this order.
 
 A kernel is asked for by name, "auto" for the first that can. "cuda:DIRECTORY" are CUDA kernels whose sources are those of a
 directory instead of the package's: whoever says so trusts them.
@@ -7,7 +7,7 @@ directory instead of the package's: whoever says so trusts them.
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from compressor.errors import KernelError
 from compressor.kernels.layouts import named
 
 AUTO, REFERENCE = "auto", "reference"
-HOMES = {"cuda": "compressor.kernels.cuda", "cpu": "compressor.kernels.cpu", REFERENCE: "compressor.kernels.reference"}
-DEVICES = {"cuda": "cuda", "cpu": "cpu"}  # the kernel -> the device it runs on
+HOMES = {name: f"compressor.kernels.{name}" for name in ("native", "cuda", "cpu", REFERENCE)}
+DEVICES = {"native": "cuda", "cuda": "cuda", "cpu": "cpu"}  # the kernel -> the device it runs on
 ASKED = "asked for"
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Choice:
     kernel: str
     reason: str
     linear: Callable[..., Tensor]  # x [M, K], parts, layout, rows, bias -> [M, N]
-    rounding: Callable[..., Tensor] | None = None  # the same for x rounded token by token, if the kernel does that itself
+    rounding: Mapping[str, Callable[..., Tensor]]  # the same for x rounded first in a way that the kernel does itself
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def directory_of(wanted: str) -> Path | None:
 
 @functools.cache
 def backend(kernel: str) -> Any:
-    """The module that implements a kernel: `obstacle`, `linear`, `dequantize`."""
+    """The module that implements a kernel: `obstacle`, `about`, `linear`, and `rounding`, as of `Choice`."""
     return importlib.import_module(HOMES[kernel])
 
 
@@ -99,4 +99,4 @@ def _told(kernel: str, reason: str, layout: str, directory: Path | None) -> Choi
     log.log(logging.WARNING if slow else logging.INFO, "%s: %s kernel (%s)", layout, kernel, reason)
     home = backend(kernel)
     linear: Callable[..., Tensor] = functools.partial(home.linear, directory=directory) if directory else home.linear
-    return Choice(kernel, reason, linear, getattr(home, "rounding", None))
+    return Choice(kernel, reason, linear, getattr(home, "rounding", {}))

@@ -1,11 +1,11 @@
 """The operator that multiplies by a packed weight, so that torch.compile, CUDA graphs and `generate` see one opaque call.
 
-    compressor::packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel, bool rounded=False)
+    compressor::packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel, str? rounding=None)
         -> Tensor
 
 It is functional and knows no gradient. `parts` are what the layout's `arrange` made, in its order; `kernel` is "auto" or the
-name of a backend (`dispatch`); with `rounded`, x is first rounded token by token (compressor/activations.py), by the kernel
-itself if it can. `torch.library.Library` is used because a call costs 2.5 µs; `custom_op` takes 9.
+name of a backend (`dispatch`); `rounding` is how x is rounded first (`IN_PRODUCTS` of compressor/activations.py), by the
+kernel itself if it can. `torch.library.Library` is used because a call costs 2.5 µs; `custom_op` takes 9.
 """
 
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.activations import round_tokens
+from compressor.activations import IN_PRODUCTS
 from compressor.errors import KernelError
 from compressor.kernels.dispatch import choose
 from compressor.kernels.layouts import named
 
 _LIBRARY = torch.library.Library("compressor", "DEF")
 _LIBRARY.define(
-    "packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel, bool rounded=False) -> Tensor"
+    "packed_linear(Tensor x, Tensor[] parts, Tensor? bias, str layout, int rows, str kernel, str? rounding=None) -> Tensor"
 )
 
 
 def _packed_linear(
-    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str, rounded: bool = False
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str, rounding: str | None = None
 ) -> Tensor:
     arrangement = named(layout)
     x_MK = x.reshape(-1, x.shape[-1])
@@ -36,15 +36,15 @@ def _packed_linear(
     missing = -x_MK.shape[1] % arrangement.chunk
     x_MK = pad(x_MK, (0, missing)) if missing else x_MK.contiguous()
     chosen = choose(layout, x.device, x.dtype, kernel)
-    if rounded and chosen.rounding is None:
-        x_MK = round_tokens(x_MK)
-    multiply = chosen.rounding if rounded and chosen.rounding is not None else chosen.linear
+    if rounding is not None and rounding not in chosen.rounding:
+        x_MK, rounding = IN_PRODUCTS[rounding](x_MK), None
+    multiply = chosen.linear if rounding is None else chosen.rounding[rounding]
     y_MN = multiply(x_MK, parts, arrangement, rows, bias)
     return y_MN.view(*x.shape[:-1], rows)
 
 
 def _packed_linear_shape(
-    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str, rounded: bool = False
+    x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str, rounding: str | None = None
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from compressor.activations import InputRounding, input_rounding, round_tokens
+from compressor.activations import InputRounding, in_product, input_rounding
 from compressor.codes import Codes, FloatCodes, IntCodes
+from compressor.kernels import native
 from compressor.kernels.dispatch import AUTO
 from compressor.kernels.layouts import Layout, layout_for
 from compressor.kernels.layouts._tiles import ROWS
@@ -81,9 +82,9 @@ class PackedWeight(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + bias."""
-        parts, in_kernel = list(self.parts.values()), self.rounding is round_tokens
-        x = x if in_kernel or self.rounding is None else self.rounding(x)
-        y: Tensor = packed_linear(x, parts, self.bias, self.layout.name, self.shape[0], self.kernel, in_kernel)
+        parts, left = list(self.parts.values()), in_product(self.rounding)
+        x = x if left or self.rounding is None else self.rounding(x)
+        y: Tensor = packed_linear(x, parts, self.bias, self.layout.name, self.shape[0], self.kernel, left)
         return y
 
     def take(self, x: Tensor, taker: int) -> Tensor:
@@ -195,6 +196,7 @@ class Stored:
     format: Format
     bits: int | None  # of integers, which a layout may widen
     groups: int | None  # in a row, which a layout may divide
+    rows: int = 1  # that share a scale of floating-point numbers, of which a layout may make one for each
     inputs: float | None = None  # what activations are rounded by, of which a layout knows nothing
 
     @staticmethod
@@ -202,7 +204,9 @@ class Stored:
         """Of a tensor and its codes."""
         if isinstance(codes, IntCodes):
             return Stored(tensor.format, codes.bits, codes.scale.shape[1])
-        return Stored(tensor.format, None, None, codes.inputs if isinstance(codes, FloatCodes) else None)
+        if isinstance(codes, FloatCodes):
+            return Stored(tensor.format, None, None, codes.rows, codes.inputs)
+        return Stored(tensor.format, None, None)
 
     def again(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
         """The tensor."""
@@ -210,7 +214,7 @@ class Stored:
             each = codes.scale.shape[1] // self.groups
             codes = replace(codes, bits=self.bits, scale=codes.scale[:, ::each], zero=codes.zero[:, ::each])
         if isinstance(codes, FloatCodes):
-            codes = replace(codes, inputs=self.inputs)
+            codes = replace(codes, scale=codes.scale[:: self.rows], rows=self.rows, inputs=self.inputs)
         return self.format.stored(codes, shape)
 
 
@@ -247,10 +251,11 @@ def packed_linear_module(
     """A layer for a packed weight and its bias [O], on a device."""
     tensor = QuantizedTensor(tensor.format, tensor.shape, {n: part.to(device) for n, part in tensor.parts.items()})
     codes = tensor.format.codes(tensor)
-    layout = layout_for(codes)
+    rounding = input_rounding(tensor.format, tensor.parts.__getitem__)
+    layout: Layout | None = native.layout(codes, rounding, device) if kernel in (AUTO, "native") else None
+    layout = layout or layout_for(codes)
     if layout is None:
         return StoredLinear(tensor, bias)
-    rounding = input_rounding(tensor.format, tensor.parts.__getitem__)
     weight = PackedWeight(layout, layout.arrange(codes), tensor.shape, bias, kernel, rounding=rounding)
     return PackedLinear(weight, slice(0, tensor.shape[0]), Stored.of(tensor, codes))
 

@@ -36,7 +36,8 @@ def load(
         path: Model directory, dense or packed, written by this package or in a layout of others that it reads.
         device: Where to put it.
         dtype: Of the computation; None takes the checkpoint's where the device computes in it, else float32.
-        kernel: "auto", or the one to use: "cuda", "cpu" (rounds activations to 8 bits) or "reference" (slow and exact).
+        kernel: "auto", or the one to use: "native" (FP8 weights and activations on tensor cores), "cuda", "cpu" (rounds
+            activations to 8 bits) or "reference" (slow and exact).
             The choice and its reason are logged by `compressor.kernels.dispatch`.
         dense: Dequantise packed layers, once, here.
         trust_kernels: Compile the CUDA sources that lie beside the weights, where they are not this package's own: they run

@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from checks import Case, Finding, Load, dequantised, laid_out, products, worst
+from checks import Case, Finding, Load, dequantised, laid_out, natively, products, worst
 from compiling import compile_all
 from concurrency import in_a_graph, on_two_streams
 from sanitizer import TOOLS, watched
 from weights import FORMATS, Format
 
 from compressor.errors import KernelError
-from compressor.kernels import cuda
+from compressor.kernels import cuda, native
 from compressor.kernels.cuda import instances, program
 from compressor.kernels.layouts import Layout
 
@@ -37,6 +37,7 @@ SHAPES = (  # made as small as a format asks for
     (1024, 14336),
 )
 SMALL = ((45, 1000), (16, 128))
+NATIVE = "fp8-row"  # what the tensor cores multiply by as it is
 SQUARE = 1024  # of chains, whose outputs are the next product's activations
 
 
@@ -102,6 +103,16 @@ def report(name: str, found: Sequence[Finding], seconds: float) -> bool:
     return not wrong
 
 
+def check_native(device: torch.device) -> bool:
+    """Runs and prints the checks of products without our kernels, where the device has them."""
+    lacking, start = native.lacking(device), time.perf_counter()
+    if lacking is not None:
+        print(f"native: left out, {lacking}", flush=True)
+        return True
+    found = [finding for shape in SHAPES for finding in natively(NATIVE, *shape, device, TOKENS)]
+    return report("native", found, time.perf_counter() - start)
+
+
 def check(names: Sequence[str], device: torch.device) -> bool:
     """Runs and prints all checks of some formats."""
     right, load = True, partial(load_on, device)
@@ -115,7 +126,7 @@ def check(names: Sequence[str], device: torch.device) -> bool:
             print(f"{name:24} failed: {error}", flush=True)
             return False
         right &= report(name, found, time.perf_counter() - start)
-    return right
+    return right & (NATIVE not in names or check_native(device))
 
 
 def watched_by_all(names: Sequence[str]) -> bool:

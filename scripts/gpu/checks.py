@@ -11,10 +11,13 @@ from tolerance import TOLERANCE, error  # type: ignore[import-not-found]
 from torch import Tensor
 from weights import layout_of, make
 
-from compressor.codes import Codes, DenseCodes, IntCodes, values
+from compressor.activations import IN_PRODUCTS
+from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, values
+from compressor.kernels import native
 from compressor.kernels.cuda import instances
 from compressor.kernels.cuda.instances import Tile
 from compressor.kernels.layouts import Layout
+from compressor.kernels.layouts.fp8_rows import Fp8Rows
 
 MARGIN = 64  # elements before and after an output, which leave it as aligned as it was
 
@@ -114,6 +117,19 @@ def dequantised(case: Case, load: Load) -> Iterator[Finding]:
         apart = steps_apart(w_NK.to(expected.device), expected)
         yield Finding(f"{what}, bf16 numbers apart", apart, 0 if isinstance(case.codes, DenseCodes) else 1)
         yield Finding(f"{what}, elements written outside", written_outside(whole), 0)
+
+
+def natively(name: str, rows: int, columns: int, device: torch.device, tokens: Sequence[int]) -> Iterator[Finding]:
+    """Products by a weight of FP8 as the tensor cores take it, of activations that are rounded first."""
+    codes = make(name, rows, columns, str(device))
+    assert isinstance(codes, FloatCodes)
+    layout = Fp8Rows.of(codes)
+    assert layout is not None
+    case = Case(f"{name}, native", codes, layout, list(layout.arrange(codes).values()), rows, columns)
+    for count in tokens:
+        x_MK, bias_N, _ = case.problem(count, bias=True)
+        expected = product(IN_PRODUCTS[native.WAY](x_MK[:, :columns].float()), codes, bias_N)
+        yield case.compared(f"{count} tokens", native.product(x_MK, case.parts, layout, rows, bias_N), expected)
 
 
 def poisoned(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 from weights import layout_of, make, nbytes
 
+from compressor.codes import FloatCodes
+from compressor.kernels import native
 from compressor.kernels.cuda import instances
 from compressor.kernels.cuda.instances import Tile
 from compressor.kernels.layouts import Layout
+from compressor.kernels.layouts.fp8_rows import Fp8Rows
 
-FUSED, ALONE, UNPACKED, DENSE = "fused", "fused, without overlap", "dequantised", "bf16"
+FUSED, ALONE, UNPACKED, NATIVE, DENSE = "fused", "fused, without overlap", "dequantised", "native", "bf16"
 FORMAT_OF_RIVALS = "4 bits"
 
 Shape = tuple[int, int]
@@ -88,6 +91,23 @@ def unpacked(gpu: Gpu, weights: Weights) -> Contestant:
         return [functools.partial(product, parts) for parts in weights.each]
 
     return Contestant(weights.format, UNPACKED, weights.nbytes, calls)
+
+
+def natively(gpu: Gpu, weights: Weights) -> Contestant:
+    """FP8 multiplied as it is by activations that are rounded to FP8 first."""
+    rows, columns = weights.shape
+    codes = make(weights.format, rows, columns, gpu.device)
+    assert isinstance(codes, FloatCodes)
+    layout = Fp8Rows.of(codes)
+    assert layout is not None
+    parts = list(layout.arrange(codes).values())
+    each = [parts, *([part.clone() for part in parts] for _ in range(len(weights.each) - 1))]
+
+    def calls(tokens: int) -> list[Call]:
+        x_MK = _activations(gpu, tokens, columns)
+        return [functools.partial(native.product, x_MK, own, layout, rows, None) for own in each]
+
+    return Contestant(weights.format, NATIVE, weights.nbytes, calls)
 
 
 def dense(gpu: Gpu, shape: Shape, count: int | None = None) -> Contestant:

@@ -15,6 +15,7 @@ from contestants import (
     foreign,
     fused,
     layout_named,
+    natively,
     one_after_the_other,
     unpacked,
 )
@@ -23,6 +24,7 @@ from rivals import RIVALS, Rival
 from show import in_a_line
 from timing import copies
 
+from compressor.kernels import native
 from compressor.kernels.cuda import instances
 from compressor.kernels.cuda.instances import Tile
 
@@ -33,6 +35,7 @@ KINDS = ("products", "step", "tiles", "rivals", LAST)
 BLOCKS, HELD_BLOCKS = 32, 4  # of the model, and those that there are weights for: more than any cache holds
 ALONE_TOKENS, UNPACKED_TOKENS = (1, 4, 8, 16, 32, 64), (16, 32, 64, 128, 256, 512)  # where it may make a difference
 STEP_TOKENS, TILE_TOKENS, RIVAL_TOKENS = (1, 16), (1, 16), (1, 16, 64, 256)
+NATIVE_FORMAT = "fp8-row"  # that tensor cores multiply by as it is
 MOST_SUMS = 76  # warps rb nt, which 48 KB of shared memory have room for (linear.cuh)
 MOST_IN_FLIGHT = 16  # rb nt pf, which registers are taken for
 MODEL_BITS, MODEL_TOKENS, MODEL_CONTEXT = (4, 2), (1, 16), 512
@@ -70,6 +73,8 @@ class Plan:
                 contestants += [fused(gpu, one, ALONE) for one in weights]
             if tokens in UNPACKED_TOKENS:
                 contestants += [unpacked(gpu, one) for one in weights]
+            if native.lacking(torch.device(gpu.device)) is None:
+                contestants += [natively(gpu, one) for one in weights if one.format == NATIVE_FORMAT]
             self.bench.race(contestants, tokens, rows, shape=list(shape))
 
     def measure_step(self, rows: list[Row]) -> None:

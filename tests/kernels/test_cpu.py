@@ -154,7 +154,7 @@ def test_with_given_scales_no_sum_overflows(isa: str, bits: int) -> None:
 def test_with_given_scales_what_is_not_finite_is_not_hidden(isa: str, bad: float) -> None:
     codes, x = weight(4, 128), activations(20, 1152)
     layout, parts = packed(codes)
-    good = cpu.rounding(x, parts, layout, 40, None)
+    good = cpu.product_of_tokens(x, parts, layout, 40, None)
     x[17, 1151] = bad
     y = cpu.linear(x, parts, layout, 40, None, isa, token_scales(x))
     assert not y[17].isfinite().any()

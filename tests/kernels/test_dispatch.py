@@ -68,7 +68,7 @@ def test_a_kernel_that_was_asked_for_is_taken_or_refused(kernel: str, why: str, 
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    with pytest.raises(KernelError, match="no kernel named `tpu`; known: auto, cuda, cpu, reference"):
+    with pytest.raises(KernelError, match="no kernel named `tpu`; known: auto, native, cuda, cpu, reference"):
         choose(LAYOUT, CPU, torch.bfloat16, "tpu")
 
 

@@ -17,7 +17,19 @@ import pytest
 import sections
 import timing
 import torch
-from contestants import ALONE, DENSE, FUSED, UNPACKED, Contestant, Weights, foreign, fused, layout_named, one_after_the_other
+from contestants import (
+    ALONE,
+    DENSE,
+    FUSED,
+    UNPACKED,
+    Contestant,
+    Weights,
+    foreign,
+    fused,
+    layout_named,
+    natively,
+    one_after_the_other,
+)
 from contestants import unpacked as dequantised_first
 from racing import LAST_MINUTES, Bench, switch_points
 from rivals import RIVALS, Rival
@@ -134,6 +146,14 @@ def test_bytes_are_those_of_the_parts(name: str) -> None:
     parts = layout.arrange(codes)
     tables = sum(parts[part].nbytes for part in ("codebook", "starts", "escapes") if part in parts)
     assert nbytes(parts) - tables == pytest.approx(bits * 1024 * 4096 / 8, rel=1e-3)
+
+
+def test_the_native_product_is_that_of_rounded_activations() -> None:
+    torch.manual_seed(0)
+    gpu: Any = Device()
+    contestant = natively(gpu, Weights.random("fp8-row", SHAPE, gpu, 2))
+    first, second = (call() for call in contestant.calls(3))
+    assert first.shape == (3, SHAPE[0]) and torch.equal(first, second)
 
 
 def test_weights_are_more_than_the_cache_holds(tmp_path: Path) -> None:

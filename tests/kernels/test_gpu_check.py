@@ -24,12 +24,12 @@ import pytest
 import sanitizer
 import torch
 import weights
-from checks import Case, Finding, Kernels, Load, dequantised, laid_out, products, worst
+from checks import Case, Finding, Kernels, Load, dequantised, laid_out, natively, products, worst
 from concurrency import REPLAYS, TIMES, Product, alone, chain, different, in_a_graph, on_two_streams
 from tolerance import TOLERANCE, error
 from torch import Tensor
 
-from compressor.kernels import cuda, reference
+from compressor.kernels import cuda, native, reference
 from compressor.kernels.cuda import instances, nvrtc, program
 from compressor.kernels.cuda.instances import Tile
 from compressor.kernels.layouts import Layout
@@ -198,6 +198,13 @@ def test_a_chain_feeds_each_product_with_the_one_before(layers: list[Case]) -> N
     outputs = chain(layers, x_MK, alone(loading(Reference)))
     for layer, given, got in zip(layers, (x_MK, *outputs), outputs, strict=False):
         assert error(got, parity.product(given, layer.codes)) < TOLERANCE
+
+
+def test_native_products_pass_and_one_without_rounding_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(natively(check.NATIVE, 45, 1000, CPU, (1, 17)))
+    assert len(found) == 2 and not wrong(found)
+    monkeypatch.setattr(native, "product", reference.linear)
+    assert len(wrong(list(natively(check.NATIVE, 45, 1000, CPU, (1, 17))))) == 2
 
 
 def test_what_is_compiled_in_parallel_is_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ class TestOneLayer:
         assert layer.bias.dtype == torch.bfloat16
         if isinstance(layer, PackedLinear):
             layer.float()
-            torch.testing.assert_close(layer(x), before, atol=1e-2, rtol=0)  # the bias was rounded
+            torch.testing.assert_close(layer(x), before, atol=2e-2, rtol=0)  # the bias was rounded
             assert torch.equal(layer.dequantize(), tensor.dequantize())
 
 

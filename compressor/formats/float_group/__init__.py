@@ -9,7 +9,7 @@ Bytes, for a weight [O, I] with G = I / group_size groups in a row:
     w[o, i] = number(code[o, i]) * scale[o, i // group_size]
 
 The logarithm of a scale is what LLM-FP4 calls a real-valued exponent bias. No other layout holds it; our own does. The GPU
-kernels multiply by it where groups are whole rows, 16, 32 or multiples of 64 channels (from 5 bits on 8, 16 or multiples of 32).
+kernels multiply by it where groups are rows, 16, 32 or multiples of 64 channels (from 5 bits on 8, 16 or multiples of 32).
 
 Source: Liu et al., "LLM-FP4: 4-Bit Floating-Point Quantized Transformers", EMNLP 2023.
 

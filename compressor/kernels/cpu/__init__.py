@@ -131,9 +131,12 @@ def linear(
     return y_MN
 
 
-def rounding(x_MK: Tensor, parts: Sequence[Tensor], layout: Layout, rows: int, bias: Tensor | None) -> Tensor:
+def product_of_tokens(x_MK: Tensor, parts: Sequence[Tensor], layout: Layout, rows: int, bias: Tensor | None) -> Tensor:
     """The same for x rounded token by token: its codes are multiplied as they are, and nothing is rounded twice."""
     return linear(x_MK, parts, layout, rows, bias, scale_M1=token_scales(x_MK))
+
+
+rounding = {"int8": product_of_tokens}
 
 
 def dequantize(

@@ -9,6 +9,7 @@ from torch import Tensor
 from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
 from compressor.errors import KernelError
 from compressor.kernels.layouts.floats import Floats
+from compressor.kernels.layouts.fp8_rows import Fp8Rows
 from compressor.kernels.layouts.input_groups import InputGroups
 from compressor.kernels.layouts.int_groups import IntGroups
 from compressor.kernels.layouts.lossless import Lossless
@@ -47,7 +48,7 @@ FAMILIES: dict[type, tuple[Any, ...]] = {
 
 
 def layout_for(codes: Codes) -> Layout | None:
-    """The layout that takes these codes, or None if no kernel does."""
+    """The layout for the kernels that decode, or None if none takes these codes."""
     return next((layout for family in FAMILIES[type(codes)] if (layout := family.of(codes)) is not None), None)
 
 
@@ -58,7 +59,7 @@ def named(name: str) -> Layout:
     Raises:
         KernelError: no family has a layout of this name.
     """
-    for families in FAMILIES.values():
+    for families in (*FAMILIES.values(), (Fp8Rows,)):
         for family in families:
             if (layout := family.parse(name)) is not None:
                 found: Layout = layout

@@ -1,9 +1,9 @@
-"""Floating-point numbers of 3 to 8 bits with a scale per group of columns, per row, or per block.
+"""Floating-point numbers of 3 to 8 bits with a scale per group of columns or per row.
 
 Parts, with R = ceil(N / 16) and C = ceil(K / chunk): the codes as in `_tiles`, in 4 bits or in 8 with the sign on top, chunks
 being 64 or 32 columns, and
 
-    scales  of reals   bf16, fp16 or fp32 [R, G, 16]   of each row and group, also where several rows share one
+    scales  of reals   bf16, fp16 or fp32 [R, G, 16]   of each row and group, though several rows shared one
             of bytes   uint8 [R, C, L, 2]              of each group of a chunk, the one of row g and that of row g + 8:
                                                        E4M3 of 16 columns of 4 bits (L = 32), E8M0 of 32 columns (L = 16, or
                                                        8 for codes of 8 bits)
@@ -33,7 +33,6 @@ BYTES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}
 GROUP = {"e4m3": 16, "e8m0": 32}  # columns of a byte
 NAMES = {dtype: name for name, dtype in (REALS | BYTES).items()}
 LARGEST = 2.0**9
-ALL = 0  # as a number of columns or rows
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,16 @@ class Floats:
     element: Minifloat
     scale: str  # the kind: e4m3, e8m0, bf16, fp16 or fp32
     group: int  # columns that share a scale; 0 for the whole row
-    rows: int = 1  # that share it; 0 for all
 
     @property
     def name(self) -> str:
-        shared = "" if self.rows == 1 else f"-r{self.rows}"
-        return f"{self.element.name}-g{self.group}-{self.scale}{shared}"
+        return f"{self.element.name}-g{self.group}-{self.scale}"
 
     @staticmethod
     def parse(name: str) -> "Floats | None":
         """The layout of this name, or None if it is another family's."""
-        found = re.fullmatch(r"(e\dm\d)-g(\d+)-(e4m3|e8m0|bf16|fp16|fp32)(?:-r(\d+))?", name)
-        return Floats(Minifloat.parse(found[1]), found[3], int(found[2]), int(found[4] or 1)) if found else None
+        found = re.fullmatch(r"(e\dm\d)-g(\d+)-(e4m3|e8m0|bf16|fp16|fp32)", name)
+        return Floats(Minifloat.parse(found[1]), found[3], int(found[2])) if found else None
 
     @property
     def bits(self) -> int:
@@ -84,12 +81,11 @@ class Floats:
     @staticmethod
     def of(codes: FloatCodes) -> "Floats | None":
         """The layout that takes these codes, or None."""
-        (out, columns), (blocks, groups) = codes.codes_OI.shape, codes.scale.shape
+        columns, groups = codes.codes_OI.shape[1], codes.scale.shape[1]
         kind, size = NAMES.get(codes.scale.dtype), columns // groups
-        rows = 1 if codes.rows == 1 else ALL if blocks == 1 and codes.rows == out else codes.rows
         if kind is None or (kind != "e4m3" and codes.factor != 1):
             return None
-        layout = Floats(codes.element, kind, ALL if kind in REALS and groups == 1 else size, rows)
+        layout = Floats(codes.element, kind, 0 if kind in REALS and groups == 1 else size)
         return layout if (layout._takes_reals() if kind in REALS else layout._takes_bytes(codes)) else None
 
     def _takes_reals(self) -> bool:
@@ -97,7 +93,7 @@ class Floats:
         return self.group % self.chunk == 0 or bool(in_runs)
 
     def _takes_bytes(self, codes: FloatCodes) -> bool:
-        if self.group != GROUP[self.scale] or self.rows != 1 or codes.scale.float().isnan().any():
+        if self.group != GROUP[self.scale] or codes.rows != 1 or codes.scale.float().isnan().any():
             return False
         if self.bits == 8:
             return self.scale == "e8m0"
@@ -112,19 +108,18 @@ class Floats:
         return parts if self.by_rows else parts | {"factor": torch.tensor([codes.factor], device=top.device)}
 
     def restore(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> FloatCodes:
-        """The codes that were arranged."""
+        """The codes that were arranged, but for scales that rows shared, of which each row has one now."""
         top = _tiles.unpack_codes(parts, self.bits, shape)
         sign, magnitude = top & 1 << self.bits - 1, top & self.element.sign - 1
         codes = sign >> (self.bits - self.element.bits) | magnitude
-        rows = shape[0] if self.rows == ALL else self.rows
         groups = shape[1] // self.group if self.group else 1
         if self.scale in REALS:
-            scale = parts["scales"].transpose(1, 2).flatten(0, 1)[: shape[0] : rows, :groups]
+            scale = parts["scales"].transpose(1, 2).flatten(0, 1)[: shape[0], :groups]
         else:
             of_rows = parts["scales"].unflatten(2, (8, -1)).permute(0, 4, 2, 1, 3)  # R, half, g, C, group
             whole = of_rows.reshape(16 * len(of_rows), -1)[: shape[0], :groups]
             scale = whole.contiguous().view(BYTES[self.scale])
-        return FloatCodes(self.element, codes, scale, 1.0 if self.by_rows else parts["factor"].item(), rows)
+        return FloatCodes(self.element, codes, scale, 1.0 if self.by_rows else parts["factor"].item())
 
     def _arrange_reals(self, codes: FloatCodes) -> Tensor:
         rows, columns = codes.codes_OI.shape
