@@ -30,7 +30,11 @@ class Grid(Protocol):
     def step(self) -> int: ...  # columns that one code covers: 1, or the length of a codebook's vectors
     def round(self, w_OC: Tensor, column: int) -> Tensor: ...  # codes [O, C / step] of columns column … column + C
     def decode(self, codes: Tensor, column: int) -> Tensor: ...  # their values, fp32 [O, C]
-    def refit(self, w_OC: Tensor, column: int) -> "Grid": ...  # to columns that changed; itself if others share their scales
+    @property
+    def width(self) -> int: ...  # adjacent columns that share scales
+    def refit(self, w_OC: Tensor, column: int, importance_C: Tensor, *, search: bool) -> "Grid":
+        """With the scales of columns column … column + width chosen anew, as by `Format.fit`, for columns that changed."""
+
     def pack(self, codes: Tensor) -> "QuantizedTensor": ...  # all codes of the weight, [O, I / step]
 
 
@@ -38,8 +42,6 @@ class Grid(Protocol):
 class Rescalable(Grid, Protocol):
     """A grid whose scales can be changed while the codes stay."""
 
-    @property
-    def width(self) -> int: ...  # adjacent columns that share scales
     def rescaled(self, column: int, slope_O: Tensor, curvature_O: Tensor) -> "Rescalable":
         """The scales of columns column … column + width multiplied by what is best, as they are stored.
 

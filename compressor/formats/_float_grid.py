@@ -102,12 +102,14 @@ class FloatGrid:
             decoded[:, part] *= scale
         return decoded
 
-    def refit(self, w_OC: Tensor, column: int) -> "FloatGrid":
-        return self  # a scale is shared with other columns
-
     @property
     def width(self) -> int:
         return self.group_size
+
+    def refit(self, w_OC: Tensor, column: int, importance_C: Tensor, *, search: bool) -> "FloatGrid":
+        fit, scale_NG = FloatFit(self.element, self.kind, -1, self.rows, self.factor), self.scale_NG.clone()
+        scale_NG[:, column // self.group_size] = fit.grid(self.format, w_OC, importance_C, search).scale_NG[:, 0]
+        return replace(self, scale_NG=scale_NG)
 
     def rescaled(self, column: int, slope_O: Tensor, curvature_O: Tensor) -> "FloatGrid":
         group, scale_NG = column // self.group_size, self.scale_NG.clone()

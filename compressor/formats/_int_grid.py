@@ -74,12 +74,19 @@ class IntGrid:
             values[:, part] = (codes[:, part] - zero).mul_(scale)
         return values
 
-    def refit(self, w_OC: Tensor, column: int) -> "IntGrid":
-        return self  # a scale is shared with other columns
-
     @property
     def width(self) -> int:
         return self.group_size
+
+    def refit(self, w_OC: Tensor, column: int, importance_C: Tensor, *, search: bool) -> "IntGrid":
+        fit, group = IntFit(self.bits, -1, self.symmetric, self.scale_dtype), column // self.group_size
+        fitted, scale_OG, zero_OG = (
+            fit.grid(self.format, w_OC, importance_C, search),
+            self.scale_OG.clone(),
+            self.zero_OG.clone(),
+        )
+        scale_OG[:, group], zero_OG[:, group] = fitted.scale_OG[:, 0], fitted.zero_OG[:, 0]
+        return replace(self, scale_OG=scale_OG, zero_OG=zero_OG)
 
     def rescaled(self, column: int, slope_O: Tensor, curvature_O: Tensor) -> "IntGrid":
         group, scale_OG = column // self.group_size, self.scale_OG.clone()

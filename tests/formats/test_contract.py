@@ -103,5 +103,21 @@ def test_fitting_leaves_the_weight_alone_and_repeats_itself(calibrated, weight):
     assert all(torch.equal(first.parts[n], second.parts[n]) for n in first.parts)
 
 
+def test_a_group_that_is_fitted_anew_is_fitted_as_with_the_others_and_leaves_them_alone(calibrated, weight):
+    importance = torch.rand(SHAPE[1], generator=torch.Generator().manual_seed(1)) + 0.1
+    grid = calibrated.fit(weight, importance)
+    now = slice(0, grid.width) if grid.width == SHAPE[1] else slice(grid.width, 2 * grid.width)
+    changed = weight.clone()
+    changed[:, now] *= 0.3
+    again = grid.refit(changed[:, now], now.start, importance[now], search=True)
+    whole = calibrated.fit(changed, importance)
+    values, fitted = (one.decode(one.round(changed, 0), 0) for one in (again, whole))
+    before = grid.decode(grid.round(changed, 0), 0)
+    others = torch.ones(SHAPE[1], dtype=torch.bool)
+    others[now] = False
+    assert torch.equal(values[:, now], fitted[:, now])
+    assert torch.equal(values[:, others], before[:, others])
+
+
 def test_the_recipe_entry_rebuilds_the_format(fmt):
     assert registry.build("format", registry.describe(fmt)) == fmt

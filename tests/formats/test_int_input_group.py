@@ -103,7 +103,7 @@ def test_a_column_is_fitted_anew_alone(symmetric: bool) -> None:
     w_OI, changed = some_weight(), some_weight()
     changed[:, 7] = 10 * some_weight(96, 1, seed=1)[:, 0]
     grid = fmt.fit(w_OI)
-    again = grid.refit(changed[:, 7:8], 7)
+    again = grid.refit(changed[:, 7:8], 7, torch.ones(1), search=True)
     assert torch.equal(again.pack(again.round(changed, 0)).dequantize(), rounded(fmt, changed))
     assert torch.equal(grid.pack(grid.round(w_OI, 0)).dequantize(), rounded(fmt, w_OI))  # is as it was
 

@@ -92,6 +92,48 @@ def test_the_order_follows_the_second_moment():
     assert torch.equal(factorise(h, act_order=False).order_I, torch.arange(64))
 
 
+def test_groups_stay_whole_in_the_order_of_their_second_moments():
+    _, h = problem()
+    runs = factorise(h, group=16).order_I.view(4, 16)
+    assert torch.equal(runs.sort(1).values, runs.amin(1, keepdim=True) + torch.arange(16))
+    moments = h.diagonal()[runs]
+    assert torch.equal(moments, moments.sort(1, descending=True).values)
+    assert torch.equal(moments.sum(1), moments.sum(1).sort(descending=True).values)
+
+
+def test_scales_that_are_chosen_late_fit_what_has_become_of_their_group():
+    """By explicit optimal-brain-surgeon updates, whose pivots tell how much the error of each column will count."""
+    w, h = problem(rows=8, columns=16)
+    fmt, factor = IntGroup(bits=3, group_size=4), factorise(h, group=4)
+    codes, found, final = gptq(w, factor, fmt.fit(w), static_groups=False)
+    damped = h.double() + 0.01 * h.diagonal().double().mean() * torch.eye(16, dtype=torch.float64)
+    work, left, order, expected = w.double().clone(), list(range(16)), factor.order_I.tolist(), 0.0
+    for start in range(0, 16, 4):
+        group = order[start : start + 4]
+        after = {c: sorted(set(left) - set(group[:i])) for i, c in enumerate(group)}
+        pivots = torch.stack([damped[after[c]][:, after[c]].inverse()[after[c].index(c)][after[c].index(c)] for c in group])
+        own = sorted(group)
+        importance = torch.stack([1 / pivots[group.index(c)] for c in own])
+        grid = fmt.fit(work[:, own].float(), importance.float())
+        for c in group:
+            value = grid.decode(grid.round(work[:, c : c + 1].float(), c - own[0]), c - own[0])[:, 0]
+            assert torch.equal(final.decode(codes[:, c : c + 1], c)[:, 0], value)
+            inverse, at = damped[left][:, left].inverse(), left.index(c)
+            expected += float((work[:, c] - value).square().sum() / inverse[at, at])
+            work[:, left] -= torch.outer((work[:, c] - value) / inverse[at, at], inverse[at])
+            left.remove(c)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("group_size", [16, 96, -1])
+def test_the_size_of_lazy_batches_changes_nothing_where_scales_are_chosen_late(group_size):
+    w, h = problem(columns=192)
+    grid = IntGroup(bits=3, group_size=group_size).fit(w)
+    factor = factorise(h, group=grid.width)
+    each = [gptq(w, factor, grid, static_groups=False, lazy=lazy)[0] for lazy in (8, 64, 192)]
+    assert torch.equal(each[0], each[1]) and torch.equal(each[0], each[2])
+
+
 def test_a_channel_without_tokens_is_rounded_and_disturbs_no_other():
     w, h = problem()
     h[5], h[:, 5] = 0, 0

@@ -123,5 +123,7 @@ def test_inputs_are_not_modified():
 @formats
 def test_gptq_reports_the_loss_of_what_it_stores(fmt):
     w, h = problem()
-    packed, found = GPTQ(options=(fmt,), refine=2).solve(w, fmt, h, factorise(h))
+    packed, found = GPTQ(options=(fmt,), refine=2).solve(
+        w, fmt, h, lambda damp, group: factorise(h, damp=damp, group=group), 0.01
+    )
     assert found == pytest.approx(loss(w, packed.dequantize(), h), rel=1e-4)

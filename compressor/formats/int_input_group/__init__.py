@@ -82,7 +82,7 @@ class IntInputGroup:
         """As of the protocol; the importance of an input channel is that of all its groups, so it changes nothing."""
         groups(w_OI.shape[0], self.group_size, "out_features")
         fit = IntFit(self.bits, self.group_size, self.symmetric, SCALE_DTYPE)
-        return InputGroupGrid(self, fit.grid(self, w_OI.T.contiguous(), None, search), search)
+        return InputGroupGrid(self, fit.grid(self, w_OI.T.contiguous(), None, search))
 
     def codes(self, packed: QuantizedTensor) -> IntCodes:
         parts, columns = packed.parts, packed.shape[1]
@@ -112,7 +112,6 @@ class InputGroupGrid:
 
     format: IntInputGroup
     turned: IntGrid
-    search: bool  # how it was fitted
     step: int = 1
 
     def round(self, w_OC: Tensor, column: int) -> Tensor:
@@ -121,9 +120,9 @@ class InputGroupGrid:
     def decode(self, codes: Tensor, column: int) -> Tensor:
         return self._rows(column, codes.shape[1]).decode(codes.T, 0).T
 
-    def refit(self, w_OC: Tensor, column: int) -> "InputGroupGrid":
+    def refit(self, w_OC: Tensor, column: int, importance_C: Tensor, *, search: bool) -> "InputGroupGrid":
         now, whole = slice(column, column + w_OC.shape[1]), self.turned
-        fitted = self.format.fit(w_OC, search=self.search).turned
+        fitted = self.format.fit(w_OC, search=search).turned
         scale_IG, zero_IG = whole.scale_OG.clone(), whole.zero_OG.clone()
         scale_IG[now], zero_IG[now] = fitted.scale_OG, fitted.zero_OG
         return replace(self, turned=replace(whole, scale_OG=scale_IG, zero_OG=zero_IG))
