@@ -97,6 +97,8 @@ METHODS: Mapping[str, Method] = {
 BARE = ("learned", "rotate")  # passes that take no format and no layers
 TRYING = ("awq", "preshift")  # passes that prepare layers for the format that a later one rounds to
 CHOOSING = ("adadim",)  # passes that choose among several formats
+FEEDING = ("gptq",)  # passes with error feedback
+SMALL_GROUPS = ("nvfp4",)  # formats whose scales these do better to choose when they reach them
 SHIFTING = ("preshift",)  # passes for activations that one scale serves
 BESIDE = {"int_group": "int_input_group"}  # what those choose among besides, of the same fields
 
@@ -181,7 +183,8 @@ def passes(method: str, options: Sequence[Mapping[str, Any]], ignore: Sequence[s
             return {}
         if name in TRYING:
             return {"format": first, "ignore": list(ignore)}
-        return {"options": several if name in CHOOSING else [first], "ignore": list(ignore)}
+        late = {"static_groups": False} if name in FEEDING and first["format"] in SMALL_GROUPS else {}
+        return {**late, "options": several if name in CHOOSING else [first], "ignore": list(ignore)}
 
     wanted = [step for step in METHODS[method].passes if by_one_scale or step["pass"] not in SHIFTING]
     return [{**step, **given(step["pass"])} for step in wanted]
