@@ -48,15 +48,15 @@ class FloatCodes:
 
 @dataclass(frozen=True, slots=True)
 class VectorCodes:
-    """Vectors of 8 output channels out of a codebook, for each input channel (VPTQ), and perhaps a second to add.
+    """Vectors of D output channels out of a codebook, for each input channel (VPTQ), and perhaps a second to add.
 
-    w[8 v + d, i] = codebook[index[v, i], d] + residual[residual_index[v, i], d]
+    w[D v + d, i] = codebook[index[v, i], d] + residual[residual_index[v, i], d]
     """
 
-    index_VI: Tensor  # int32 [O / 8, I]
-    codebook: Tensor  # bf16 [entries, 8]
+    index_VI: Tensor  # int32 [O / D, I]
+    codebook: Tensor  # bf16 [entries, D]
     residual_index_VI: Tensor | None = None
-    residual: Tensor | None = None  # bf16 [entries, 8]
+    residual: Tensor | None = None  # bf16 [entries, D]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def shape(codes: Codes) -> tuple[int, int]:
         case FloatCodes():
             rows, columns = codes.codes_OI.shape
         case VectorCodes():
-            rows, columns = 8 * codes.index_VI.shape[0], codes.index_VI.shape[1]
+            rows, columns = codes.codebook.shape[1] * codes.index_VI.shape[0], codes.index_VI.shape[1]
         case SignCodes():
             rows, columns = codes.negative_POI.shape[1:]
         case DenseCodes():
@@ -114,7 +114,7 @@ def values(codes: Codes) -> Tensor:
             elements.unflatten(1, (codes.scale.shape[1], -1)).mul_(scale)
             return elements
         case VectorCodes():
-            vectors = codes.codebook.float()[codes.index_VI]  # [V, I, 8]
+            vectors = codes.codebook.float()[codes.index_VI]  # [V, I, D]
             if codes.residual is not None and codes.residual_index_VI is not None:
                 vectors = vectors + codes.residual.float()[codes.residual_index_VI]
             return vectors.transpose(1, 2).flatten(0, 1).contiguous()

@@ -1,4 +1,4 @@
-"""Dense packing of unsigned codes of 1 to 8 bits into 32-bit words, least significant bit first.
+"""Dense packing of unsigned codes of 1 to 31 bits into 32-bit words, least significant bit first.
 
 Code j of a row occupies bits j * bits … (j + 1) * bits of the row's bit stream; word k holds bits 32k … 32k + 31. A code may
 straddle two words. 32 codes fill exactly `bits` words, so both directions walk the 32 positions of such a run and
@@ -22,7 +22,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8 or int, [..., n], values in [0, 2**bits).
-        bits: Width of one code, 1 to 8.
+        bits: Width of one code, 1 to 31.
 
     Returns:
         int32, [..., ceil(n * bits / 32)]; unused high bits of the last word are zero.
@@ -40,10 +40,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Inverse of `pack`; returns uint8, [..., n]."""
+    """Inverse of `pack`; returns uint8, of more than 8 bits int32, [..., n]."""
     missing = -(-n // RUN) * bits - packed.shape[-1]
     runs = pad(packed, (0, missing)).unflatten(-1, (-1, bits))
-    codes = torch.empty(*runs.shape[:-1], RUN, dtype=torch.uint8, device=packed.device)
+    dtype = torch.uint8 if bits <= 8 else torch.int32
+    codes = torch.empty(*runs.shape[:-1], RUN, dtype=dtype, device=packed.device)
     mask = 2**bits - 1
     for j in range(RUN):
         word, shift = divmod(j * bits, 32)
@@ -51,5 +52,5 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
         if shift + bits > 32:
             low = 32 - shift
             code = (code & (2**low - 1)) | (runs[..., word + 1] << low)
-        codes[..., j] = (code & mask).to(torch.uint8)
+        codes[..., j] = (code & mask).to(dtype)
     return codes.flatten(-2)[..., :n]

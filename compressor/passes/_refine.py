@@ -50,12 +50,12 @@ def refined(w_OI: Tensor, h_II: Tensor, codes: Tensor, grid: Rescalable, *, swee
         return grid.decode(now, column) - values
 
     for _ in range(sweeps):
-        _sweep(slope_IO, h_II, grid.width, rescale)
-        _sweep(slope_IO, h_II, 1, recode)
+        sweep(slope_IO, h_II, grid.width, rescale)
+        sweep(slope_IO, h_II, 1, recode)
     return codes, grid
 
 
-def _sweep(slope_IO: Tensor, h_II: Tensor, width: int, step: Step) -> None:
+def sweep(slope_IO: Tensor, h_II: Tensor, width: int, step: Step) -> None:
     """Take a step for every `width` adjacent columns, keeping the slopes up to date."""
     size = max(AT_ONCE // width, 1) * width
     for lo in range(0, len(h_II), size):

@@ -122,10 +122,14 @@ class GPTQ(WeightRounding):
         late = not self.static_groups
         codes, _, grid = gptq(w_OI, factor(damp, grid.width if late else 1), grid, static_groups=not late, search=self.search)
         if self.refine:
-            if not isinstance(grid, Rescalable):
-                raise RecipeError(f"{fmt.label}: its scales cannot be changed one by one; use `refine: 0`")
-            codes, grid = refined(w_OI, h_II, codes, grid, sweeps=self.refine)
+            codes, grid = self.refined(w_OI, h_II, codes, grid)
         return grid.pack(codes), output_energy(w_OI - grid.decode(codes, 0), h_II)
+
+    def refined(self, w_OI: Tensor, h_II: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """Codes on a grid whose loss is not above that of the given ones."""
+        if not isinstance(grid, Rescalable):
+            raise RecipeError("gptq: scales of this format cannot be changed one by one; use `refine: 0`, or `vptq` for vq")
+        return refined(w_OI, h_II, codes, grid, sweeps=self.refine)
 
     def _factors(self, where: str, h_II: Tensor, tokens: int, warnings: list[str]) -> "Factors":
         """The Hessian of some calibration tokens, ready for elimination with a damping, and groups of a width kept whole."""

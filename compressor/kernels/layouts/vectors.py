@@ -36,6 +36,7 @@ from compressor.codes import VectorCodes
 CHUNK = 128
 MOST_BITS = 12  # of an index: 64 KB of shared memory
 WORD_BITS = 16  # of both indices
+LENGTH = 8  # of a vector
 ENTRY_BYTES = 16
 
 
@@ -70,7 +71,9 @@ class Vectors:
 
     @staticmethod
     def of(codes: VectorCodes) -> "Vectors | None":
-        """The layout that takes these codes, or None: the codebook is too large (see above)."""
+        """The layout that takes these codes, or None: vectors of another length, or the codebook is too large (see above)."""
+        if codes.codebook.shape[1] != LENGTH:
+            return None
         bits = _bits(codes.codebook)
         residual_bits = _bits(codes.residual) if codes.residual is not None else 0
         fits = max(bits, residual_bits) <= MOST_BITS and bits + residual_bits <= WORD_BITS
