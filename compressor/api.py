@@ -123,14 +123,14 @@ def run(
 
 
 def quantize(
-    model: str | Path = ".", out: str | Path | None = None, *, bits: int | None = None, tell: Tell = silent, **options: Any
+    model: str | Path = ".", out: str | Path | None = None, *, bits: float | None = None, tell: Tell = silent, **options: Any
 ) -> Report:
     """Quantize a model's weights: `run` with the recipe of `quantize_recipe`.
 
     Args:
         model: Hugging Face model directory.
         out: Directory to create; None appends what was done to the model's name.
-        bits: 2 to 8; None takes 4, or what the numbers have.
+        bits: Of a weight; None takes 4, or what the numbers have.
         tell: Called with progress.
         options: Of `quantize_recipe`, and resume, overwrite, verify, device, dtype of `run`.
     """
@@ -139,9 +139,9 @@ def quantize(
 
 
 def quantize_recipe(
-    bits: int | None = None,
+    bits: float | None = None,
     *,
-    fmt: str = methods.INTEGERS,
+    fmt: str | None = None,
     activations: int = methods.DENSE,
     method: str | None = None,
     calibrated: bool = True,
@@ -158,8 +158,9 @@ def quantize_recipe(
     """The recipe that `compress quantize` runs.
 
     Args:
-        bits: Of a weight; None takes 4, or what the numbers have.
-        fmt: `int`, or `nvfp4`, `mxfp4`, `fp4`, `fp8` or `mxfp8`: floating-point numbers, which have bits of their own.
+        bits: Of a weight; None takes 4, or what the numbers have; with `vq` the most that one may take, codebooks counted.
+        fmt: `int`; `nvfp4`, `mxfp4`, `fp4`, `fp8` or `mxfp8`: floating-point numbers, which have bits of their own; `vq`:
+            vectors out of codebooks. None takes what the method is for.
         activations: Bits that activations are rounded to; 16 leaves them as they are.
         method: A name in compressor/methods.py; None takes the best for the numbers and their bits.
         calibrated: False allows no method that reads text.
@@ -180,6 +181,7 @@ def quantize_recipe(
         raise RecipeError(
             f"--calibration {calibration} --no-calibration: one asks for what the other rules out; leave out one of the two"
         )
+    fmt = methods.numbers(method, fmt)
     bits = methods.width(fmt, bits)
     options = methods.formats(fmt, bits, group_size, symmetric=symmetric, activations=activations)
     name = methods.chosen(method, fmt, bits, calibrated=calibrated)
@@ -188,7 +190,7 @@ def quantize_recipe(
             f"--activations {activations} --no-calibration: {way} needs a scale from calibration; leave out one of the two"
         )
     data = {
-        "passes": methods.passes(name, options, ignore),
+        "passes": methods.passes(name, options, ignore, bits),
         "calibration": {"source": calibration or "builtin", "samples": samples, "seq_len": seq_len, "seed": seed},
         "evaluation": {} if evaluate else None,
     }

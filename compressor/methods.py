@@ -11,7 +11,7 @@ from compressor.activations import TENSOR
 from compressor.errors import RecipeError
 from compressor.registry import suggestion
 
-INTEGERS, GROUP_SIZE = "int", 128
+INTEGERS, VECTORS, GROUP_SIZE = "int", "vq", 128
 DENSE = 16  # bits of activations that are left as they are
 
 
@@ -44,6 +44,9 @@ FLOATS: Mapping[str, Numbers] = {
     "fp8": Numbers(8, [{"format": "fp8"}], {8: "fp8"}),
     "mxfp8": Numbers(8, [{"format": "mxfp8"}], {8: "mxfp8"}),
 }
+VECTOR_BITS = 2  # where nothing else is said
+FEWEST, MOST = 1, 4  # bits of a weight that vectors are for
+LARGEST_BOOK = 12  # bits of an index, that GPU kernels hold in fast memory
 LEARNED_BITS = 4  # and fewer: what learned rounding is worth its time for
 
 
@@ -55,7 +58,7 @@ class Method:
         about: What it is, for --help and the table of methods.
         passes: Each as in a recipe, without the format and the layers.
         calibrated: Whether it reads text.
-        only: Values of --format that it works with; None for all.
+        only: Values of --format that it works with, the first by itself; None for all but vq.
     """
 
     about: str
@@ -88,6 +91,7 @@ METHODS: Mapping[str, Method] = {
     "rotated-learned": Method(
         "the same, then learned", [{"pass": "rotate", "learn": 200}, {"pass": "gptq"}, {"pass": "learned"}]
     ),
+    "vptq": Method("vectors out of codebooks, with error feedback", [{"pass": "vptq"}], only=(VECTORS,)),
     "hqq": Method(
         "scales fitted to the weights alone, no calibration", [{"pass": "hqq"}], calibrated=False, only=(INTEGERS,)
     ),
@@ -100,11 +104,14 @@ CHOOSING = ("adadim",)  # passes that choose among several formats
 FEEDING = ("gptq",)  # passes with error feedback
 SMALL_GROUPS = ("nvfp4",)  # formats whose scales these do better to choose when they reach them
 SHIFTING = ("preshift",)  # passes for activations that one scale serves
+BUDGETED = ("vptq",)  # passes that choose by what a weight may take
 BESIDE = {"int_group": "int_input_group"}  # what those choose among besides, of the same fields
 
 
-def best(fmt: str, bits: int, *, calibrated: bool) -> str:
+def best(fmt: str, bits: float, *, calibrated: bool) -> str:
     """The default: of the methods measured on the same model and text, the one with the least KL divergence."""
+    if fmt == VECTORS:
+        return "vptq"
     if not calibrated:
         return "hqq" if fmt == INTEGERS else "search"
     if bits > LEARNED_BITS:
@@ -112,47 +119,69 @@ def best(fmt: str, bits: int, *, calibrated: bool) -> str:
     return "fpq" if fmt == "fp4" else "learned"
 
 
-def chosen(method: str | None, fmt: str, bits: int, *, calibrated: bool) -> str:
+def numbers(method: str | None, fmt: str | None) -> str:
+    """What weights become: as was asked for, or what the method is for."""
+    if fmt is not None:
+        return fmt
+    only = METHODS[method].only if method is not None and method in METHODS else None
+    return INTEGERS if only is None else only[0]
+
+
+def chosen(method: str | None, fmt: str, bits: float, *, calibrated: bool) -> str:
     """The method that was asked for, or the best, for numbers of a kind.
 
     Raises:
         RecipeError: no such method, one for other numbers, or one that reads text where none may be read.
     """
-    if method is None:
-        return best(fmt, bits, calibrated=calibrated)
+    method = best(fmt, bits, calibrated=calibrated) if method is None else method
     if method not in METHODS:
         raise RecipeError(f"--method: no method named `{method}`; {suggestion(method, list(METHODS))}")
-    if fmt not in (METHODS[method].only or (fmt,)):
-        able = ", ".join(name for name, known in METHODS.items() if fmt in (known.only or (fmt,)))
+    scalars = (INTEGERS, *FLOATS)
+    if fmt not in (METHODS[method].only or scalars):
+        able = ", ".join(name for name, known in METHODS.items() if fmt in (known.only or scalars))
         raise RecipeError(f"--method {method} --format {fmt}: `{method}` is not for these numbers; take one of {able}")
     if METHODS[method].calibrated and not calibrated:
         raise RecipeError(f"--method {method} --no-calibration: `{method}` reads calibration text; leave out one of the two")
     return method
 
 
-def width(fmt: str, bits: int | None) -> int:
-    """Bits of a weight, those that were asked for or those that the numbers have.
+def width(fmt: str, bits: float | None) -> float:
+    """Bits of a weight, those that were asked for or those that the numbers have; of vectors, the most that one may take.
 
     Raises:
         RecipeError: no such numbers, or none of as many bits.
     """
+    if fmt == VECTORS:
+        bits = VECTOR_BITS if bits is None else bits
+        if not FEWEST <= bits <= MOST:
+            raise RecipeError(f"--format {fmt} --bits {bits:g}: vectors are for {FEWEST} to {MOST} bits a weight")
+        return bits
+    if bits is not None and bits != int(bits):
+        raise RecipeError(f"--format {fmt} --bits {bits:g}: a fraction of a bit is for --format {VECTORS}")
     if fmt == INTEGERS:
-        return 4 if bits is None else bits
+        return 4 if bits is None else int(bits)
     if fmt not in FLOATS:
-        raise RecipeError(f"--format: no format named `{fmt}`; {suggestion(fmt, [INTEGERS, *FLOATS])}")
+        raise RecipeError(f"--format: no format named `{fmt}`; {suggestion(fmt, [INTEGERS, VECTORS, *FLOATS])}")
     if bits not in (None, FLOATS[fmt].bits):
         raise RecipeError(f"--format {fmt} --bits {bits}: these numbers have {FLOATS[fmt].bits} bits; leave out --bits")
     return FLOATS[fmt].bits
 
 
 def formats(
-    fmt: str, bits: int, group_size: int | None = None, *, symmetric: bool = True, activations: int = DENSE
+    fmt: str, bits: float, group_size: int | None = None, *, symmetric: bool = True, activations: int = DENSE
 ) -> list[dict[str, Any]]:
     """The formats of the weights, as in a recipe; of several each layer may take the best.
 
     Raises:
         RecipeError: something was chosen that the numbers leave no choice of.
     """
+    if fmt == VECTORS:
+        if not symmetric or group_size is not None or activations != DENSE:
+            raise RecipeError(
+                f"--format {fmt}: has neither groups nor zero points, and leaves activations alone; "
+                "leave out --group-size, --asymmetric and --activations"
+            )
+        return vectors(bits)
     ways = {8: "int8"} if fmt == INTEGERS else FLOATS[fmt].activations
     if activations not in (DENSE, *ways):
         able = ", ".join(map(str, sorted((*ways, DENSE))))
@@ -161,7 +190,7 @@ def formats(
     if fmt == INTEGERS:
         bytewise = {"packed": False} if rounded and bits == 8 else {}  # what engines multiply as integers
         size = (-1 if bytewise else GROUP_SIZE) if group_size is None else group_size
-        return [{"format": "int_group", "bits": bits, "group_size": size, "symmetric": symmetric, **bytewise, **rounded}]
+        return [{"format": "int_group", "bits": int(bits), "group_size": size, "symmetric": symmetric, **bytewise, **rounded}]
     if not symmetric or not (group_size is None or FLOATS[fmt].grouped):
         raise RecipeError(
             f"--format {fmt}: has no zero points, and groups of a size of its own; leave out --asymmetric and --group-size"
@@ -172,8 +201,23 @@ def formats(
     return [{**option, **grouped, **rounded} for option in FLOATS[fmt].options]
 
 
-def passes(method: str, options: Sequence[Mapping[str, Any]], ignore: Sequence[str]) -> list[dict[str, Any]]:
-    """The passes of a method, as plain data for a recipe."""
+def vectors(bits: float) -> list[dict[str, Any]]:
+    """Divisions of an index that take at most so many bits a weight without codebooks, down to one bit less."""
+    found = []
+    for length in (8, 4):
+        for index in range(int(length * bits), int(length * (bits - 1)), -1):
+            halves, full = (index - index // 2, index // 2), (LARGEST_BOOK, index - LARGEST_BOOK)
+            splits = {(index, 0), halves} if index <= LARGEST_BOOK else {halves, full}
+            found += [
+                {"format": VECTORS, "vector": length, "bits": main, "residual_bits": residual}
+                for main, residual in sorted(splits, reverse=True)
+                if max(main, residual) <= LARGEST_BOOK and main > 0
+            ]
+    return found
+
+
+def passes(method: str, options: Sequence[Mapping[str, Any]], ignore: Sequence[str], bits: float) -> list[dict[str, Any]]:
+    """The passes of a method for a number of bits, as plain data for a recipe."""
     first = dict(options[0])
     several = [*map(dict, options), *({**o, "format": BESIDE[o["format"]]} for o in options if o["format"] in BESIDE)]
     by_one_scale = str(first.get("activations")).endswith(TENSOR)
@@ -183,6 +227,8 @@ def passes(method: str, options: Sequence[Mapping[str, Any]], ignore: Sequence[s
             return {}
         if name in TRYING:
             return {"format": first, "ignore": list(ignore)}
+        if name in BUDGETED:
+            return {"budget": bits, "options": several, "ignore": list(ignore)}
         late = {"static_groups": False} if name in FEEDING and first["format"] in SMALL_GROUPS else {}
         return {**late, "options": several if name in CHOOSING else [first], "ignore": list(ignore)}
 

@@ -10,7 +10,7 @@ from compressor.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attent
 from compressor.model.checkpoint import Header
 from compressor.model.rewritten import Progress, Rewrites, silent
 from compressor.model.source import ModelSource
-from compressor.types import Block, Format, OneOf, Option, PairedAccumulator, Pass, Plan, QuantizedTensor
+from compressor.types import Block, Format, OneOf, Option, PairedAccumulator, Pass, Picks, Plan, QuantizedTensor
 
 # Bytes for each trained weight: latent and gradient, two moments, the start, fp64 sums, the rounded weight with its own
 # gradient and what both pass through.
@@ -43,7 +43,7 @@ def make_plan(source: ModelSource, passes: Sequence[Pass]) -> Plan:
     plan: dict[str, Option] = {}
     for step in (step for step in passes if step.options):
         labels = [option.label for option in step.options]
-        if len(labels) > 1 and not step.chooses:
+        if len(labels) > 1 and not step.chooses and not isinstance(step, Picks):
             raise RecipeError(
                 f"passes: {len(labels)} options ({', '.join(labels)}) and nothing that chooses among them; name one"
             )
@@ -67,6 +67,12 @@ def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
     if not fitting:
         for name in layers:
             _check_fit(step.options[0], block, name)
+    if isinstance(step, Picks) and len(step.options) > 1:
+        try:
+            picked: Option = step.pick(fitting, [block.shape(name) for name in layers])
+        except ValueError as error:
+            raise RecipeError(f"{block.prefix}.{layers[0]}: {error}") from error
+        return picked
     return OneOf(fitting) if step.chooses else step.options[0]
 
 

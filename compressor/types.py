@@ -301,6 +301,14 @@ OptionT = TypeVar("OptionT", bound=Option)
 Plan = Mapping[str, Option]  # by full unit name, "model.layers.3.mlp.down_proj"
 
 
+@runtime_checkable
+class Picks(Protocol):
+    """A pass that tells from the shapes of layers which of several options they get."""
+
+    def pick(self, options: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> Any:
+        """The option for layers [O, I] that are stored alike; raises ValueError if none will do."""
+
+
 class Pass(Protocol):
     """One algorithm, one file: a frozen dataclass whose fields are its recipe keys. Holds no state."""
 

@@ -106,6 +106,50 @@ def test_numbers_of_the_best_kind_with_rounded_activations(
     assert {row.option[5:] for row in report.rows} <= {"e2m1-tensor", "e1m2-tensor", "e3m0-tensor"}
 
 
+def test_vectors_are_chosen_by_their_method_or_their_format(
+    tiny: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    assert names(method="vptq") == names(fmt="vq") == names(fmt="vq", bits=2.25) == ["vptq"]
+    report = run("vptq", tiny("llama"), text_file, tmp_path, bits=3.5)
+    assert all(row.option.startswith("vq") for row in report.rows)
+    assert report.bits_per_weight <= 3.5
+
+
+def test_layers_take_what_keeps_to_the_budget() -> None:
+    step: Any = api.quantize_recipe(2.25, method="vptq").passes[0]
+    for shape in ((4096, 4096), (512, 512), (256, 256)):
+        sizes = {fmt: fmt.stored_bits(shape) / (shape[0] * shape[1]) for fmt in step.options}
+        picked = step.pick(step.options, [shape])
+        assert sizes[picked] <= 2.25
+        rates = {fmt: fmt.index_bits / fmt.vector for fmt, size in sizes.items() if size <= 2.25}
+        assert rates[picked] == max(rates.values())
+    assert step.pick(step.options, [(4096, 4096)]).index_bits == 17
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"bits": 2.5}, "--format int --bits 2.5: a fraction of a bit is for --format vq"),
+        ({"fmt": "vq", "bits": 5}, "--format vq --bits 5: vectors are for 1 to 4 bits a weight"),
+        ({"fmt": "vq", "group_size": 64}, "--format vq: has neither groups nor zero points"),
+        ({"fmt": "vq", "activations": 8}, "--format vq: has neither groups nor zero points"),
+        ({"fmt": "vq", "method": "gptq"}, "--method gptq --format vq: .* take one of vptq"),
+        ({"fmt": "int", "method": "vptq"}, "--method vptq --format int: .* take one of learned"),
+        ({"fmt": "vq", "calibrated": False}, "--method vptq --no-calibration"),
+    ],
+    ids=str,
+)
+def test_what_vectors_leave_no_choice_of_is_refused(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        api.quantize_recipe(**chosen)
+
+
+def test_a_budget_that_no_option_keeps_to_says_what_would() -> None:
+    step: Any = api.quantize_recipe(1, method="vptq").passes[0]
+    with pytest.raises(ValueError, match=r"none takes at most 1 bits a weight, the least \d+\.\d+; allow more"):
+        step.pick(step.options, [(8, 8)])
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if "mxfp4" not in (METHODS[name].only or ("mxfp4",))])
 def test_one_for_other_numbers_is_refused(method: str) -> None:
     with pytest.raises(RecipeError, match=f"--method {method} --format mxfp4: .* not for these numbers; take one of learned"):

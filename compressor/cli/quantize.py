@@ -12,18 +12,27 @@ from compressor.cli._compress import compress
 
 def quantize(
     model: a.Model = Path(),
-    bits: Annotated[int | None, typer.Option(help="Bits of a weight, 2 to 8. [default: 4, or what the format has]")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Bits of a weight: 2 to 8; with vq 1 to 4, also 2.25. [default: 4, vq 2, or what the format has]"),
+    ] = None,
     fmt: Annotated[
-        str, typer.Option("--format", help="int; or floating point: nvfp4, mxfp4 or fp4 (4 bits), fp8 or mxfp8 (8 bits).")
-    ] = "int",
+        str | None,
+        typer.Option(
+            "--format",
+            help="int; floating point: nvfp4, mxfp4 or fp4 (4 bits), fp8 or mxfp8 (8 bits); or vq, vectors out of codebooks. "
+            "[default: int, or what the method is for]",
+        ),
+    ] = None,
     activations: Annotated[
         int, typer.Option(help="Bits that activations are rounded to: 16 (not at all), 8, or with 4-bit floating point 4.")
     ] = 16,
     method: Annotated[
         str | None,
         typer.Option(
-            help="learned, gptq, rotated, rotated-learned, adadim, fpq or awq (calibrated), hqq, search or rtn "
-            "(weights alone). [default: learned up to 4 bits (fpq for fp4), else gptq; without text hqq (int) or search]"
+            help="learned, gptq, rotated, rotated-learned, adadim, fpq, awq or vptq (calibrated), hqq, search or rtn "
+            "(weights alone). [default: learned up to 4 bits (fpq for fp4, vptq for vq), else gptq; without text hqq (int) "
+            "or search]"
         ),
     ] = None,
     group_size: Annotated[
@@ -59,8 +68,8 @@ def quantize(
 ) -> None:
     """Quantize the weights of MODEL to integers or to floating-point numbers, and activations if asked to.
 
-    The result loads in stock transformers and vLLM (compressed-tensors layout; fp4 in compressor.load only), and comes with
-    its quality against the original.
+    The result loads in stock transformers and vLLM (compressed-tensors layout; fp4 and vq in compressor.load only), and
+    comes with its quality against the original.
 
     Example: `compress quantize --bits 4 model/`, or `compress quantize --format nvfp4 --activations 4 model/`
     """

@@ -13,14 +13,14 @@ differs:
 Shape suffixes: O out_features, I in_features, V vectors in a column, D their length, K entries of both codebooks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from compressor.errors import RecipeError
-from compressor.formats.vq import VectorGrid, stored, vectors
+from compressor.formats.vq import VQ, VectorGrid, stored, vectors
 from compressor.passes._refine import sweep
 from compressor.passes.gptq import GPTQ, output_energy
 from compressor.registry import node
@@ -36,7 +36,25 @@ class VPTQ(GPTQ):
 
     Args:
         refine: Turns of least squares over codebooks and of a sweep over indices.
+        budget: Bits that a weight of a layer may take, its codebooks counted: of several options, each layer gets the one
+            with the most bits of index that keeps to it, and of these the one with the largest codebooks.
     """
+
+    budget: float | None = None
+
+    def pick(self, options: Sequence[VQ], shapes: Sequence[tuple[int, int]]) -> VQ:
+        """The best of the options that keep to the budget. Raises ValueError if there is none."""
+        if self.budget is None:
+            raise ValueError(f"{len(options)} options and no `budget`; name one option, or the bits that a weight may take")
+        weights = sum(rows * columns for rows, columns in shapes)
+        sizes = {fmt: sum(fmt.stored_bits(shape) for shape in shapes) / weights for fmt in options}
+        fitting = [fmt for fmt in options if sizes[fmt] <= self.budget]
+        if not fitting:
+            least = min(sizes.values())
+            raise ValueError(
+                f"of the options none takes at most {self.budget:g} bits a weight, the least {least:.3f}; allow more"
+            )
+        return max(fitting, key=lambda fmt: (fmt.index_bits / fmt.vector, sizes[fmt]))
 
     def refined(self, w_OI: Tensor, h_II: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         if not isinstance(grid, VectorGrid):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from compressor.codes import VectorCodes
-from compressor.errors import SourceError
 from compressor.formats._codebook import kmeans, near, nearest
 from compressor.formats.vq import VQ, VectorGrid
 from compressor.kernels.layouts import layout_for
@@ -194,12 +193,11 @@ def test_what_cannot_be_is_refused(options: dict[str, int]) -> None:
         VQ(**options)
 
 
-def test_codebooks_of_another_kind_are_refused(weight: torch.Tensor) -> None:
-    fitted = VQ(vector=4, bits=4).fit(weight)
-    packed = fitted.pack(fitted.round(weight, 0))
-    parts = {**packed.parts, "weight_codebook": packed.parts["weight_codebook"].half()}
-    with pytest.raises(SourceError, match=r"weight_codebook is stored as torch.float16 where bfloat16 is needed"):
-        packed.format.codes(QuantizedTensor(packed.format, packed.shape, parts))
+def test_codebooks_in_fp16_are_read_without_a_kernel() -> None:
+    index, book = torch.zeros(2, 4, dtype=torch.int32), torch.rand(16, 8).half()
+    packed = QuantizedTensor(fmt := VQ(vector=8, bits=4), (16, 4), {"weight_index": index[:, :1], "weight_codebook": book})
+    assert torch.equal(packed.dequantize(), book[0].float().repeat(2)[:, None].expand(16, 4))
+    assert layout_for(fmt.codes(packed)) is None
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label)

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from compressor.codes import Codes, VectorCodes, values
-from compressor.errors import SourceError
 from compressor.formats import _bits
 from compressor.formats._codebook import kmeans, near, nearest, sample
 from compressor.registry import node
@@ -109,11 +108,6 @@ class VQ:
 
     def codes(self, packed: QuantizedTensor) -> VectorCodes:
         index = _bits.unpack(packed.parts["weight_index"], self.index_bits, packed.shape[1]).int()
-        for part in self.checkpoint_parts(packed.shape):
-            if part != "weight_index" and packed.parts[part].dtype != torch.bfloat16:
-                raise SourceError(
-                    f"vq: {part} is stored as {packed.parts[part].dtype} where bfloat16 is needed; get a sound copy"
-                )
         main = VectorCodes(index & 2**self.bits - 1, packed.parts["weight_codebook"])
         if not self.residual_bits:
             return main

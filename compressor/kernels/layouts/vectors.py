@@ -71,8 +71,8 @@ class Vectors:
 
     @staticmethod
     def of(codes: VectorCodes) -> "Vectors | None":
-        """The layout that takes these codes, or None: vectors of another length, or the codebook is too large (see above)."""
-        if codes.codebook.shape[1] != LENGTH:
+        """The layout that takes these codes, or None: other vectors, or the codebook is too large (see above)."""
+        if codes.codebook.shape[1] != LENGTH or codes.codebook.dtype != torch.bfloat16:
             return None
         bits = _bits(codes.codebook)
         residual_bits = _bits(codes.residual) if codes.residual is not None else 0
