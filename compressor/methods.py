@@ -163,7 +163,7 @@ def width(fmt: str, bits: float | None) -> float:
     if fmt not in FLOATS:
         raise RecipeError(f"--format: no format named `{fmt}`; {suggestion(fmt, [INTEGERS, VECTORS, *FLOATS])}")
     if bits not in (None, FLOATS[fmt].bits):
-        raise RecipeError(f"--format {fmt} --bits {bits}: these numbers have {FLOATS[fmt].bits} bits; leave out --bits")
+        raise RecipeError(f"--format {fmt} --bits {bits:g}: these numbers have {FLOATS[fmt].bits} bits; leave out --bits")
     return FLOATS[fmt].bits
 
 

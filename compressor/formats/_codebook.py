@@ -6,7 +6,7 @@ would still be missed by; entries that nothing is nearest to are put where most 
 Source: Lloyd, "Least Squares Quantization in PCM", 1982; Bahmani et al., "Scalable K-Means++", VLDB 2012; the weights are
 those of Liu et al., "VPTQ", EMNLP 2024.
 
-Shape suffixes: N vectors, D their length, K entries of a codebook.
+Shape suffixes: O out_features, C adjacent columns, N vectors, D their length, K entries of a codebook.
 """
 
 import torch
@@ -15,6 +15,12 @@ from torch import Tensor
 ROUNDS = 16  # in which starting points are drawn
 MOST = 2**18  # vectors that a codebook is made from; of more, an even sample
 AT_ONCE = 2**22  # distances computed together: bounds the temporaries
+
+
+def vectors(w_OC: Tensor, length: int) -> Tensor:
+    """The vectors of a weight, [O / length * C, length]."""
+    found_ND: Tensor = w_OC.unflatten(0, (-1, length)).transpose(1, 2).flatten(0, 1)
+    return found_ND
 
 
 def nearest(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:

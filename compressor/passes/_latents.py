@@ -3,38 +3,62 @@
 A code rounds a latent number that starts at the weight itself (where the code is the nearest one), or just inside the code
 that an earlier pass chose; the gradient passes the rounding as if it were not there.
 
-Shape suffixes: O out_features, I in_features.
+Shape suffixes: O out_features, I in_features, N vectors, D their length, B entries tried, K codebooks.
 """
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from math import log2
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import FloatCodes, IntCodes
+from compressor.codes import FloatCodes, IntCodes, VectorCodes, values
 from compressor.floats import E4M3Scale
+from compressor.formats._codebook import near, nearest, vectors
 
+AGAIN, TRIED = 20, 8  # steps after which the nearest entries are sought again, and how many
 KEPT = 0.45  # distance from its code, in steps of the grid, at which a latent starts at the most
 
 
 @dataclass
 class Rounding:
-    """The trainable rounding of one weight: w = scale * round(latent)."""
+    """The trainable rounding of one weight."""
 
-    latent_OI: Tensor  # fp32, in units of the scale
-    scale: Tensor  # fp32, one per block of the weight
+    latent_OI: Tensor  # fp32
+    scale: Tensor  # fp32: all that is trained besides
 
     @property
     @abstractmethod
-    def bits(self) -> int:
-        """Of a code."""
+    def bits(self) -> float:
+        """Of a weight, scales apart."""
 
     @property
     @abstractmethod
     def step(self) -> float:
-        """How far codes are apart, on average, in units of the scale."""
+        """How far neighbours that a latent is rounded to are apart, on average."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """fp32 [O, I]."""
+
+    @abstractmethod
+    def slopes(self, by_weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients by latent and by scale, from that by the weight: rounding counts as the identity."""
+
+    @abstractmethod
+    def result(self) -> IntCodes | FloatCodes | VectorCodes:
+        """What is stored."""
+
+    def moved(self, steps: int) -> "Rounding":
+        """The same after some steps of training; its tensors are those that are trained."""
+        return self
+
+
+@dataclass
+class ScaledRounding(Rounding):
+    """w = scale * round(latent): latents are in units of the scale, of which there is one per block of the weight."""
 
     @abstractmethod
     def rounded(self) -> tuple[Tensor, Tensor]:
@@ -52,22 +76,16 @@ class Rounding:
     def stored_scale(self) -> Tensor:
         """The scale as it will be read back, fp32, with all that it is multiplied by."""
 
-    @abstractmethod
-    def result(self) -> IntCodes | FloatCodes:
-        """What is stored."""
-
     def weight(self) -> Tensor:
-        """fp32 [O, I]."""
         return self.rounded()[0].mul_(self.spread(self.stored_scale()))
 
     def slopes(self, by_weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients by latent and by scale, from that by the weight: rounding counts as the identity."""
         rounded, inside = self.rounded()
         return by_weight_OI * self.spread(self.stored_scale()) * inside, self.gathered(by_weight_OI * rounded)
 
 
 @dataclass
-class IntRounding(Rounding):
+class IntRounding(ScaledRounding):
     """Latents are in steps of the grid, counted from the zero point, which is fixed."""
 
     codes: IntCodes  # of the start
@@ -116,7 +134,7 @@ class IntRounding(Rounding):
 
 
 @dataclass
-class FloatRounding(Rounding):
+class FloatRounding(ScaledRounding):
     """Latents are in units of the scale; powers of two that serve as scales are too far apart to be trained, and stay."""
 
     codes: FloatCodes  # of the start
@@ -171,3 +189,85 @@ class FloatRounding(Rounding):
             kind = E4M3Scale()
             return kind.stored(kind.at(kind.nearest(self.scale)))
         return self.scale.to(dtype)
+
+
+@dataclass
+class VectorRounding(Rounding):
+    """Latents are weights; `scale` has the entries of all codebooks, one below the other.
+
+    Among which entries a vector is rounded to the nearest is found anew every `AGAIN` steps; between them neither vectors nor
+    entries move far.
+    """
+
+    codes: VectorCodes  # of the start
+    tried_NBK: Tensor  # int64: for each vector the sums of K entries, as rows of `scale`, that it may be rounded to
+
+    @classmethod
+    def at(cls, codes: VectorCodes, w_OI: Tensor) -> "VectorRounding":
+        """Where an earlier pass left a weight `w_OI`: half way to it, where this is rounded to the same."""
+        books = [codes.codebook] if codes.residual is None else [codes.codebook, codes.residual]
+        found = cls(values(codes), torch.cat(books).float(), codes, torch.empty(0, dtype=torch.int64))
+        start_OI = found.latent_OI
+        found = replace(found, latent_OI=start_OI.lerp(w_OI.float(), 0.5)).moved(0)
+        same_OI = (found.weight() == start_OI).unflatten(0, (-1, found.length)).all(1, keepdim=True)
+        latent_OI = torch.where(
+            same_OI, found.latent_OI.unflatten(0, (-1, found.length)), start_OI.unflatten(0, (-1, found.length))
+        )
+        return replace(found, latent_OI=latent_OI.flatten(0, 1).contiguous()).moved(0)
+
+    @property
+    def length(self) -> int:
+        """Of a vector."""
+        return self.codes.codebook.shape[1]
+
+    @property
+    def bits(self) -> float:
+        entries = [len(self.codes.codebook), *([] if self.codes.residual is None else [len(self.codes.residual)])]
+        return sum(log2(count) for count in entries) / self.length
+
+    @property
+    def step(self) -> float:
+        """Of a uniform grid of as many bits that holds nine in ten of the weights that entries are made for."""
+        return 4 * float(self.latent_OI.std()) / 2**self.bits
+
+    def moved(self, steps: int) -> "VectorRounding":
+        if steps % AGAIN:
+            return self
+        x_ND, count = vectors(self.latent_OI, self.length), len(self.codes.codebook)
+        books = self._entries().split([count, len(self.scale) - count])
+        tried_NB = near(x_ND, books[0], min(TRIED, count))
+        if self.codes.residual is None:
+            return replace(self, tried_NBK=tried_NB[..., None])
+        left = (x_ND[:, None] - books[0][tried_NB]).flatten(0, 1)
+        return replace(self, tried_NBK=torch.stack([tried_NB, nearest(left, books[1]).view(tried_NB.shape) + count], 2))
+
+    def weight(self) -> Tensor:
+        return self._weights(self._entries()[self._chosen()].sum(1))
+
+    def slopes(self, by_weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        of_vectors, total = vectors(by_weight_OI, self.length), torch.zeros_like(self.scale)
+        for of_book in self._chosen().unbind(1):
+            total.index_add_(0, of_book, of_vectors)
+        return by_weight_OI, total
+
+    def result(self) -> VectorCodes:
+        count, shape = len(self.codes.codebook), self.codes.index_VI.shape
+        chosen_NK, books = self._chosen().int(), self._entries().to(self.codes.codebook.dtype)
+        main = replace(self.codes, index_VI=chosen_NK[:, 0].view(shape), codebook=books[:count])
+        if self.codes.residual is None:
+            return main
+        return replace(main, residual_index_VI=(chosen_NK[:, 1] - count).view(shape), residual=books[count:])
+
+    def _chosen(self) -> Tensor:
+        """The nearest of the sums that are tried, [N, K]."""
+        missed = self._entries()[self.tried_NBK].sum(2) - vectors(self.latent_OI, self.length)[:, None]
+        best_N = missed.square_().sum(2).argmin(1)
+        return self.tried_NBK[torch.arange(len(best_N), device=best_N.device), best_N]
+
+    def _entries(self) -> Tensor:
+        """As they will be read back."""
+        return self.scale.to(self.codes.codebook.dtype).float()
+
+    def _weights(self, of_vectors_ND: Tensor) -> Tensor:
+        weight: Tensor = of_vectors_ND.unflatten(0, self.codes.index_VI.shape).transpose(1, 2).flatten(0, 1)
+        return weight

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.stats import Hessian
-from compressor.codes import FloatCodes, IntCodes
+from compressor.codes import FloatCodes, IntCodes, VectorCodes
 from compressor.errors import RecipeError
-from compressor.passes._latents import FloatRounding, IntRounding, Rounding
+from compressor.passes._latents import FloatRounding, IntRounding, Rounding, VectorRounding
 from compressor.passes.gptq import output_energy
 from compressor.registry import node
 from compressor.types import Accumulator, Block, Format, Group, Outcome, QuantizedTensor, Stats
@@ -35,14 +35,14 @@ PIECE = 1024  # tokens whose gradients are computed together; a sample at least
 
 @node
 class Learned:
-    """Train what earlier passes of the recipe rounded; the format stays.
+    """Train what earlier passes of the recipe rounded, codebooks too; the format stays.
 
     Args:
         steps: Of training, for each block.
         batch: Samples in a step.
         lr: First learning rate of the latents, in steps of the grid (their mean, of floating-point numbers), times the bits
             of a code: fine grids need small moves.
-        scale_lr: First learning rate of the scales, as a fraction of their mean size.
+        scale_lr: First learning rate of the scales, or of the entries of codebooks, as a fraction of their mean size.
         sensitivity: Weigh errors by the Fisher information of the block's output; False takes the plain squared error.
         seed: Of the order of samples.
     """
@@ -83,7 +83,8 @@ class Learned:
         for done in training.run(self, samples_of_a_piece(stats.inputs)):
             stats.progress(done, self.steps)
         warnings: tuple[str, ...] = ()
-        edits = {name: start[name].format.stored(r.result(), start[name].shape) for name, r in roundings.items()}
+        trained = training.roundings
+        edits = {name: start[name].format.stored(r.result(), start[name].shape) for name, r in trained.items()}
         if not training.loss() < before:
             edits = start
             found = f"{self.steps} steps of training did not lower the error of its output on the calibration text"
@@ -160,6 +161,7 @@ class Training:
             for group in optimiser.param_groups:
                 group["lr"] = group["first"] * (1 - step / options.steps)
             optimiser.step()
+            self.roundings = {name: r.moved(step + 1) for name, r in self.roundings.items()}
             yield step + 1
 
     def _optimiser(self, options: Learned) -> torch.optim.Optimizer:
@@ -220,15 +222,17 @@ def rounding(packed: QuantizedTensor, w_OI: Tensor, where: str) -> Rounding:
     """The rounding of a weight `w_OI` as an earlier pass left it.
 
     Raises:
-        RecipeError: its codes are neither integers nor floating-point numbers.
+        RecipeError: its codes are integers in another order than the input channels.
     """
     codes = packed.format.codes(packed)
     if isinstance(codes, FloatCodes):
         return FloatRounding.at(codes, w_OI)
+    if isinstance(codes, VectorCodes):
+        return VectorRounding.at(codes, w_OI)
     if isinstance(codes, IntCodes) and codes.order_I is None:
         return IntRounding.at(codes, w_OI)
     raise RecipeError(
-        f"{where}: `learned` trains integers and floating-point numbers, not {packed.format.label}; leave it out"
+        f"{where}: `learned` trains no integers that are stored in another order ({packed.format.label}); leave it out"
     )
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import RecipeError
-from compressor.formats.vq import VQ, VectorGrid, stored, vectors
+from compressor.formats._codebook import vectors
+from compressor.formats.vq import VQ, VectorGrid, stored
 from compressor.passes._refine import sweep
 from compressor.passes.gptq import GPTQ, output_energy
 from compressor.registry import node

@@ -17,7 +17,9 @@ from compressor.formats.fp8 import FP8
 from compressor.formats.int_group import IntGroup
 from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.nvfp4 import NVFP4
+from compressor.formats.vq import VQ, VectorGrid
 from compressor.model.source import ModelSource
+from compressor.passes._latents import AGAIN
 from compressor.passes.learned import Learned, rounding
 from compressor.passes.rtn import RTN
 from compressor.types import dense
@@ -105,11 +107,62 @@ class TestFloats:
         torch.testing.assert_close(model[0].weight.grad, expected)
 
 
+@pytest.mark.parametrize("fmt", [VQ(vector=4, bits=4), VQ(vector=8, bits=4, residual_bits=3)], ids=lambda fmt: fmt.label)
+class TestVectors:
+    def test_starts_where_the_earlier_pass_ended(self, fmt):
+        w, packed = started(fmt)
+        start = rounding(packed, w, "")
+        assert torch.equal(start.weight(), packed.dequantize())
+        assert not torch.equal(start.latent_OI, packed.dequantize())
+        again = fmt.stored(start.result(), packed.shape)
+        assert all(torch.equal(again.parts[name], part) for name, part in packed.parts.items())
+
+    def test_keeps_an_entry_that_is_not_the_nearest(self, fmt):
+        w, packed = started(fmt)
+        codes = fmt.codes(packed)
+        moved = replace(codes, index_VI=codes.index_VI.roll(1, 1))
+        found = rounding(fmt.stored(moved, packed.shape), w, "").result()
+        same = (found.index_VI == moved.index_VI).float().mean()
+        assert same == 1 if fmt.residual_bits == 0 else same > 0.8  # of sums only the nearest few are tried
+
+    def test_a_vector_is_rounded_to_the_nearest_once_it_is_sought_again(self, fmt):
+        w, packed = started(fmt)
+        trained = rounding(packed, w, "")
+        trained.latent_OI += torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+        trained.scale *= 1.1
+        assert trained.moved(AGAIN - 1) is trained
+        again = trained.moved(AGAIN)
+        assert again.latent_OI is trained.latent_OI
+        assert again.scale is trained.scale
+        codes = again.result()
+        grid = VectorGrid(fmt, codes.codebook.float(), None if codes.residual is None else codes.residual.float(), 64)
+        assert torch.equal(again.weight(), grid.decode(grid.round(trained.latent_OI, 0), 0))
+
+    def test_result_is_what_it_computed_with(self, fmt):
+        w, packed = started(fmt)
+        trained = rounding(packed, w, "")
+        trained.latent_OI += 0.3 * torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+        trained.scale *= 1.1
+        assert torch.equal(fmt.stored(trained.result(), packed.shape).dequantize(), trained.weight())
+
+    def test_slopes_are_those_of_autograd_with_rounding_as_the_identity(self, fmt):
+        w, packed = started(fmt)
+        trained = rounding(packed, w, "")
+        upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(2))
+        entries, codes = trained.scale.clone().requires_grad_(), fmt.codes(packed)
+        found = entries[codes.index_VI.long()]
+        if codes.residual_index_VI is not None:
+            found = found + entries[codes.residual_index_VI.long() + len(codes.codebook)]
+        (found.transpose(1, 2).flatten(0, 1) * upstream).sum().backward()
+        by_latent, by_entry = trained.slopes(upstream)
+        assert torch.equal(by_latent, upstream)
+        torch.testing.assert_close(by_entry, entries.grad)
+
+
 FMT = IntGroup(bits=3, group_size=64)
 
 
-@pytest.fixture
-def at_work():
+def working_on(fmt):
     """A stream before a block that has been rounded, and the block."""
     source = ModelSource(DEMO_MODEL, CPU)
     tokens = torch.randint(4096, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -118,9 +171,14 @@ def at_work():
     block = source.block(0)
     block.unrounded = {}
     stream.enter(block)
-    first = RTN(options=(FMT,))
-    block.install(first.apply(block, stream.collect(block, (), ()), dict.fromkeys(first.units(block), FMT)).edits)
+    first = RTN(options=(fmt,))
+    block.install(first.apply(block, stream.collect(block, (), ()), dict.fromkeys(first.units(block), fmt)).edits)
     return stream, block
+
+
+@pytest.fixture
+def at_work():
+    return working_on(FMT)
 
 
 def train(stream, block, **options):
@@ -140,6 +198,15 @@ def test_brings_the_output_of_a_block_nearer_to_that_of_the_dense_one(at_work, s
     stream, block = at_work
     before = missed(stream, block, {})
     assert missed(stream, block, train(stream, block, sensitivity=sensitivity).edits) < 0.9 * before
+
+
+@pytest.mark.parametrize("fmt", [VQ(vector=4, bits=6), VQ(vector=4, bits=4, residual_bits=3)], ids=lambda fmt: fmt.label)
+def test_vectors_are_trained_too(fmt):
+    stream, block = working_on(fmt)
+    before = missed(stream, block, {})
+    edits = train(stream, block).edits
+    assert {new.format for new in edits.values()} == {fmt}
+    assert missed(stream, block, edits) < 0.9 * before
 
 
 def test_formats_and_sizes_stay(at_work):

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from compressor.codes import Codes, VectorCodes, values
 from compressor.formats import _bits
-from compressor.formats._codebook import kmeans, near, nearest, sample
+from compressor.formats._codebook import kmeans, near, nearest, sample, vectors
 from compressor.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
@@ -166,12 +166,6 @@ class VectorGrid:
         if self.residual_KD is not None:
             found = replace(found, residual_index_VI=codes >> self.format.bits, residual=self.residual_KD.bfloat16())
         return self.format.stored(found, (codes.shape[0] * self.format.vector, codes.shape[1]))
-
-
-def vectors(w_OC: Tensor, length: int) -> Tensor:
-    """The vectors of a weight, [O / length * C, length]."""
-    found_ND: Tensor = w_OC.unflatten(0, (-1, length)).transpose(1, 2).flatten(0, 1)
-    return found_ND
 
 
 def stored(codebook_KD: Tensor) -> Tensor:
