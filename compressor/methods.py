@@ -92,6 +92,11 @@ METHODS: Mapping[str, Method] = {
         "the same, then learned", [{"pass": "rotate", "learn": 200}, {"pass": "gptq"}, {"pass": "learned"}]
     ),
     "vptq": Method("vectors out of codebooks, with error feedback", [{"pass": "vptq"}], only=(VECTORS,)),
+    "vptq-learned": Method(
+        "the same, then codebooks and indices trained block by block",
+        [{"pass": "vptq"}, {"pass": "learned"}],
+        only=(VECTORS,),
+    ),
     "hqq": Method(
         "scales fitted to the weights alone, no calibration", [{"pass": "hqq"}], calibrated=False, only=(INTEGERS,)
     ),
@@ -111,7 +116,7 @@ BESIDE = {"int_group": "int_input_group"}  # what those choose among besides, of
 def best(fmt: str, bits: float, *, calibrated: bool) -> str:
     """The default: of the methods measured on the same model and text, the one with the least KL divergence."""
     if fmt == VECTORS:
-        return "vptq"
+        return "vptq-learned"
     if not calibrated:
         return "hqq" if fmt == INTEGERS else "search"
     if bits > LEARNED_BITS:

@@ -109,7 +109,8 @@ def test_numbers_of_the_best_kind_with_rounded_activations(
 def test_vectors_are_chosen_by_their_method_or_their_format(
     tiny: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    assert names(method="vptq") == names(fmt="vq") == names(fmt="vq", bits=2.25) == ["vptq"]
+    assert names(method="vptq") == ["vptq"]
+    assert names(method="vptq-learned") == names(fmt="vq") == names(fmt="vq", bits=2.25) == ["vptq", "learned"]
     report = run("vptq", tiny("llama"), text_file, tmp_path, bits=3.5)
     assert all(row.option.startswith("vq") for row in report.rows)
     assert report.bits_per_weight <= 3.5
@@ -135,7 +136,7 @@ def test_layers_take_what_keeps_to_the_budget() -> None:
         ({"fmt": "vq", "activations": 8}, "--format vq: has neither groups nor zero points"),
         ({"fmt": "vq", "method": "gptq"}, "--method gptq --format vq: .* take one of vptq"),
         ({"fmt": "int", "method": "vptq"}, "--method vptq --format int: .* take one of learned"),
-        ({"fmt": "vq", "calibrated": False}, "--method vptq --no-calibration"),
+        ({"fmt": "vq", "calibrated": False}, "--method vptq-learned --no-calibration"),
     ],
     ids=str,
 )

@@ -30,9 +30,9 @@ def quantize(
     method: Annotated[
         str | None,
         typer.Option(
-            help="learned, gptq, rotated, rotated-learned, adadim, fpq, awq or vptq (calibrated), hqq, search or rtn "
-            "(weights alone). [default: learned up to 4 bits (fpq for fp4, vptq for vq), else gptq; without text hqq (int) "
-            "or search]"
+            help="learned, gptq, rotated, rotated-learned, adadim, fpq, awq, vptq or vptq-learned (calibrated), hqq, search "
+            "or rtn (weights alone). [default: learned up to 4 bits (fpq for fp4, vptq-learned for vq), else gptq; without "
+            "text hqq (int) or search]"
         ),
     ] = None,
     group_size: Annotated[
