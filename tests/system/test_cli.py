@@ -307,6 +307,7 @@ class TestRecipes:
             "search": True,
             "damp": 0.03,
             "act_order": True,
+            "static_groups": True,
             "refine": 4,
             "asymmetric_calibration": 0.0,
         }
