@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import ScalingType, scaled_mm
+from torch.nn import functional
 
 from compressor.activations import FloatTokens, InputRounding, in_product
 from compressor.codes import Codes, FloatCodes
@@ -35,6 +35,8 @@ def lacking(device: torch.device) -> str | None:
         return f"the activations are on {device}"
     if torch.version.cuda is None:
         return "this torch is not built for NVIDIA's GPUs"
+    if not hasattr(functional, "scaled_mm"):
+        return "this torch has no `scaled_mm`; install a newer one"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST[0]}.{OLDEST[1]}"
@@ -65,8 +67,10 @@ def product(x_MK: Tensor, parts: Sequence[Tensor], layout: Layout, rows: int, bi
     """
     codes_NK, scale_N = parts[0].flatten(0, 1).view(torch.float8_e4m3fn), parts[1].flatten()
     codes_MK, scale_M1 = FloatTokens(E4M3).codes(x_MK)
-    by_row = ScalingType.RowWise
-    y_MN = scaled_mm(codes_MK, codes_NK.T, scale_M1, by_row, scale_N[None], by_row, output_dtype=x_MK.dtype)[:, :rows]
+    by_row = functional.ScalingType.RowWise
+    y_MN = functional.scaled_mm(codes_MK, codes_NK.T, scale_M1, by_row, scale_N[None], by_row, output_dtype=x_MK.dtype)[
+        :, :rows
+    ]
     return y_MN.contiguous() if bias is None else y_MN + bias.to(x_MK.dtype)
 
 

@@ -73,6 +73,9 @@ def test_a_weight_lies_for_it_where_the_device_and_the_activations_allow(monkeyp
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert (native.layout(codes, rounding, GPU) is not None) == fits
         assert (native.obstacle(Fp8Rows("bf16"), GPU, torch.bfloat16) is None) == fits
+    with monkeypatch.context() as older:
+        older.delattr(torch.nn.functional, "scaled_mm")
+        assert "newer" in str(native.lacking(GPU))
     assert native.layout(codes, None, GPU) is None
     assert native.layout(codes, IN_PRODUCTS["int8"], GPU) is None
     assert "float16" in str(native.obstacle(Fp8Rows("bf16"), GPU, torch.float16))
