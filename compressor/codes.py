@@ -3,7 +3,7 @@
 A format (compressor/formats) reads these off its bytes on disk, and makes bytes of them; a layout of the kernels
 (compressor/kernels/layouts) arranges them for fast multiplication, and gives them back. Neither knows of the other.
 
-Shape suffixes: O out_features, I in_features, V vectors of a codebook, D the length of one, P planes.
+Shape suffixes: O out_features, I in_features, V vectors of a codebook, D the length of one, P planes, N dense channels.
 """
 
 from dataclasses import dataclass
@@ -50,13 +50,23 @@ class FloatCodes:
 class VectorCodes:
     """Vectors of D output channels out of a codebook, for each input channel (VPTQ), and perhaps a second to add.
 
-    w[D v + d, i] = codebook[index[v, i], d] + residual[residual_index[v, i], d]
+    w[D v + d, i] = (codebook[index[v, i], d] + residual[residual_index[v, i], d]) * norm[i]
+
+    Channels that are kept dense have no place among these i: the others follow each other.
     """
 
-    index_VI: Tensor  # int32 [O / D, I]
+    index_VI: Tensor  # int32 [O / D, I], I being the input channels that are not dense
     codebook: Tensor  # bf16 [entries, D]
     residual_index_VI: Tensor | None = None
     residual: Tensor | None = None  # bf16 [entries, D]
+    norm: Tensor | None = None  # bf16, [I] or [1] for all
+    dense_ON: Tensor | None = None  # bf16, the channels that are kept dense
+    channels_N: Tensor | None = None  # int32, which these are, ascending
+
+    @property
+    def columns(self) -> int:
+        """Input channels of the weight."""
+        return self.index_VI.shape[1] + (0 if self.channels_N is None else len(self.channels_N))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +90,13 @@ class DenseCodes:
 Codes = IntCodes | FloatCodes | VectorCodes | SignCodes | DenseCodes
 
 
+def others(channels_N: Tensor, columns: int) -> Tensor:
+    """The input channels that are not among some, int64, ascending."""
+    left = torch.ones(columns, dtype=torch.bool, device=channels_N.device)
+    left[channels_N.long()] = False
+    return left.nonzero()[:, 0]
+
+
 def shape(codes: Codes) -> tuple[int, int]:
     """(out_features, in_features) of the weight."""
     match codes:
@@ -88,7 +105,7 @@ def shape(codes: Codes) -> tuple[int, int]:
         case FloatCodes():
             rows, columns = codes.codes_OI.shape
         case VectorCodes():
-            rows, columns = codes.codebook.shape[1] * codes.index_VI.shape[0], codes.index_VI.shape[1]
+            rows, columns = codes.codebook.shape[1] * codes.index_VI.shape[0], codes.columns
         case SignCodes():
             rows, columns = codes.negative_POI.shape[1:]
         case DenseCodes():
@@ -117,7 +134,15 @@ def values(codes: Codes) -> Tensor:
             vectors = codes.codebook.float()[codes.index_VI]  # [V, I, D]
             if codes.residual is not None and codes.residual_index_VI is not None:
                 vectors = vectors + codes.residual.float()[codes.residual_index_VI]
-            return vectors.transpose(1, 2).flatten(0, 1).contiguous()
+            rest = vectors.transpose(1, 2).flatten(0, 1).contiguous()
+            if codes.norm is not None:
+                rest *= codes.norm.float()
+            if codes.dense_ON is None or codes.channels_N is None:
+                return rest
+            whole = rest.new_empty(len(rest), codes.columns)
+            whole[:, others(codes.channels_N, codes.columns)] = rest
+            whole[:, codes.channels_N.long()] = codes.dense_ON.float()
+            return whole
         case SignCodes():
             signs = 1 - 2 * codes.negative_POI.float().unflatten(2, (codes.scale_POG.shape[2], -1))
             planes: Tensor = signs * codes.scale_POG.float()[..., None]

@@ -20,7 +20,7 @@ from compressor.model.writer import Workspace, copy_other_files, writing
 from compressor.plan import describe_plan, settled, stored_formats, total_bits
 from compressor.recipe import Recipe, to_yaml
 from compressor.report import Report
-from compressor.types import Contextual, Format, Plan
+from compressor.types import Borrowing, Contextual, Format, Plan
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record
 
@@ -72,8 +72,9 @@ def layouts_of(formats: Mapping[str, Format], source: ModelSource) -> list[Layou
     for fmt, shape in dict.fromkeys((fmt, shapes[layer]) for layer, fmt in formats.items()):
         nothing = torch.zeros(shape)
         known = fmt.within(1.0, Seen.nothing()) if isinstance(fmt, Contextual) else fmt
+        known = known.inner if isinstance(known, Borrowing) else known
         grid = known.fit(nothing, search=False)
-        layout = layout_for(fmt.codes(grid.pack(grid.round(nothing, 0))))
+        layout = layout_for(known.codes(grid.pack(grid.round(nothing, 0))))
         if layout is not None:
             found[layout.name] = layout
     return list(found.values())

@@ -19,7 +19,7 @@ from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.writer import Workspace
 from compressor.plan import block_names, cache_roundings, choose, describe_stored, rest_names, stored_formats
 from compressor.report import Report, Row
-from compressor.types import Block, Outcome, Pass, Plan, QuantizedTensor, Stored, stored_bits
+from compressor.types import Block, Outcome, Pass, Plan, QuantizedTensor, Stored, borrowed, stored_bits
 from compressor.verification.manifest import entries
 from compressor.verification.probe import Probe, Record
 
@@ -198,7 +198,7 @@ def block_tensors(source: ModelSource, block: Block) -> dict[str, Tensor]:
         new = block.installed.get(layer if layer in block.layers else name)
         if isinstance(new, QuantizedTensor):
             base = stored.removesuffix(".weight")
-            tensors |= {f"{base}.{part}": tensor for part, tensor in new.parts.items()}
+            tensors |= {f"{base}.{part}": tensor for part, tensor in new.own.items()}
         elif new is not None:
             tensors[stored] = block.layers[layer].parameter(new) if layer in block.layers else new
         else:
@@ -218,15 +218,18 @@ def _stored_cache(job: Job, block: Block, tensors: Mapping[str, Tensor]) -> Cach
 
 def _stored_layers(source: ModelSource, block: Block, workspace: Workspace, part: str) -> dict[str, Stored]:
     """What a finished part holds, as it was installed."""
-    tensors = workspace.read(part)
+    tensors, bases = workspace.read(part), block_names(source, block)
     formats = {f.removeprefix(f"{block.prefix}."): fmt for f, fmt in stored_formats({part: workspace.finished[part]}).items()}
     stored: dict[str, Stored] = {}
-    for name, on_disk in block_names(source, block).items():
-        layer, base = name.removesuffix(".weight"), on_disk.removesuffix(".weight")
+    for name, on_disk in bases.items():
+        layer = name.removesuffix(".weight")
         if layer in formats:
-            shape = block.shape(layer)
-            parts = {part: tensors[f"{base}.{part}"] for part in formats[layer].checkpoint_parts(shape)}
-            stored[layer] = QuantizedTensor(formats[layer], shape, parts)
+            fmt, shape = formats[layer], block.shape(layer)
+            lender, lent = borrowed(fmt, shape)
+            owners = dict.fromkeys(fmt.checkpoint_parts(shape), name)
+            owners |= dict.fromkeys(lent, f"{lender.removeprefix(f'{block.prefix}.')}.weight")
+            parts = {part: tensors[f"{bases[owner].removesuffix('.weight')}.{part}"] for part, owner in owners.items()}
+            stored[layer] = QuantizedTensor(fmt, shape, parts)
         elif layer in block.layers:
             stored[layer] = block.layers[layer].parameter(tensors[on_disk])  # a transpose is its own inverse
         elif name in block.dtypes:  # a parameter, no buffer

@@ -10,7 +10,7 @@ from compressor.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attent
 from compressor.model.checkpoint import Header
 from compressor.model.rewritten import Progress, Rewrites, silent
 from compressor.model.source import ModelSource
-from compressor.types import Block, Format, OneOf, Option, PairedAccumulator, Pass, Picks, Plan, QuantizedTensor
+from compressor.types import Block, Format, OneOf, Option, PairedAccumulator, Pass, Picks, Plan, QuantizedTensor, Shares
 
 # Bytes for each trained weight: latent and gradient, two moments, the start, fp64 sums, the rounded weight with its own
 # gradient and what both pass through.
@@ -69,7 +69,7 @@ def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
             _check_fit(step.options[0], block, name)
     if isinstance(step, Picks) and len(step.options) > 1:
         try:
-            picked: Option = step.pick(fitting, [block.shape(name) for name in layers])
+            picked: Option = step.pick(fitting, block, layers)
         except ValueError as error:
             raise RecipeError(f"{block.prefix}.{layers[0]}: {error}") from error
         return picked
@@ -113,6 +113,8 @@ def layer_formats(passes: Sequence[Pass], block: Block, plan: Plan) -> dict[str,
                 formats |= {name: option.largest(block.shape(name)) for name in units[unit]}
             elif isinstance(option, Format):
                 formats |= dict.fromkeys(units[unit], option)
+        if isinstance(step, Shares):
+            formats |= step.shared(block, {name: formats[name] for names in units.values() for name in names})
     return formats
 
 

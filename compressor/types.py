@@ -102,6 +102,25 @@ class Contextual(Format, Protocol):
         """
 
 
+@runtime_checkable
+class Borrowing(Format, Protocol):
+    """A format some of whose parts another layer may have on disk, which both then use."""
+
+    @property
+    def lender(self) -> str: ...  # full name of that layer; empty: all parts are its own
+    def borrowed_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
+        """What `codes` reads besides `checkpoint_parts`; a weight of any shape lends them."""
+
+    def borrowing(self, lender: str) -> Format: ...  # the same with another lender
+    @property
+    def inner(self) -> Format: ...  # what kernels decode of it
+
+
+def borrowed(fmt: Format, shape: tuple[int, int]) -> tuple[str, Mapping[str, PartSpec]]:
+    """The layer that lends parts to a weight of a shape, and these; empty if all are its own."""
+    return (fmt.lender, fmt.borrowed_parts(shape)) if isinstance(fmt, Borrowing) and fmt.lender else ("", {})
+
+
 @dataclass(frozen=True, slots=True)
 class OneOf:
     """Formats that a pass chooses among by itself, from data or from the weights; each can hold every layer of the unit."""
@@ -123,7 +142,13 @@ class QuantizedTensor:
 
     format: Format
     shape: tuple[int, int]  # (O, I) of the dense weight
-    parts: Mapping[str, Tensor]  # saved as "<layer>.<part>"
+    parts: Mapping[str, Tensor]  # saved as "<layer>.<part>", each by the layer whose own it is
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The parts that no other layer lends."""
+        others = borrowed(self.format, self.shape)[1]
+        return {name: part for name, part in self.parts.items() if name not in others}
 
     def dequantize(self) -> Tensor:
         """The values the parts stand for, fp32 [O, I]."""
@@ -141,7 +166,7 @@ def dense(new: Stored) -> Tensor:
 
 def stored_bits(new: Stored) -> int:
     """Bits that a stored weight takes on disk."""
-    parts = new.parts.values() if isinstance(new, QuantizedTensor) else [new]
+    parts = new.own.values() if isinstance(new, QuantizedTensor) else [new]
     return sum(8 * part.nbytes for part in parts)
 
 
@@ -305,16 +330,25 @@ Plan = Mapping[str, Option]  # by full unit name, "model.layers.3.mlp.down_proj"
 class Picks(Protocol):
     """A pass that tells from the shapes of layers which of several options they get."""
 
-    def pick(self, options: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> Any:
-        """The option for layers [O, I] that are stored alike; raises ValueError if none will do."""
+    def pick(self, options: Sequence[Any], block: Block, layers: Sequence[str]) -> Any:
+        """The option for layers of a block that are stored alike; raises ValueError if none will do."""
+
+
+@runtime_checkable
+class Shares(Protocol):
+    """A pass that has layers of a block share what is stored."""
+
+    def shared(self, block: Block, formats: Mapping[str, Format]) -> Mapping[str, Format]:
+        """The formats of layers once they share, from those that the plan has."""
 
 
 class Pass(Protocol):
     """One algorithm, one file: a frozen dataclass whose fields are its recipe keys. Holds no state."""
 
     chooses: ClassVar[bool]  # among its options, layer by layer: `apply` then gets a OneOf for each unit
-    together: ClassVar[bool]  # all ranks work on all units at once, through `stats.ranks`, and come to the same result
 
+    @property
+    def together(self) -> bool: ...  # all ranks work on all units at once, through `stats.ranks`, and come to the same result
     @property
     def needs(self) -> tuple[type[Accumulator | PairedAccumulator], ...]: ...
     @property

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,15 +117,20 @@ def test_vectors_are_chosen_by_their_method_or_their_format(
     assert report.bits_per_weight <= 3.5
 
 
+def one_layer(shape: tuple[int, int]) -> tuple[Any, list[str]]:
+    """A block with a layer, and this."""
+    return SimpleNamespace(prefix="block", layers={"one": None}, shape=lambda name: shape), ["one"]
+
+
 def test_layers_take_what_keeps_to_the_budget() -> None:
     step: Any = api.quantize_recipe(2.25, method="vptq").passes[0]
     for shape in ((4096, 4096), (512, 512), (256, 256)):
         sizes = {fmt: fmt.stored_bits(shape) / (shape[0] * shape[1]) for fmt in step.options}
-        picked = step.pick(step.options, [shape])
+        picked = step.pick(step.options, *one_layer(shape))
         assert sizes[picked] <= 2.25
         rates = {fmt: fmt.index_bits / fmt.vector for fmt, size in sizes.items() if size <= 2.25}
         assert rates[picked] == max(rates.values())
-    assert step.pick(step.options, [(4096, 4096)]).index_bits == 17
+    assert step.pick(step.options, *one_layer((4096, 4096))).index_bits == 17
 
 
 @pytest.mark.parametrize(
@@ -148,7 +154,7 @@ def test_what_vectors_leave_no_choice_of_is_refused(chosen: dict[str, Any], mess
 def test_a_budget_that_no_option_keeps_to_says_what_would() -> None:
     step: Any = api.quantize_recipe(1, method="vptq").passes[0]
     with pytest.raises(ValueError, match=r"none takes at most 1 bits a weight, the least \d+\.\d+; allow more"):
-        step.pick(step.options, [(8, 8)])
+        step.pick(step.options, *one_layer((8, 8)))
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if "mxfp4" not in (METHODS[name].only or ("mxfp4",))])

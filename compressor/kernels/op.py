@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 from compressor.activations import IN_PRODUCTS
 from compressor.errors import KernelError
 from compressor.kernels.dispatch import choose
-from compressor.kernels.layouts import named
+from compressor.kernels.layouts import Layout, named
+from compressor.kernels.layouts.around import Around
 
 _LIBRARY = torch.library.Library("compressor", "DEF")
 _LIBRARY.define(
@@ -29,17 +30,24 @@ _LIBRARY.define(
 def _packed_linear(
     x: Tensor, parts: Sequence[Tensor], bias: Tensor | None, layout: str, rows: int, kernel: str, rounding: str | None = None
 ) -> Tensor:
-    arrangement = named(layout)
-    x_MK = x.reshape(-1, x.shape[-1])
-    if getattr(arrangement, "ordered", False):
+    arrangement: Layout = named(layout)
+    x_MK, beside_MN = x.reshape(-1, x.shape[-1]), None
+    if isinstance(arrangement, Around):
+        given = dict(zip(arrangement.parts, parts, strict=True))
+        x_MK, beside_MN = arrangement.entering(x_MK, given), arrangement.beside(x_MK, given)
+        arrangement = arrangement.inner
+        parts = [given[name] for name in arrangement.parts]
+    elif getattr(arrangement, "ordered", False):
         x_MK = x_MK[:, parts[-1]]
     missing = -x_MK.shape[1] % arrangement.chunk
     x_MK = pad(x_MK, (0, missing)) if missing else x_MK.contiguous()
-    chosen = choose(layout, x.device, x.dtype, kernel)
+    chosen = choose(arrangement.name, x.device, x.dtype, kernel)
     if rounding is not None and rounding not in chosen.rounding:
         x_MK, rounding = IN_PRODUCTS[rounding](x_MK), None
     multiply = chosen.linear if rounding is None else chosen.rounding[rounding]
     y_MN = multiply(x_MK, parts, arrangement, rows, bias)
+    if beside_MN is not None:
+        y_MN = y_MN + beside_MN
     return y_MN.view(*x.shape[:-1], rows)
 
 

@@ -10,7 +10,7 @@ from compressor import registry
 from compressor.errors import SourceError
 from compressor.model import quantization_config
 from compressor.model.checkpoint import Checkpoint
-from compressor.types import Format, QuantizedTensor
+from compressor.types import Format, QuantizedTensor, borrowed
 
 DENSE = "weight"
 
@@ -48,13 +48,23 @@ class PackedLayers:
             raise SourceError(f"{self.path}: layer {layer} is packed but config.json has no quantization_config")
         return self._format_of(layer, self._tensors[weight.removesuffix(f".{DENSE}")])
 
-    def read(self, weight: str, layer: str, shape: tuple[int, int], *, biased: bool, meta: bool = False) -> QuantizedTensor:
+    def read(
+        self,
+        weight: str,
+        layer: str,
+        shape: tuple[int, int],
+        names: Mapping[str, str],
+        *,
+        biased: bool,
+        meta: bool = False,
+    ) -> QuantizedTensor:
         """A layer whose dense weight has a shape (O, I).
 
         Args:
             weight: Its name in the checkpoint.
             layer: Its full module name.
             shape: Of the dense weight.
+            names: In the checkpoint, of all parameters of the model.
             biased: The module has a bias.
             meta: Leave the parts on the meta device, of which only the headers are read.
 
@@ -70,8 +80,14 @@ class PackedLayers:
             if part != "bias" or not (biased or self._is_zero(f"{base}.bias")):
                 raise SourceError(f"{self.path}: {base}.{part} is not part of {fmt.label}; such checkpoints cannot be read")
         parts = {}
-        for part, (dtype, size) in expected.items():
-            name = f"{base}.{part}"
+        lender, lent = borrowed(fmt, shape)
+        if lender and f"{lender}.weight" not in names:
+            raise SourceError(f"{self.path}: {layer} uses the codebooks of {lender}, which is no layer of this model")
+        owners = dict.fromkeys(expected, base) | dict.fromkeys(
+            lent, names.get(f"{lender}.weight", "").removesuffix(f".{DENSE}")
+        )
+        for part, (dtype, size) in {**expected, **lent}.items():
+            name = f"{owners[part]}.{part}"
             if name not in self.checkpoint:
                 raise SourceError(f"{self.path}: {name} is missing; the checkpoint is not complete")
             header = self.checkpoint.headers[name]

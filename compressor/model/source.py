@@ -199,7 +199,7 @@ class ModelSource:
             raise SourceError(f"{self.path}: {layer} is packed but no linear layer; such checkpoints cannot be read")
         rows, columns = linear.weight(module).shape
         biased = getattr(module, "bias", None) is not None
-        return self.packing.read(self.names[f"{layer}.weight"], layer, (rows, columns), biased=biased, meta=meta)
+        return self.packing.read(self.names[f"{layer}.weight"], layer, (rows, columns), self.names, biased=biased, meta=meta)
 
     def first_inputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """What the first block receives: hidden states [B, S, D], on the CPU, for each batch of tokens [B, S].

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import FloatCodes, IntCodes, VectorCodes, values
+from compressor.codes import FloatCodes, IntCodes, VectorCodes, others, values
 from compressor.floats import E4M3Scale
 from compressor.formats._codebook import near, nearest, vectors
 
@@ -193,7 +193,8 @@ class FloatRounding(ScaledRounding):
 
 @dataclass
 class VectorRounding(Rounding):
-    """Latents are weights; `scale` has the entries of all codebooks, one below the other.
+    """Latents are weights without norms and dense channels, which stay; `scale` has the entries of all codebooks, one below
+    the other. Layers that share codebooks train the same tensor.
 
     Among which entries a vector is rounded to the nearest is found anew every `AGAIN` steps; between them neither vectors nor
     entries move far.
@@ -206,10 +207,11 @@ class VectorRounding(Rounding):
     def at(cls, codes: VectorCodes, w_OI: Tensor) -> "VectorRounding":
         """Where an earlier pass left a weight `w_OI`: half way to it, where this is rounded to the same."""
         books = [codes.codebook] if codes.residual is None else [codes.codebook, codes.residual]
-        found = cls(values(codes), torch.cat(books).float(), codes, torch.empty(0, dtype=torch.int64))
+        bare = replace(codes, norm=None, dense_ON=None, channels_N=None)
+        found = cls(values(bare), torch.cat(books).float(), codes, torch.empty(0, dtype=torch.int64))
         start_OI = found.latent_OI
-        found = replace(found, latent_OI=start_OI.lerp(w_OI.float(), 0.5)).moved(0)
-        same_OI = (found.weight() == start_OI).unflatten(0, (-1, found.length)).all(1, keepdim=True)
+        found = replace(found, latent_OI=start_OI.lerp(found._inside(w_OI.float(), 1 / found._norm()), 0.5)).moved(0)
+        same_OI = (found._vectors() == start_OI).unflatten(0, (-1, found.length)).all(1, keepdim=True)
         latent_OI = torch.where(
             same_OI, found.latent_OI.unflatten(0, (-1, found.length)), start_OI.unflatten(0, (-1, found.length))
         )
@@ -242,9 +244,16 @@ class VectorRounding(Rounding):
         return replace(self, tried_NBK=torch.stack([tried_NB, nearest(left, books[1]).view(tried_NB.shape) + count], 2))
 
     def weight(self) -> Tensor:
-        return self._weights(self._entries()[self._chosen()].sum(1))
+        rest_OR = self._vectors() * self._norm()
+        if self.codes.dense_ON is None or self.codes.channels_N is None:
+            return rest_OR
+        whole_OI = rest_OR.new_empty(len(rest_OR), self.codes.columns)
+        whole_OI[:, others(self.codes.channels_N, self.codes.columns)] = rest_OR
+        whole_OI[:, self.codes.channels_N.long()] = self.codes.dense_ON.float()
+        return whole_OI
 
     def slopes(self, by_weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        by_weight_OI = self._inside(by_weight_OI, self._norm())
         of_vectors, total = vectors(by_weight_OI, self.length), torch.zeros_like(self.scale)
         for of_book in self._chosen().unbind(1):
             total.index_add_(0, of_book, of_vectors)
@@ -268,6 +277,17 @@ class VectorRounding(Rounding):
         """As they will be read back."""
         return self.scale.to(self.codes.codebook.dtype).float()
 
-    def _weights(self, of_vectors_ND: Tensor) -> Tensor:
-        weight: Tensor = of_vectors_ND.unflatten(0, self.codes.index_VI.shape).transpose(1, 2).flatten(0, 1)
+    def _norm(self) -> Tensor:
+        """What entries are multiplied by."""
+        return torch.ones(1, device=self.scale.device) if self.codes.norm is None else self.codes.norm.float()
+
+    def _inside(self, values_OI: Tensor, factor: Tensor) -> Tensor:
+        """The columns that are not dense, times a factor."""
+        found = self.codes.channels_N
+        return (values_OI if found is None else values_OI[:, others(found, self.codes.columns)]) * factor
+
+    def _vectors(self) -> Tensor:
+        """The entries in their places, without norms."""
+        chosen_ND = self._entries()[self._chosen()].sum(1)
+        weight: Tensor = chosen_ND.unflatten(0, self.codes.index_VI.shape).transpose(1, 2).flatten(0, 1)
         return weight

@@ -29,7 +29,6 @@ class WeightRounding:
     ignore: tuple[str, ...] = ("lm_head",)
     search: bool = True
     chooses: ClassVar[bool] = False
-    together: ClassVar[bool] = False
     sensitivity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -40,6 +39,10 @@ class WeightRounding:
 
     @property
     def two_streams(self) -> bool:
+        return False
+
+    @property
+    def together(self) -> bool:
         return False
 
     @property

@@ -16,7 +16,7 @@ Shape suffixes: O out_features, I in_features.
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -101,20 +101,32 @@ class GPTQ(WeightRounding):
         edits: dict[str, Stored] = {}
         errors: dict[str, float] = {}
         warnings: list[str] = []
-        for layers in stats.taps(offered):
+        for layer in self.layers_of(block, stats, offered, warnings):
+            tried = (
+                self.solve(layer.w_OI, fmt, layer.h_II, layer.factor, damp)
+                for fmt in offered[layer.name]
+                for damp in self.damps
+            )
+            edits[layer.name], loss = min(tried, key=lambda found: found[1])
+            errors[layer.name] = loss / max(output_energy(layer.w_OI, layer.h_II), 1e-30)
+            del layer  # the next tap may be the widest
+        return Outcome(edits, errors, tuple(warnings))
+
+    def layers_of(self, block: Block, stats: Stats, names: Iterable[str], warnings: list[str]) -> Iterator["Layer"]:
+        """What is to be rounded, one layer after the other; those that read the same input follow each other."""
+        for layers in stats.taps(names):
             where = f"{block.prefix}.{layers[0]}"
             h_II, tokens = stats[layers[0], Hessian].value, stats[layers[0], Hessian].count
-            factor = self._factors(where, h_II, tokens, warnings)
+            factors = functools.partial(self._factors, where, tokens, warnings)
+            factor = factors(h_II)
             for name in layers:
                 weight = block.weight(name).float()
                 if self.two_streams:
                     moved = correction(weight, stats[name, Mismatch].value, factor(self.damps[0], 1))
                     weight = weight.add(moved, alpha=self.asymmetric_calibration)
-                tried = (self.solve(weight, fmt, h_II, factor, damp) for fmt in offered[name] for damp in self.damps)
-                edits[name], loss = min(tried, key=lambda found: found[1])
-                errors[name] = loss / max(output_energy(weight, h_II), 1e-30)
-            del h_II, factor, weight  # the next tap may be the widest
-        return Outcome(edits, errors, tuple(warnings))
+                yield Layer(name, weight, h_II, factor, factors)
+                del weight
+            del h_II, factor
 
     def solve(self, w_OI: Tensor, fmt: Format, h_II: Tensor, factor: "Factors", damp: float) -> tuple[QuantizedTensor, float]:
         """A weight in a format, and its loss tr((W - Q) H (W - Q)ᵀ), without damping."""
@@ -131,7 +143,7 @@ class GPTQ(WeightRounding):
             raise RecipeError("gptq: scales of this format cannot be changed one by one; use `refine: 0`, or `vptq` for vq")
         return refined(w_OI, h_II, codes, grid, sweeps=self.refine)
 
-    def _factors(self, where: str, h_II: Tensor, tokens: int, warnings: list[str]) -> "Factors":
+    def _factors(self, where: str, tokens: int, warnings: list[str], h_II: Tensor) -> "Factors":
         """The Hessian of some calibration tokens, ready for elimination with a damping, and groups of a width kept whole."""
         if not torch.isfinite(h_II.diagonal()).all():
             raise CalibrationError(f"{where}: its inputs overflow on the calibration text; compute with --dtype float32")
@@ -162,6 +174,17 @@ class Factor:
 
 
 Factors = Callable[[float, int], Factor]  # of a damping and a width
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that is to be rounded."""
+
+    name: str
+    w_OI: Tensor  # fp32
+    h_II: Tensor  # second moment of its input, fp32
+    factor: Factors  # of that
+    factors_of: Callable[[Tensor], Factors]  # of another second moment of the same tokens
 
 
 @torch.no_grad()

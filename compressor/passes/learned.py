@@ -28,7 +28,7 @@ from compressor.errors import RecipeError
 from compressor.passes._latents import FloatRounding, IntRounding, Rounding, VectorRounding
 from compressor.passes.gptq import output_energy
 from compressor.registry import node
-from compressor.types import Accumulator, Block, Format, Group, Outcome, QuantizedTensor, Stats
+from compressor.types import Accumulator, Block, Format, Group, Outcome, QuantizedTensor, Stats, borrowed
 
 PIECE = 1024  # tokens whose gradients are computed together; a sample at least
 
@@ -77,6 +77,7 @@ class Learned:
         assert block.unrounded is not None
         dense = {name: block.unrounded[name].float() for name in start}
         roundings = {name: rounding(new, dense[name], f"{block.prefix}.{name}") for name, new in start.items()}
+        share_books(roundings, start, block.prefix)
         text = Text(stats.inputs, stats.targets, pieces(stats.inputs, stats.ranks))
         training = Training(block, roundings, text, stats.metric if self.sensitivity else None, stats.ranks)
         before = training.loss()
@@ -166,10 +167,9 @@ class Training:
 
     def _optimiser(self, options: Learned) -> torch.optim.Optimizer:
         """Adam over all latents and scales; the rate of a scale is relative to what scales of its weight are like."""
-        groups = []
-        for r in self.roundings.values():
-            groups.append({"params": [r.latent_OI], "first": options.lr * r.step / r.bits})
-            groups.append({"params": [r.scale], "first": options.scale_lr * float(r.scale.abs().mean())})
+        groups = [{"params": [r.latent_OI], "first": options.lr * r.step / r.bits} for r in self.roundings.values()]
+        scales = {id(r.scale): r.scale for r in self.roundings.values()}  # layers may share one
+        groups += [{"params": [s], "first": options.scale_lr * float(s.abs().mean())} for s in scales.values()]
         return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-30)
 
     def _slopes(self, chosen: Sequence[int]) -> None:
@@ -182,8 +182,12 @@ class Training:
                 for total, slope in zip(sums, slopes, strict=True):
                     total.add_(slope)
         self.ranks.sum_(sums)
+        for rounding in self.roundings.values():
+            rounding.scale.grad = None
         for rounding, total in zip(self.roundings.values(), sums, strict=True):
-            rounding.latent_OI.grad, rounding.scale.grad = rounding.slopes(total.float())
+            rounding.latent_OI.grad, slope = rounding.slopes(total.float())
+            shared = rounding.scale.grad
+            rounding.scale.grad = slope if shared is None else shared + slope
 
     def _weights(self) -> dict[str, Tensor]:
         """In the dtype of computation."""
@@ -209,6 +213,14 @@ class Training:
 def _relative(new: QuantizedTensor, w_OI: Tensor, h_II: Tensor) -> float:
     """Squared error of a layer's output, relative to the output."""
     return output_energy(w_OI - new.dequantize(), h_II) / max(output_energy(w_OI, h_II), 1e-30)
+
+
+def share_books(roundings: Mapping[str, Rounding], packed: Mapping[str, QuantizedTensor], prefix: str) -> None:
+    """Have layers that share codebooks train the same."""
+    for name, r in roundings.items():
+        lender = borrowed(packed[name].format, packed[name].shape)[0].removeprefix(f"{prefix}.")
+        if lender in roundings:
+            r.scale = roundings[lender].scale
 
 
 def packed(block: Block, name: str) -> QuantizedTensor:

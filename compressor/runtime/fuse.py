@@ -11,22 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from compressor.kernels.dispatch import prepare
+from compressor.kernels.layouts import Layout
 from compressor.kernels.layouts._tiles import ROWS
+from compressor.kernels.layouts.around import Around
 from compressor.model.architecture import fused_groups
-from compressor.runtime.linear import PackedLinear, PackedWeight, StoredLinear
+from compressor.runtime.linear import PackedLinear, PackedWeight, StoredLinear, link
 
 log = logging.getLogger(__name__)
 
 
 def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
-    """Fuse, and do before the first token what would delay it; what is wrong with a kernel that was asked for is said here.
+    """Link and fuse, and do before the first token what would delay it; what is wrong with a kernel asked for is said here.
 
     Raises:
         KernelError: a kernel cannot multiply by these weights here, or cannot be compiled.
     """
+    link(model)
     fuse(model)
     kinds = {
-        (module.layout.name, next(module.buffers()).device, module.kernel)
+        (_inner(module.layout).name, next(module.buffers()).device, module.kernel)
         for module in model.modules()
         if isinstance(module, PackedWeight)
     }
@@ -35,6 +38,11 @@ def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
     slow = Counter(module.format.label for module in model.modules() if isinstance(module, StoredLinear))
     for label, count in slow.items():
         log.warning("%s: no kernel takes this; %d layers are dequantised at every call", label, count)
+
+
+def _inner(layout: Layout) -> Layout:
+    """What the kernels see of a layout."""
+    return layout.inner if isinstance(layout, Around) else layout
 
 
 def fuse(model: nn.Module) -> int:

@@ -53,7 +53,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         from compressor.kv_cache import attach, attentions
         from compressor.model.source import ModelSource
-        from compressor.runtime.linear import StoredLinear
+        from compressor.runtime.linear import StoredLinear, link
 
         files = kwargs.get("checkpoint_files")
         if not files:
@@ -63,6 +63,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for layer in source.packed():
             bias = getattr(model.get_submodule(layer), "bias", None)
             model.set_submodule(layer, StoredLinear(source.read_packed(layer, meta=True), bias))
+        link(model)
         self.hadamard = source.hadamard
         if source.cache is not None:
             for name in attentions(model):
@@ -75,11 +76,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         from compressor.runtime.fuse import make_ready
         from compressor.runtime.linear import StoredLinear, packed_linear_module
 
-        for name, module in list(model.named_modules()):
-            if isinstance(module, StoredLinear):
-                tensor = module.quantized()
-                device = next(iter(tensor.parts.values())).device
-                model.set_submodule(name, packed_linear_module(tensor, module.bias, device))
+        stored = {name: module for name, module in model.named_modules() if isinstance(module, StoredLinear)}
+        for name, (tensor, bias) in {name: (module.quantized(), module.bias) for name, module in stored.items()}.items():
+            device = next(iter(tensor.parts.values())).device
+            model.set_submodule(name, packed_linear_module(tensor, bias, device))
         turn_inputs(model, self.hadamard)
         make_ready(model, model.dtype)
         model.config.__dict__.pop(CONFIG_KEY, None)  # the CUDA sources are not saved with it

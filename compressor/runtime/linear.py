@@ -22,7 +22,7 @@ from compressor.kernels.dispatch import AUTO
 from compressor.kernels.layouts import Layout, layout_for
 from compressor.kernels.layouts._tiles import ROWS
 from compressor.kernels.op import packed_linear
-from compressor.types import Format, QuantizedTensor
+from compressor.types import Format, QuantizedTensor, borrowed
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # what floating-point parts are kept as, by their size
 
@@ -119,7 +119,17 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: PackedWeight, rows: slice, stored: "Stored", taker: int = 0) -> None:
         super().__init__()
         self.packed, self.rows, self.stored, self.taker = weight, rows, stored, taker
+        self._lender: tuple[Lender, ...] = ()
         self.in_features, self.out_features = weight.shape[1], rows.stop - rows.start
+
+    @property
+    def lender(self) -> "Lender | None":
+        """The layer that lends this one parts, once `link` has found it."""
+        return self._lender[0] if self._lender else None
+
+    def borrow_from(self, lender: "Lender") -> None:
+        """Take over what is lent when a state dict is loaded."""
+        self._lender = (lender,)  # no module of this one
 
     @property
     def bias(self) -> Tensor | None:
@@ -148,7 +158,7 @@ class PackedLinear(nn.Module):
         return self.out_features, self.in_features
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, part in self.quantized().parts.items():
+        for name, part in self.quantized().own.items():
             destination[f"{prefix}{name}"] = part
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
@@ -164,11 +174,13 @@ class PackedLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         own = self.quantized()
-        missing = [f"{prefix}{name}" for name in own.parts if f"{prefix}{name}" not in state_dict]
+        missing = [f"{prefix}{name}" for name in own.own if f"{prefix}{name}" not in state_dict]
         missing_keys += missing
         if missing:
             return
-        parts = {name: state_dict[f"{prefix}{name}"].to(part.device) for name, part in own.parts.items()}
+        lent = {} if self.lender is None else self.lender.quantized().parts  # it comes first, and has its new ones
+        given = {name: state_dict[f"{prefix}{name}"] if name in own.own else lent[name] for name in own.parts}
+        parts = {name: given[name].to(part.device) for name, part in own.parts.items()}
         wrong = [name for name, part in own.parts.items() if parts[name].shape != part.shape]
         if wrong:
             error_msgs.append(
@@ -225,16 +237,26 @@ class StoredLinear(nn.Module):
 
     def __init__(self, tensor: QuantizedTensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.format, self.shape, self.names = tensor.format, tensor.shape, tuple(tensor.parts)
-        for name, part in tensor.parts.items():
+        self.format, self.shape, self.names = tensor.format, tensor.shape, tuple(tensor.own)
+        for name, part in tensor.own.items():
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        self._lent = {name: part for name, part in tensor.parts.items() if name not in tensor.own}
+        self._lender: tuple[Lender, ...] = ()
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.out_features, self.in_features = tensor.shape
 
     def quantized(self) -> QuantizedTensor:
         """The weight as it lies on disk."""
-        parts = {name: getattr(self, name).data for name in self.names}
-        return QuantizedTensor(self.format, self.shape, parts)
+        own = {name: getattr(self, name).data for name in self.names}
+        lent = self._lent
+        if self._lender:
+            theirs = self._lender[0].quantized().parts
+            lent = {name: theirs[name] for name in lent}
+        return QuantizedTensor(self.format, self.shape, {**own, **lent})
+
+    def borrow_from(self, lender: "Lender") -> None:
+        """From now on have the parts of a layer that lends them."""
+        self._lender = (lender,)  # no module of this one
 
     def forward(self, x: Tensor) -> Tensor:
         how = input_rounding(self.format, lambda part: getattr(self, part))
@@ -243,6 +265,21 @@ class StoredLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format.label}, no kernel"
+
+
+Lender = PackedLinear | StoredLinear
+
+
+def link(model: nn.Module) -> None:
+    """Tell layers that share parts of each other."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear | StoredLinear):
+            fmt = module.stored.format if isinstance(module, PackedLinear) else module.format
+            lender = borrowed(fmt, (module.out_features, module.in_features))[0]
+            if lender:
+                found = model.get_submodule(lender)
+                assert isinstance(found, PackedLinear | StoredLinear)
+                module.borrow_from(found)
 
 
 def packed_linear_module(

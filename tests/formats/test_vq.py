@@ -5,10 +5,13 @@ import itertools
 import pytest
 import torch
 
-from compressor.codes import VectorCodes
+from compressor.codes import VectorCodes, values
+from compressor.errors import RecipeError, SourceError
 from compressor.formats._codebook import kmeans, near, nearest
 from compressor.formats.vq import VQ, VectorGrid
 from compressor.kernels.layouts import layout_for
+from compressor.kernels.layouts import named as layout_name
+from compressor.kernels.op import packed_linear
 from compressor.types import QuantizedTensor
 
 
@@ -177,6 +180,54 @@ def test_a_layout_gives_back_what_it_was_given(weight: torch.Tensor) -> None:
     assert layout is not None
     again = fmt.stored(layout.restore(layout.arrange(codes), (48, 200)), (48, 200))
     assert all(torch.equal(again.parts[name], part) for name, part in packed.parts.items())
+
+
+@pytest.mark.parametrize("normed", [0, 1, 40])
+@pytest.mark.parametrize("dense", [0, 3])
+def test_norms_and_dense_channels_are_around_the_product(normed: int, dense: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    index, book = torch.randint(16, (2, 40), generator=g), torch.randn(16, 8, generator=g).bfloat16()
+    codes = VectorCodes(
+        index.int(),
+        book,
+        norm=torch.rand(normed, generator=g).bfloat16() if normed else None,
+        dense_ON=torch.randn(16, dense, generator=g).bfloat16() if dense else None,
+        channels_N=torch.tensor([0, 7, 42], dtype=torch.int32) if dense else None,
+    )
+    layout = layout_for(codes)
+    assert layout is not None
+    assert layout_name(layout.name) == layout
+    parts = layout.arrange(codes)
+    again = layout.restore(parts, (16, 40 + dense))
+    assert torch.equal(values(again), values(codes))
+    x = torch.randn(5, 40 + dense, generator=g)
+    y = packed_linear(x, [parts[name] for name in layout.parts], None, layout.name, 16, "reference")
+    torch.testing.assert_close(y, x @ values(codes).T, rtol=1e-4, atol=1e-4)
+    kept = [i for i in range(40 + dense) if not dense or i not in (0, 7, 42)]
+    columns = [book.float()[index[:, k]].flatten() * (1 if codes.norm is None else codes.norm[k % normed]) for k in range(40)]
+    torch.testing.assert_close(values(codes)[:, kept], torch.stack(columns, 1).float())
+
+
+def test_only_vptq_chooses_norms_and_dense_channels(weight: torch.Tensor) -> None:
+    with pytest.raises(RecipeError, match=r"vq8k4nlo0\.1: only `vptq` chooses norms and dense channels"):
+        VQ(bits=4, norm="layer", outliers=0.1).fit(weight)
+
+
+def test_dense_channels_that_cannot_be_are_refused() -> None:
+    fmt = VQ(bits=4, outliers=0.1)
+    parts = {name: torch.zeros(size, dtype=dtype) for name, (dtype, size) in fmt.checkpoint_parts((8, 20)).items()}
+    for channels in ([3, 3], [7, 2], [-1, 2], [2, 20]):
+        parts["weight_channels"] = torch.tensor(channels, dtype=torch.int32)
+        with pytest.raises(SourceError, match="weight_channels are not ascending numbers below 20"):
+            QuantizedTensor(fmt, (8, 20), parts).dequantize()
+
+
+def test_a_borrower_counts_no_codebook() -> None:
+    own = VQ(vector=4, bits=8, residual_bits=3, norm="layer")
+    lent = own.borrowing("model.layers.0.mlp.up_proj")
+    assert own.stored_bits((48, 200)) - lent.stored_bits((48, 200)) == 16 * 4 * (2**8 + 2**3)
+    with pytest.raises(ValueError, match="layers that share codebooks need norms"):
+        VQ(lender="model.layers.0.mlp.up_proj")
 
 
 def test_rows_that_vectors_do_not_divide_name_the_numbers_and_a_remedy() -> None:

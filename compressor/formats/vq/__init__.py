@@ -1,14 +1,19 @@
 """Vector quantization: adjacent output channels of an input channel together become an entry of a codebook, or a sum of two.
 
-Bytes, for a weight [O, I] with V = O / vector:
+Bytes, for a weight [O, I] with V = O / vector and N = floor(I * outliers) of its input channels dense, J = I - N:
 
-    weight_index      int32 [V, ceil(I * (bits + residual_bits) / 32)]   LSB-first bit stream along the input channels, of
-                                                                         numbers whose low `bits` name an entry, the others
-                                                                         a residual
+    weight_index      int32 [V, ceil(J * (bits + residual_bits) / 32)]   LSB-first bit stream along the input channels that
+                                                                         are not dense, of numbers whose low `bits` name an
+                                                                         entry, the others a residual
     weight_codebook   bf16  [2**bits, vector]
     weight_residual   bf16  [2**residual_bits, vector]   if there are residuals
+    weight_norm       bf16  [J], or [1]                  if there are norms
+    weight_dense      bf16  [O, N]                       if there are dense channels,
+    weight_channels   int32 [N]                          which these are, ascending
 
-    w[vector v + d, i] = codebook[index[v, i] % 2**bits, d] + residual[index[v, i] // 2**bits, d]
+    w[vector v + d, i] = (codebook[index[v, i] % 2**bits, d] + residual[index[v, i] // 2**bits, d]) * norm[i]
+
+Layers can share codebooks: then one has them among its tensors, and the others name it.
 
 No other layout holds it; our own does. The GPU kernels multiply by vectors of 8 whose codebooks have at most 2**12 entries
 and whose index has at most 16 bits; all else is dequantised at every call, which saves memory only.
@@ -21,21 +26,25 @@ K entries, B of these.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from compressor.codes import Codes, VectorCodes, values
+from compressor.errors import RecipeError, SourceError
 from compressor.formats import _bits
 from compressor.formats._codebook import kmeans, near, nearest, sample, vectors
 from compressor.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
+MOST_COLUMNS = 2**31  # of a grid for weights of any width
 ITERATIONS = 20  # of k-means, where entries are searched
 BEAM = 8  # entries to which the best residual is sought
 MOST_BITS, MOST_INDEX_BITS = 16, 31
 SHORTEST, LONGEST = 1, 16
+BOOKS = ("weight_codebook", "weight_residual")  # what a layer can lend
+Norm = Literal["none", "layer", "channel"]
 
 
 @node
@@ -44,13 +53,19 @@ class VQ:
     vector: Adjacent output channels that are rounded together, 1 to 16.
     bits: Of an index: the codebook has 2**bits entries, 1 to 16.
     residual_bits: Of the index of a second codebook, whose entries are added; 0 for none.
+    norm: What vectors are multiplied by: nothing, a number of the layer, or one of their input channel.
+    outliers: Share of the input channels that are kept dense; their number is rounded down.
+    lender: Full name of the layer whose codebooks are used; empty for its own. Passes that share codebooks set it.
     """
 
-    part_names: ClassVar[tuple[str, ...]] = ("weight_index", "weight_codebook", "weight_residual")
+    part_names: ClassVar[tuple[str, ...]] = ("weight_index", *BOOKS, "weight_norm", "weight_dense", "weight_channels")
 
     vector: int = 8
     bits: int = 12
     residual_bits: int = 0
+    norm: Norm = "none"
+    outliers: float = 0.0
+    lender: str = ""
 
     def __post_init__(self) -> None:
         if not SHORTEST <= self.vector <= LONGEST:
@@ -61,10 +76,16 @@ class VQ:
             raise ValueError(
                 f"residual_bits: {self.residual_bits} is not in 0 … {min(MOST_BITS, MOST_INDEX_BITS - self.bits)}"
             )
+        if not 0 <= self.outliers <= 0.5:
+            raise ValueError(f"outliers: {self.outliers:g} is not in 0 … 0.5")
+        if self.lender and self.norm == "none":
+            raise ValueError("lender: layers that share codebooks need norms; use `norm: layer` or `norm: channel`")
 
     @property
     def label(self) -> str:
-        return f"vq{self.vector}k{self.bits}" + (f"+{self.residual_bits}" if self.residual_bits else "")
+        more = {"+": self.residual_bits, "n": self.norm[0] if self.norm != "none" else "", "o": f"{self.outliers:g}"}
+        kept = "".join(f"{sign}{value}" for sign, value in more.items() if value not in (0, "", "0"))
+        return f"vq{self.vector}k{self.bits}{kept}"
 
     @property
     def index_bits(self) -> int:
@@ -78,12 +99,33 @@ class VQ:
             raise ValueError(
                 f"out_features {rows} is not a multiple of vector {self.vector}; use a divisor such as {near_by}"
             )
+        dense = self.dense_channels(columns)
         parts: dict[str, PartSpec] = {
-            "weight_index": (torch.int32, (rows // self.vector, _bits.words(columns, self.index_bits))),
-            "weight_codebook": (torch.bfloat16, (2**self.bits, self.vector)),
+            "weight_index": (torch.int32, (rows // self.vector, _bits.words(columns - dense, self.index_bits)))
         }
-        residual: PartSpec = (torch.bfloat16, (2**self.residual_bits, self.vector))
-        return parts | {"weight_residual": residual} if self.residual_bits else parts
+        if not self.lender:
+            parts |= self.borrowed_parts(shape)
+        if self.norm != "none":
+            parts["weight_norm"] = (torch.bfloat16, (1 if self.norm == "layer" else columns - dense,))
+        if dense:
+            parts |= {"weight_dense": (torch.bfloat16, (rows, dense)), "weight_channels": (torch.int32, (dense,))}
+        return parts
+
+    def borrowed_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
+        sizes = zip(BOOKS, (self.bits, self.residual_bits), strict=True)
+        return {name: (torch.bfloat16, (2**bits, self.vector)) for name, bits in sizes if bits}
+
+    def borrowing(self, lender: str) -> "VQ":
+        return replace(self, lender=lender)
+
+    @property
+    def inner(self) -> "VQ":
+        """Vectors alone."""
+        return replace(self, norm="none", outliers=0.0, lender="")
+
+    def dense_channels(self, columns: int) -> int:
+        """How many of a layer's input channels are kept dense."""
+        return int(columns * self.outliers)
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         parts = self.checkpoint_parts(shape).values()
@@ -93,31 +135,60 @@ class VQ:
         return None
 
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> "VectorGrid":
-        """Codebooks by k-means of the weight's vectors, and of what is left of these; `search` iterates it."""
+        """Codebooks by k-means of the weight's vectors, and of what is left of these; `search` iterates it.
+
+        Raises:
+            RecipeError: there is more to be chosen than codebooks.
+        """
         self.checkpoint_parts((w_OI.shape[0], w_OI.shape[1]))
+        if self.norm != "none" or self.outliers or self.lender:
+            raise RecipeError(f"{self.label}: only `vptq` chooses norms and dense channels; leave out `norm` and `outliers`")
         importance_I = torch.ones(w_OI.shape[1], device=w_OI.device) if importance_I is None else importance_I.float()
         weight_N = importance_I.expand(w_OI.shape[0] // self.vector, -1).flatten()
-        x_ND, weight_N = sample(vectors(w_OI.float(), self.vector), weight_N)
+        return replace(self.books(vectors(w_OI.float(), self.vector), weight_N, search=search), columns=w_OI.shape[1])
+
+    def books(self, x_ND: Tensor, weight_N: Tensor, *, search: bool = True) -> "VectorGrid":
+        """Codebooks for vectors that count with weights, for any number of columns."""
+        x_ND, weight_N = sample(x_ND, weight_N)
         iterations = ITERATIONS if search else 1
         codebook_KD = stored(kmeans(x_ND, weight_N, 2**self.bits, iterations=iterations)[0])
         residual_KD = None
         if self.residual_bits:
             left_ND = x_ND - codebook_KD[nearest(x_ND, codebook_KD)]
             residual_KD = stored(kmeans(left_ND, weight_N, 2**self.residual_bits, iterations=iterations)[0])
-        return VectorGrid(self, codebook_KD, residual_KD, w_OI.shape[1])
+        return VectorGrid(self, codebook_KD, residual_KD)
 
     def codes(self, packed: QuantizedTensor) -> VectorCodes:
-        index = _bits.unpack(packed.parts["weight_index"], self.index_bits, packed.shape[1]).int()
-        main = VectorCodes(index & 2**self.bits - 1, packed.parts["weight_codebook"])
+        columns, parts = packed.shape[1], packed.parts
+        index = _bits.unpack(parts["weight_index"], self.index_bits, columns - self.dense_channels(columns)).int()
+        main = VectorCodes(
+            index & 2**self.bits - 1,
+            parts["weight_codebook"],
+            norm=parts.get("weight_norm"),
+            dense_ON=parts.get("weight_dense"),
+            channels_N=parts.get("weight_channels"),
+        )
+        self._check(main, columns)
         if not self.residual_bits:
             return main
-        return replace(main, residual_index_VI=index >> self.bits, residual=packed.parts["weight_residual"])
+        return replace(main, residual_index_VI=index >> self.bits, residual=parts["weight_residual"])
+
+    def _check(self, codes: VectorCodes, columns: int) -> None:
+        """Raises SourceError for dense channels that cannot be."""
+        if (found := codes.channels_N) is not None and not found.is_meta:
+            following = torch.cat([found.new_tensor([-1]), found, found.new_tensor([columns])]).diff()
+            if not bool((following > 0).all()):
+                raise SourceError(
+                    f"{self.label}: weight_channels are not ascending numbers below {columns}; the file is damaged"
+                )
 
     def stored(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
         assert isinstance(codes, VectorCodes)
         index, parts = codes.index_VI.int(), {"weight_codebook": codes.codebook}
         if codes.residual is not None and codes.residual_index_VI is not None:
             index, parts["weight_residual"] = index | codes.residual_index_VI.int() << self.bits, codes.residual
+        more = {"weight_norm": codes.norm, "weight_dense": codes.dense_ON, "weight_channels": codes.channels_N}
+        parts |= {name: part for name, part in more.items() if part is not None}
         return QuantizedTensor(self, shape, {"weight_index": _bits.pack(index, self.index_bits), **parts})
 
     def dequantize(self, packed: QuantizedTensor) -> Tensor:
@@ -130,8 +201,8 @@ class VectorGrid:
 
     format: VQ
     codebook_KD: Tensor  # fp32, numbers that bf16 holds
-    residual_KD: Tensor | None
-    columns: int
+    residual_KD: Tensor | None = None
+    columns: int = MOST_COLUMNS
     step: int = 1
 
     @property
@@ -162,10 +233,14 @@ class VectorGrid:
         return self.format.fit(w_OC, importance_C, search=search)
 
     def pack(self, codes: Tensor) -> QuantizedTensor:
+        return self.format.stored(self.vector_codes(codes), (codes.shape[0] * self.format.vector, codes.shape[1]))
+
+    def vector_codes(self, codes: Tensor) -> VectorCodes:
+        """What is stored, norms and dense channels apart."""
         found = VectorCodes(codes & 2**self.format.bits - 1, self.codebook_KD.bfloat16())
-        if self.residual_KD is not None:
-            found = replace(found, residual_index_VI=codes >> self.format.bits, residual=self.residual_KD.bfloat16())
-        return self.format.stored(found, (codes.shape[0] * self.format.vector, codes.shape[1]))
+        if self.residual_KD is None:
+            return found
+        return replace(found, residual_index_VI=codes >> self.format.bits, residual=self.residual_KD.bfloat16())
 
 
 def stored(codebook_KD: Tensor) -> Tensor:

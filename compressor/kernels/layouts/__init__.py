@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
 from compressor.errors import KernelError
+from compressor.kernels.layouts.around import Around
 from compressor.kernels.layouts.floats import Floats
 from compressor.kernels.layouts.fp8_rows import Fp8Rows
 from compressor.kernels.layouts.input_groups import InputGroups
@@ -41,7 +42,7 @@ class Layout(Protocol):
 FAMILIES: dict[type, tuple[Any, ...]] = {
     IntCodes: (IntGroups, InputGroups),
     FloatCodes: (Floats,),
-    VectorCodes: (Vectors,),
+    VectorCodes: (Vectors, Around),
     SignCodes: (Signs,),
     DenseCodes: (Lossless,),
 }

@@ -71,8 +71,13 @@ class Vectors:
 
     @staticmethod
     def of(codes: VectorCodes) -> "Vectors | None":
-        """The layout that takes these codes, or None: other vectors, or the codebook is too large (see above)."""
-        if codes.codebook.shape[1] != LENGTH or codes.codebook.dtype != torch.bfloat16:
+        """The layout that takes these codes, or None: other vectors, norms, or the codebook is too large (above)."""
+        if (
+            codes.norm is not None
+            or codes.dense_ON is not None
+            or codes.codebook.shape[1] != LENGTH
+            or codes.codebook.dtype != torch.bfloat16
+        ):
             return None
         bits = _bits(codes.codebook)
         residual_bits = _bits(codes.residual) if codes.residual is not None else 0
