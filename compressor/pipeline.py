@@ -7,7 +7,7 @@ Resident are one dense block, the statistics of one pass and the block's packed 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +19,7 @@ from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.writer import Workspace
 from compressor.plan import block_names, cache_roundings, choose, describe_stored, rest_names, stored_formats
 from compressor.report import Report, Row
-from compressor.types import Block, Outcome, Pass, Plan, QuantizedTensor, Stored, borrowed, stored_bits
+from compressor.types import Block, NoNotes, Notes, Outcome, Pass, Plan, QuantizedTensor, Stored, borrowed, stored_bits
 from compressor.verification.manifest import entries
 from compressor.verification.probe import Probe, Record
 
@@ -72,7 +72,7 @@ def compress(
     total = len(job.source.layers)
     probe = Probe(job.source) if workspace is not None else None
     for index in range(total):
-        part = f"block-{index:05d}"
+        part = part_name(index)
         if part in finished:
             replay(job, stream, probe, workspace, index, report)
             tell(Event("resume", index + 1, total))
@@ -81,7 +81,7 @@ def compress(
         block = job.source.block(index)
         if stream is not None:
             stream.enter(block)
-        rows, warnings = compress_block(job, block, stream, tell)
+        rows, warnings = compress_block(job, block, stream, tell, workspace)
         block.settle()
         if stream is not None and index < total - 1:
             stream.advance(block)
@@ -105,6 +105,11 @@ def compress(
     return finish_probe(probe, report) if probe is not None else None
 
 
+def part_name(index: int) -> str:
+    """What a block goes by in the workspace."""
+    return f"block-{index:05d}"
+
+
 def keep(workspace: Workspace, part: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
     """Put a finished part on disk, and what the manifest will say of it, which is taken from memory, into the journal."""
     workspace.add(part, tensors, entries=entries(tensors), **record)
@@ -118,14 +123,17 @@ def finish_probe(probe: Probe, report: Report) -> Record | None:
     return record
 
 
-def compress_block(job: Job, block: Block, stream: CalibrationStream | None, tell: Tell) -> tuple[list[Row], list[str]]:
+def compress_block(
+    job: Job, block: Block, stream: CalibrationStream | None, tell: Tell, workspace: Workspace | None
+) -> tuple[list[Row], list[str]]:
     """Apply every pass to a resident block; returns the report's rows and warnings."""
     rows: dict[str, Row] = {}  # what the last pass on a layer made of it
     warnings: list[str] = []
     total = len(job.source.layers)
     block.unrounded = {} if any(step.two_streams for step in job.passes) else None
-    for step in job.passes:
-        outcome = apply_shared(job, step, block, stream, tell)
+    for number, step in enumerate(job.passes):
+        notes = NoNotes() if workspace is None else workspace.notes(part_name(block.index), number)
+        outcome = apply_shared(job, step, block, stream, tell, notes)
         for name in (layer for layer in block.layers if layer in outcome.errors):  # the same order for any number of ranks
             stored = outcome.edits[name]
             bits = stored_bits(stored) / block.weight(name).numel()
@@ -147,7 +155,7 @@ def replay(
     report: Report,
 ) -> None:
     """Take a block that an interrupted run finished: send the stream and the probe through it as that run did."""
-    part = f"block-{index:05d}"
+    part = part_name(index)
     if workspace is not None:
         record = workspace.finished[part]
         report.rows += [Row(**r) for r in record["rows"]]
@@ -170,7 +178,7 @@ def replay(
     return_freed_memory()
 
 
-def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream | None, tell: Tell) -> Outcome:
+def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream | None, tell: Tell, notes: Notes) -> Outcome:
     """Run a pass on this rank's share of the units, unless it shares its work out itself; return every rank's results."""
     units, choice = step.units(block), choose(step, block, job.plan)
     layers = [name for names in units.values() for name in names]
@@ -180,9 +188,9 @@ def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream |
         tell(Event("compress", block.index, len(job.source.layers), f"{block.prefix}: step {done} of {total}"))
 
     if stream is not None:
-        stats = stream.collect(block, layers, step.needs, progress)
+        stats = replace(stream.collect(block, layers, step.needs, progress), notes=notes)
     else:
-        stats = BlockStats({}, {}, job.ranks, (), (), None, progress)
+        stats = BlockStats({}, {}, job.ranks, (), (), None, progress, notes)
     if step.together:
         return step.apply(block, stats, choice)
     costs = {unit: sum(block.weight(name).numel() for name in names) for unit, names in units.items()}

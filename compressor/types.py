@@ -296,6 +296,24 @@ class Group(Protocol):
     def max_(self, tensors: Sequence[Tensor]) -> None: ...  # the same, element by element
 
 
+class Notes(Protocol):
+    """Where a pass that takes long puts down how far it has come, so that a run that is broken off goes on from there."""
+
+    def load(self, key: str) -> Mapping[str, Tensor]: ...  # what was saved last under a key; nothing at the start
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...  # in the place of what was
+
+
+class NoNotes:
+    """For where nothing is to be resumed."""
+
+    def load(self, key: str) -> Mapping[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Forget it."""
+
+
 class Stats(Protocol):
     """What the calibration stream collected on one block."""
 
@@ -307,6 +325,8 @@ class Stats(Protocol):
     def metric(self) -> Tensor | None: ...  # what an error of the block's output costs: see calibration/sensitivity.py
     @property
     def ranks(self) -> Group: ...
+    @property
+    def notes(self) -> Notes: ...  # of this pass on this block; not of more than one rank together
     def progress(self, done: int, total: int) -> None: ...  # of a pass that takes long
     def __getitem__(self, key: tuple[str, type[Any]]) -> Any: ...  # stats[layer, Hessian]
     def taps(self, layers: Iterable[str]) -> Sequence[tuple[str, ...]]: ...  # layers that read the same tensor

@@ -5,7 +5,7 @@ Shape suffixes: B samples of a batch, S sequence, D hidden, T tokens, I in_featu
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from compressor.calibration.hidden import Hidden, Keep, shapes
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError
 from compressor.model.source import return_freed_memory
-from compressor.types import Accumulator, Block, PairedAccumulator
+from compressor.types import Accumulator, Block, NoNotes, Notes, PairedAccumulator
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class BlockStats:
     targets: Sequence[Tensor]
     metric: Tensor | None
     told: Callable[[int, int], None]
+    notes: Notes = field(default_factory=NoNotes)
 
     def __getitem__(self, key: tuple[str, type[Any]]) -> Any:
         layer, kind = key

@@ -1,6 +1,7 @@
 """Where a run writes: finished parts and a journal while it works, a whole model directory in one step at its end.
 
-    OUT.partial/work/    lock, journal.jsonl, and one safetensors file per finished part (a block, or a tensor outside them)
+    OUT.partial/work/    lock, journal.jsonl, one safetensors file per finished part (a block, or a tensor outside them), and
+                         notes of passes on how far they have come with one that is not finished
     OUT.partial/model/   the directory as it will be
     OUT                  appears by renaming the latter, and only then
 
@@ -14,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from compressor.errors import OutputError
 
+NOTE = ".note"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt",
                 "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite")  # fmt: skip
 
@@ -66,9 +69,10 @@ class Workspace:
                 shutil.rmtree(self.partial)
             raise _exists(self.out)
         lines = read_journal(journal)
-        if len(lines) > 1 and not self.resume and not self.overwrite:
+        begun = " and one that is begun" if any(self.work.glob(f"*{NOTE}")) else ""
+        if (len(lines) > 1 or begun) and not self.resume and not self.overwrite:
             raise OutputError(
-                f"{self.partial}: holds {len(lines) - 1} finished parts of an interrupted run; "
+                f"{self.partial}: holds {len(lines) - 1} finished parts{begun} of an interrupted run; "
                 "give --resume to go on from there or --overwrite to start again"
             )
         if lines and self.resume:
@@ -100,6 +104,12 @@ class Workspace:
                 journal.flush()
                 os.fsync(journal.fileno())
         self.finished[part] = {"part": part, **record}
+        for note in self.work.glob(f"{part}.*{NOTE}"):
+            note.unlink()
+
+    def notes(self, part: str, number: int) -> "PartNotes":
+        """Of the pass of a number, on a part that is not finished."""
+        return PartNotes(self.work, f"{part}.{number}")
 
     def read(self, part: str) -> dict[str, Tensor]:
         """The tensors of a finished part."""
@@ -128,6 +138,32 @@ class Workspace:
             self.model.rename(self.out)
             _sync(self.out.parent)
             shutil.rmtree(self.partial)
+
+
+@dataclass(frozen=True)
+class PartNotes:
+    """How far a pass has come with a part: one file for each key."""
+
+    work: Path
+    prefix: str
+
+    def load(self, key: str) -> dict[str, Tensor]:
+        """What was saved last under a key."""
+        path = self._path(key)
+        tensors: dict[str, Tensor] = load_file(path) if path.is_file() else {}
+        return tensors
+
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace it in one step."""
+        path = self._path(key)
+        unfinished = path.with_suffix(".unfinished")
+        with writing(path):
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished)
+            _sync(unfinished)
+            unfinished.rename(path)
+
+    def _path(self, key: str) -> Path:
+        return self.work / f"{self.prefix}.{key}{NOTE}"
 
 
 def copy_other_files(source: Path, to: Path, except_for: Path) -> list[str]:

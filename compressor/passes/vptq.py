@@ -15,7 +15,7 @@ Shape suffixes: O out_features, I in_features, V vectors in a column, D their le
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ from compressor.passes._refine import sweep
 from compressor.passes._vectors import Problem, reduced
 from compressor.passes.gptq import GPTQ, Layer, gptq, output_energy
 from compressor.registry import node
-from compressor.types import Block, Format, OneOf, Outcome, QuantizedTensor, Stats, Stored
+from compressor.types import Block, Format, Notes, OneOf, Outcome, QuantizedTensor, Stats, Stored
 
 STEPS = 10  # of conjugate gradients, each a product of the weight's size with the Hessian
 SOLVED = 1e-10  # of the first squared residual
@@ -105,29 +105,43 @@ class VPTQ(GPTQ):
             group = waiting.setdefault(lender[layer.name], [])
             group.append(layer)
             if len(group) == sum(other == lender[layer.name] for other in lender.values()):
-                tried = (self.solve_together(group, formats, damp) for damp in self.damps)
-                for name, (packed, error) in min(tried, key=lambda found: sum(error for _, error in found.values())).items():
-                    edits[name], errors[name] = packed, error
+                tried = [self.solve_together(group, formats, damp, stats.notes) for damp in self.damps]
+                best = min(tried, key=lambda found: sum(error for _, error in found.values()))
+                edits |= {name: packed for name, (packed, _) in best.items()}
+                errors |= {name: error for name, (_, error) in best.items()}
                 del waiting[lender[layer.name]]
             del layer, group  # the next tap may be the widest
         return Outcome({name: edits[name] for name in formats}, errors, tuple(warnings))
 
     def solve_together(
-        self, layers: Sequence[Layer], formats: Mapping[str, Format], damp: float
+        self, layers: Sequence[Layer], formats: Mapping[str, Format], damp: float, notes: Notes
     ) -> dict[str, tuple[QuantizedTensor, float]]:
         """Layers that share codebooks, and the losses tr((W - Q) H (W - Q)ᵀ) without damping, relative to tr(W H Wᵀ)."""
         formats_of = [fmt for fmt in (formats[layer.name] for layer in layers) if isinstance(fmt, VQ)]
         problems = [reduced(layer, fmt, damp) for layer, fmt in zip(layers, formats_of, strict=True)]
-        grid = self.first_books(problems, formats_of[0])
-        codes = [gptq(p.w_OI, p.factor(damp, 1), grid)[0] for p in problems]
-        for _ in range(self.refine):
-            grid = solved(problems, codes, grid)
-            codes = [recoded(p.w_OI, p.h_II, own, grid) for p, own in zip(problems, codes, strict=True)]
+        solution = self.solution(problems, formats_of[0], damp, notes, f"{layers[0].name}.{damp:g}")
         found = {}
-        for layer, problem, own, fmt in zip(layers, problems, codes, formats_of, strict=True):
-            packed = problem.packed(replace(grid, format=fmt), own)
+        for layer, problem, codes, fmt in zip(layers, problems, solution.codes, formats_of, strict=True):
+            packed = problem.packed(replace(solution.grid, format=fmt), codes)
             energy = max(output_energy(layer.w_OI, layer.h_II), 1e-30)
             found[layer.name] = packed, output_energy(layer.w_OI - packed.dequantize(), layer.h_II) / energy
+        return found
+
+    def solution(self, problems: Sequence[Problem], fmt: VQ, damp: float, notes: Notes, key: str) -> "Solution":
+        """Codebooks and codes, from where an interrupted run has left them under a key."""
+        found = Solution.read(notes.load(key), fmt)
+        if found is None:
+            found = Solution(self.first_books(problems, fmt))
+            notes.save(key, found.tensors())
+        for p in problems[len(found.codes) :]:
+            codes, _, _ = gptq(p.w_OI, p.factor(damp, 1), found.grid)
+            found = replace(found, codes=(*found.codes, codes))
+            notes.save(key, found.tensors())
+        for turn in range(found.turns, self.refine):
+            grid = solved(problems, found.codes, found.grid)
+            codes_of = (recoded(p.w_OI, p.h_II, own, grid) for p, own in zip(problems, found.codes, strict=True))
+            found = Solution(grid, tuple(codes_of), turn + 1)
+            notes.save(key, found.tensors())
         return found
 
     def first_books(self, problems: Sequence[Problem], fmt: VQ) -> VectorGrid:
@@ -135,6 +149,30 @@ class VPTQ(GPTQ):
         x_ND = torch.cat([vectors(p.w_OI, fmt.vector) for p in problems])
         importance = [p.h_II.diagonal().expand(len(p.w_OI) // fmt.vector, -1).flatten() for p in problems]
         return fmt.books(x_ND, torch.cat(importance), search=self.search)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """How far layers that share codebooks have come."""
+
+    grid: VectorGrid
+    codes: tuple[Tensor, ...] = ()  # of the layers that error feedback has been through
+    turns: int = 0  # that are done
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As notes hold it."""
+        books = {"codebook": self.grid.codebook_KD, "turns": torch.tensor(self.turns)}
+        residual = {} if self.grid.residual_KD is None else {"residual": self.grid.residual_KD}
+        return {**books, **residual, **{f"codes.{i}": codes for i, codes in enumerate(self.codes)}}
+
+    @staticmethod
+    def read(tensors: Mapping[str, Tensor], fmt: VQ) -> "Solution | None":
+        """From notes; None if there are none."""
+        if not tensors:
+            return None
+        grid = VectorGrid(fmt, tensors["codebook"], tensors.get("residual"))
+        codes = [tensors[f"codes.{i}"] for i in range(sum(name.startswith("codes.") for name in tensors))]
+        return Solution(grid, tuple(codes), int(tensors["turns"]))
 
 
 @torch.no_grad()

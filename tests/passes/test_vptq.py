@@ -1,6 +1,7 @@
 """VPTQ: error feedback over vectors, codebooks by least squares, indices one by one."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,11 @@ from torch import Tensor
 from compressor.formats._codebook import vectors
 from compressor.formats.int_group import IntGroup
 from compressor.formats.vq import VQ, Norm, VectorGrid, stored
+from compressor.passes import vptq
 from compressor.passes._vectors import Problem, reduced
 from compressor.passes.gptq import Factors, Layer, factorise, gptq, output_energy
 from compressor.passes.vptq import VPTQ, entries, linear_maps, recoded, solved
-from compressor.types import stored_bits
+from compressor.types import NoNotes, stored_bits
 
 FORMATS = [VQ(vector=4, bits=5), VQ(vector=8, bits=4, residual_bits=4), VQ(vector=1, bits=3)]
 
@@ -147,7 +149,7 @@ def test_the_pass_gives_what_its_steps_give_and_tells_the_loss() -> None:
         grid = solved([plain(w, h)], [codes], grid)
         codes = recoded(w, h, codes, grid)
     step = VPTQ(options=(fmt,), refine=2)
-    packed, found = step.solve_together([layer(w, h)], {"layer": fmt}, 0.01)["layer"]
+    packed, found = step.solve_together([layer(w, h)], {"layer": fmt}, 0.01, NoNotes())["layer"]
     assert torch.equal(packed.dequantize(), grid.pack(codes).dequantize())
     assert found == pytest.approx(output_energy(w - packed.dequantize(), h) / output_energy(w, h))
 
@@ -185,7 +187,7 @@ class TestShared:
     def test_one_layer_lends_to_the_others(self, fmt: VQ) -> None:
         layers = {name: layer(problem()[0] * size, problem()[1], name) for name, size in (("a", 1.0), ("b", 32.0))}
         formats = {"a": fmt, "b": fmt.borrowing("block.a")}
-        found = VPTQ(options=(fmt,), share="block").solve_together(list(layers.values()), formats, 0.01)
+        found = VPTQ(options=(fmt,), share="block").solve_together(list(layers.values()), formats, 0.01, NoNotes())
         a, b = (found[name][0] for name in layers)
         assert set(a.own) == set(a.parts) == set(b.parts)
         assert set(b.own) == {"weight_index", "weight_norm"}
@@ -215,7 +217,7 @@ class TestReduced:
     def test_the_channels_with_the_largest_inputs_are_dense_and_no_others(self, norm: Norm, outliers: float) -> None:
         w, h = problem()
         fmt = VQ(vector=4, bits=5, norm=norm, outliers=outliers)
-        packed, _ = VPTQ(options=(fmt,)).solve_together([layer(w, h)], {"layer": fmt}, 0.01)["layer"]
+        packed, _ = VPTQ(options=(fmt,)).solve_together([layer(w, h)], {"layer": fmt}, 0.01, NoNotes())["layer"]
         assert sum(8 * part.nbytes for part in packed.parts.values()) == fmt.stored_bits((32, 64))
         if outliers:
             largest = h.diagonal().argsort(descending=True)[:6].sort().values
@@ -225,7 +227,54 @@ class TestReduced:
     def test_dense_channels_cannot_do_better(self, norm: Norm, outliers: float) -> None:
         w, h = problem()
         fmt = VQ(vector=4, bits=5, norm=norm, outliers=outliers)
-        packed, _ = VPTQ(options=(fmt,)).solve_together([layer(w, h)], {"layer": fmt}, 1e-6)["layer"]
+        packed, _ = VPTQ(options=(fmt,)).solve_together([layer(w, h)], {"layer": fmt}, 1e-6, NoNotes())["layer"]
         slope = (w - packed.dequantize()) @ h
         for channel in packed.parts.get("weight_channels", torch.empty(0)).tolist():
             assert slope[:, int(channel)].abs().max() < 0.02 * slope.abs().max()
+
+
+class TestBrokenOff:
+    """A run that ends within a layer goes on from its notes."""
+
+    class Notes:
+        """In memory; the process ends when so many have been written."""
+
+        def __init__(self, last: int) -> None:
+            self.kept: dict[str, dict[str, Tensor]] = {}
+            self.last = last
+
+        def load(self, key: str) -> dict[str, Tensor]:
+            return self.kept.get(key, {})
+
+        def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+            self.kept[key] = {name: t.clone() for name, t in tensors.items()}
+            self.last -= 1
+            if self.last == 0:
+                raise KeyboardInterrupt
+
+    @pytest.mark.parametrize("last", range(1, 6))
+    def test_to_the_same_result(self, last: int) -> None:
+        fmt = VQ(vector=4, bits=5, residual_bits=3, norm="layer")
+        w, h = problem()
+        step, layers = VPTQ(options=(fmt,), refine=2, share="block"), [layer(w, h, "a"), layer(w.flip(0), h, "b")]
+        formats = {"a": fmt, "b": fmt.borrowing("block.a")}
+        whole = step.solve_together(layers, formats, 0.01, NoNotes())
+        notes = self.Notes(last)
+        with pytest.raises(KeyboardInterrupt):
+            step.solve_together(layers, formats, 0.01, notes)
+        resumed = step.solve_together(layers, formats, 0.01, notes)
+        assert all(
+            torch.equal(whole[name][0].parts[part], t) for name in formats for part, t in resumed[name][0].parts.items()
+        )
+
+    def test_without_doing_again_what_is_done(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fmt, (w, h) = VQ(vector=4, bits=5), problem()
+        step, notes = VPTQ(options=(fmt,), refine=2), self.Notes(3)
+        with pytest.raises(KeyboardInterrupt):
+            step.solve_together([layer(w, h)], {"layer": fmt}, 0.01, notes)
+        turns = []
+        again = vptq.solved
+        monkeypatch.setattr(vptq, "gptq", None)
+        monkeypatch.setattr(vptq, "solved", lambda *given: turns.append(1) or again(*given))
+        step.solve_together([layer(w, h)], {"layer": fmt}, 0.01, notes)
+        assert turns == [1]

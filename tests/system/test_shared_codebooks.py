@@ -116,6 +116,33 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert contents(out, REPORTS) == contents(result, REPORTS)
 
 
+@pytest.mark.parametrize("key", ["0.mlp.down_proj", "0.self_attn.q_proj"])
+def test_a_run_killed_within_a_layer_resumes_to_the_same_bytes(
+    key: str, recipe: Path, tiny: Path, out: Path, tmp_path: Path, compress: CommandLine
+) -> None:
+    command = ("run", recipe, tiny, "--no-verify", "--set", "passes.0.share=layer")
+    whole = tmp_path / "whole"
+    assert compress(*command, "--out", whole).code == 0
+    note = f"block-00001.{key}.0.01.note"
+    Fork(tmp_path / "log", *command, "--out", out, fate=(dies_at_rename, (note, True))).result()
+    work = out.with_name(f"{out.name}.partial") / "work"
+    assert (work / note).exists()
+    assert not out.exists()
+    assert compress(*command, "--out", out, "--resume").code == 0
+    assert contents(out, REPORTS) == contents(whole, REPORTS)
+
+
+def test_notes_of_the_first_block_are_not_lost_unasked(
+    recipe: Path, tiny: Path, out: Path, tmp_path: Path, compress: CommandLine
+) -> None:
+    command = ("run", recipe, tiny, "--out", out, "--no-verify")
+    note = "block-00000.0.self_attn.q_proj.0.01.note"
+    Fork(tmp_path / "log", *command, fate=(dies_at_rename, (note, True))).result()
+    refused = compress(*command)
+    assert refused.code == 2
+    assert "holds 0 finished parts and one that is begun of an interrupted run; give --resume" in refused.err
+
+
 def test_two_ranks_write_what_one_writes(recipe: Path, tiny: Path, result: Path, out: Path, tmp_path: Path) -> None:
     ranks = on_ranks(tmp_path / "log", "run", recipe, tiny, "--out", out, "--no-verify")
     assert [rank.code for rank in ranks] == [0, 0], ranks
