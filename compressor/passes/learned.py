@@ -1,7 +1,6 @@
 """Learned rounding: train the codes and scales that earlier passes left, so that the whole block's output stays what it was.
 
-What is trained is in compressor/passes/_latents.py. Steps are taken on a few samples at a time, with learning rates that fall
-to zero.
+What is trained is in compressor/passes/_latents.py, how in compressor/passes/_training.py.
 
 Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent" (AutoRound), EMNLP 2024 findings; Chen et al.,
 "EfficientQAT", ACL 2025, section 3.2 (latents unbounded, scales trained along). What differs:
@@ -9,62 +8,39 @@ Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent" (Au
 * the start is what GPTQ found, not rounding;
 * the target is the dense block's output on the dense model's own hidden states, the input that of the compressed model;
 * the squared error is weighed by what the model's predictions make of it: see compressor/calibration/sensitivity.py;
-* Adam. A step's gradients are summed in fp64 over fixed pieces of the calibration text, whichever rank computed them, so the
-  result does not depend on the number of ranks.
+* Adam.
 
 Shape suffixes: O out_features, I in_features, D hidden, B samples, S sequence.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from compressor.calibration.stats import Hessian
 from compressor.codes import FloatCodes, IntCodes, VectorCodes
 from compressor.errors import RecipeError
 from compressor.passes._latents import FloatRounding, IntRounding, Rounding, VectorRounding
+from compressor.passes._training import Schedule, Text, Training
 from compressor.passes.gptq import output_energy
 from compressor.registry import node
-from compressor.types import Accumulator, Block, Format, Group, Outcome, QuantizedTensor, Stats, borrowed
-
-PIECE = 1024  # tokens whose gradients are computed together; a sample at least
+from compressor.types import Accumulator, Block, Format, Outcome, QuantizedTensor, Stats, borrowed
 
 
 @node
-class Learned:
-    """Train what earlier passes of the recipe rounded, codebooks too; the format stays.
+class Learned(Schedule):
+    """Train what earlier passes of the recipe rounded, codebooks too; the format stays. More fields: `Schedule`.
 
     Args:
-        steps: Of training, for each block.
-        batch: Samples in a step.
-        lr: First learning rate of the latents, in steps of the grid (their mean, of floating-point numbers), times the bits
-            of a code: fine grids need small moves.
-        scale_lr: First learning rate of the scales, or of the entries of codebooks, as a fraction of their mean size.
         sensitivity: Weigh errors by the Fisher information of the block's output; False takes the plain squared error.
-        seed: Of the order of samples.
     """
 
-    steps: int = 200
-    batch: int = 8
-    lr: float = 0.01
-    scale_lr: float = 1e-3
     sensitivity: bool = True
-    seed: int = 0
     needs: ClassVar[tuple[type[Accumulator], ...]] = (Hessian,)
     two_streams: ClassVar[bool] = True
     together: ClassVar[bool] = True
     options: ClassVar[tuple[Format, ...]] = ()
-
-    def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("batch", self.batch)):
-            if value < 1:
-                raise ValueError(f"{name}: {value} is not a positive number")
-        for name, rate in (("lr", self.lr), ("scale_lr", self.scale_lr)):
-            if not 0 <= rate <= 1:
-                raise ValueError(f"{name}: {rate} is not in 0 … 1")
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
         """The layers that are packed already: nothing is left to plan."""
@@ -78,10 +54,19 @@ class Learned:
         dense = {name: block.unrounded[name].float() for name in start}
         roundings = {name: rounding(new, dense[name], f"{block.prefix}.{name}") for name, new in start.items()}
         share_books(roundings, start, block.prefix)
-        text = Text(stats.inputs, stats.targets, pieces(stats.inputs, stats.ranks))
-        training = Training(block, roundings, text, stats.metric if self.sensitivity else None, stats.ranks)
+        text = Text.of(stats.inputs, stats.targets, stats.ranks)
+        metric_DD = stats.metric if self.sensitivity else None
+
+        def missed(x_BSD: Tensor, y_BSD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+            """The squared error of the block's output, weighed, summed over tokens."""
+            device = next(iter(weights.values())).device
+            off = (block.forward(x_BSD.to(device), weights) - y_BSD.to(device)).float()
+            return (off if metric_DD is None else off @ metric_DD).mul(off).sum()
+
+        dtypes = {name: block.weight(name).dtype for name in start}
+        training = Training(roundings, dtypes, text, missed, stats.ranks)
         before = training.loss()
-        for done in training.run(self, samples_of_a_piece(stats.inputs)):
+        for done in training.run(self):
             stats.progress(done, self.steps)
         warnings: tuple[str, ...] = ()
         trained = training.roundings
@@ -92,122 +77,6 @@ class Learned:
             warnings = (f"{block.prefix}: {found}; its rounding stays as it was, try a lower lr",)
         errors = {n: _relative(edits[n], dense[n], stats[n, Hessian].value) for n in edits}
         return Outcome(edits, errors, warnings)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some adjacent samples of a batch: whose gradients are computed together."""
-
-    batch: int  # in this rank's list
-    samples: slice
-
-
-@dataclass(frozen=True)
-class Text:
-    """What this rank has of the calibration text, and how all of it is cut into pieces."""
-
-    inputs: Sequence[Tensor]  # [B, S, D] that enter the compressed block
-    targets: Sequence[Tensor]  # [B, S, D] that leave the dense one
-    pieces: Sequence[Piece | None]  # of every rank, in the order of the text; None are another's
-
-    def step(self, chosen: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of some pieces: inputs and targets."""
-        for piece in (self.pieces[i] for i in chosen):
-            if piece is not None:
-                yield self.inputs[piece.batch][piece.samples], self.targets[piece.batch][piece.samples]
-
-
-def samples_of_a_piece(inputs: Sequence[Tensor]) -> int:
-    """Samples [S, D] whose gradients are computed together."""
-    return max(1, PIECE // inputs[0].shape[1])
-
-
-def pieces(inputs: Sequence[Tensor], ranks: Group) -> list[Piece | None]:
-    """The calibration text of all ranks in pieces: the same list on each, but for whose they are.
-
-    Batch i of all lives on rank i mod world.
-    """
-    size = samples_of_a_piece(inputs)
-    most = torch.tensor([len(inputs)], device=ranks.device)
-    ranks.max_([most])  # the last ranks may have a batch less
-    counts = torch.zeros(ranks.world * int(most), dtype=torch.int64, device=ranks.device)
-    for i, batch in enumerate(inputs):
-        counts[ranks.rank + ranks.world * i] = -(-len(batch) // size)
-    ranks.sum_([counts])
-    found: list[Piece | None] = []
-    for number, count in enumerate(counts.tolist()):
-        i, owner = divmod(number, ranks.world)
-        own = owner == ranks.rank
-        found += [Piece(i, slice(k * size, (k + 1) * size)) if own else None for k in range(count)]
-    return found
-
-
-class Training:
-    """The block's roundings while they are trained; what a step of it needs besides the text."""
-
-    def __init__(self, block: Block, roundings: Mapping[str, Rounding], text: Text, metric_DD: Tensor | None, ranks: Group):
-        self.block, self.roundings, self.text, self.metric_DD, self.ranks = block, roundings, text, metric_DD, ranks
-
-    def run(self, options: Learned, samples_of_a_piece: int) -> Iterator[int]:
-        """Train; yields the number of steps done."""
-        optimiser = self._optimiser(options)
-        generator = torch.Generator().manual_seed(options.seed)
-        count = min(max(1, options.batch // samples_of_a_piece), len(self.text.pieces))
-        waiting: list[int] = []
-        for step in range(options.steps):
-            if len(waiting) < count:
-                waiting = torch.randperm(len(self.text.pieces), generator=generator).tolist()
-            chosen, waiting = waiting[:count], waiting[count:]
-            self._slopes(chosen)
-            for group in optimiser.param_groups:
-                group["lr"] = group["first"] * (1 - step / options.steps)
-            optimiser.step()
-            self.roundings = {name: r.moved(step + 1) for name, r in self.roundings.items()}
-            yield step + 1
-
-    def _optimiser(self, options: Learned) -> torch.optim.Optimizer:
-        """Adam over all latents and scales; the rate of a scale is relative to what scales of its weight are like."""
-        groups = [{"params": [r.latent_OI], "first": options.lr * r.step / r.bits} for r in self.roundings.values()]
-        scales = {id(r.scale): r.scale for r in self.roundings.values()}  # layers may share one
-        groups += [{"params": [s], "first": options.scale_lr * float(s.abs().mean())} for s in scales.values()]
-        return torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-30)
-
-    def _slopes(self, chosen: Sequence[int]) -> None:
-        """Set the gradients of the loss over some pieces of the text."""
-        weights = {name: w.requires_grad_() for name, w in self._weights().items()}
-        sums = [torch.zeros_like(w, dtype=torch.float64) for w in weights.values()]
-        with torch.enable_grad():
-            for x, y in self.text.step(chosen):
-                slopes = torch.autograd.grad(self._missed(x, y, weights), list(weights.values()))
-                for total, slope in zip(sums, slopes, strict=True):
-                    total.add_(slope)
-        self.ranks.sum_(sums)
-        for rounding in self.roundings.values():
-            rounding.scale.grad = None
-        for rounding, total in zip(self.roundings.values(), sums, strict=True):
-            rounding.latent_OI.grad, slope = rounding.slopes(total.float())
-            shared = rounding.scale.grad
-            rounding.scale.grad = slope if shared is None else shared + slope
-
-    def _weights(self) -> dict[str, Tensor]:
-        """In the dtype of computation."""
-        return {name: r.weight().to(self.block.weight(name).dtype) for name, r in self.roundings.items()}
-
-    def _missed(self, x_BSD: Tensor, y_BSD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        """The squared error of the block's output, weighed, summed over tokens."""
-        device = next(iter(weights.values())).device
-        missed = (self.block.forward(x_BSD.to(device), weights) - y_BSD.to(device)).float()
-        return (missed if self.metric_DD is None else missed @ self.metric_DD).mul(missed).sum()
-
-    @torch.no_grad()
-    def loss(self) -> float:
-        """That over all of the text."""
-        total = torch.zeros(1, dtype=torch.float64, device=self.ranks.device)
-        weights = self._weights()
-        for x, y in self.text.step(range(len(self.text.pieces))):
-            total += self._missed(x, y, weights).double()
-        self.ranks.sum_([total])
-        return float(total)
 
 
 def _relative(new: QuantizedTensor, w_OI: Tensor, h_II: Tensor) -> float:
