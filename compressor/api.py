@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from compressor import methods, pipeline
+from compressor import methods, pipeline, tuning
 from compressor.activations import static_part
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import Keep, keeping
@@ -31,7 +31,7 @@ from compressor.provenance import fingerprint, finished_report, new_report
 from compressor.recipe import Recipe, load_recipe, make_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
-from compressor.types import OneOf, Plan
+from compressor.types import OneOf, Plan, Tunes
 from compressor.verification.check import WrongError
 from compressor.verification.probe import Record
 from compressor.verification.verify import verify as verify_directory
@@ -246,6 +246,14 @@ def compress_blocks(
     if calibration is not None:
         stream = open_stream(job, calibration, keep, tell)
     probe = pipeline.compress(job, stream, workspace, finished, report, tell)
+    for number, step in enumerate(job.passes):
+        if isinstance(step, Tunes):
+            if tuning.TUNED in finished:
+                probe = tuning.tuned(workspace, report) if workspace is not None else None
+            else:
+                assert calibration is not None
+                batches = job.ranks.mine(calibration.batches(TOKENS_AT_ONCE))
+                probe = tuning.tune(job, number, batches, keep, workspace, report, tell)
     report.seconds = time.monotonic() - started
     report.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if source.device.type == "cuda":

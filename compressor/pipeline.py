@@ -166,7 +166,7 @@ def replay(
     block = job.source.block(index)
     if stream is not None and streams:
         stream.enter(block)
-    stored = _stored_layers(job.source, block, workspace, part) if workspace is not None else {}
+    stored = stored_layers(job.source, block, workspace, part) if workspace is not None else {}
     block.install(job.ranks.agree(stored) if streams else stored)
     cache = _stored_cache(job, block, workspace.read(part)) if workspace is not None else None
     block.cache = job.ranks.agree(cache) if streams else cache
@@ -224,7 +224,7 @@ def _stored_cache(job: Job, block: Block, tensors: Mapping[str, Tensor]) -> Cach
     return CacheScales.read(rounding, found, lambda name: tensors[job.source.beside(f"{block.prefix}.{name}")])
 
 
-def _stored_layers(source: ModelSource, block: Block, workspace: Workspace, part: str) -> dict[str, Stored]:
+def stored_layers(source: ModelSource, block: Block, workspace: Workspace, part: str) -> dict[str, Stored]:
     """What a finished part holds, as it was installed."""
     tensors, bases = workspace.read(part), block_names(source, block)
     formats = {f.removeprefix(f"{block.prefix}."): fmt for f, fmt in stored_formats({part: workspace.finished[part]}).items()}

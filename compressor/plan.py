@@ -10,7 +10,19 @@ from compressor.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attent
 from compressor.model.checkpoint import Header
 from compressor.model.rewritten import Progress, Rewrites, silent
 from compressor.model.source import ModelSource
-from compressor.types import Block, Format, OneOf, Option, PairedAccumulator, Pass, Picks, Plan, QuantizedTensor, Shares
+from compressor.types import (
+    Block,
+    Format,
+    OneOf,
+    Option,
+    PairedAccumulator,
+    Pass,
+    Picks,
+    Plan,
+    QuantizedTensor,
+    Shares,
+    Tunes,
+)
 
 # Bytes for each trained weight: latent and gradient, two moments, the start, fp64 sums, the rounded weight with its own
 # gradient and what both pass through.
@@ -23,8 +35,11 @@ def rewritten(
     """The model as it is once passes that change the whole of it have done so; arguments as of `Rewrites.rewriting`.
 
     Raises:
-        RecipeError: such a pass is not the first, or cannot do it.
+        RecipeError: such a pass is not the first, or cannot do it; or one that trains the whole of it is not the last.
     """
+    for number, step in enumerate(passes[:-1]):
+        if isinstance(step, Tunes):
+            raise RecipeError(f"passes.{number}: it trains the whole model once all blocks are compressed; put it last")
     for number, step in enumerate(passes):
         if isinstance(step, Rewrites):
             if number:
@@ -256,7 +271,20 @@ def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch
         kept + (4 + 4) * solved + 3 * 4 * largest,  # rounding: the Hessian, its factor, the weight thrice
         kept + (4 + 4 + 4) * solved + 3 * 4 * largest if paired else 0,  # the same with a second statistic
         kept + TRAINING * trained + _activations(block, min(tokens, batch), size) if trained else 0,
+        _tuning(source, passes, hidden + 2 * outside),
     )
+
+
+def _tuning(source: ModelSource, passes: Sequence[Pass], beside: int) -> int:
+    """Peak while a pass trains the whole model: every block, its weights as they were, and what training needs."""
+    if not any(isinstance(step, Tunes) for step in passes):
+        return 0
+    weights = sum(
+        math.prod(block.shape(name))
+        for block in (source.block(index, load=False) for index in range(len(source.layers)))
+        for name in block.layers
+    )
+    return beside + weights * (TRAINING + 2 * source.dtype.itemsize)
 
 
 def _judging(source: ModelSource, tokens: int, batch: int) -> int:

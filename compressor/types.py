@@ -362,6 +362,29 @@ class Shares(Protocol):
         """The formats of layers once they share, from those that the plan has."""
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A compressed model in memory, and what the dense one makes of the same text."""
+
+    inputs: Sequence[Tensor]  # [B, S, D] that enter the first block, of this rank
+    targets: Sequence[Tensor]  # [B, S, D] that leave the last block of the dense model
+    student: Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # logits of inputs, with weights [O, I] by full layer name
+    teacher: Callable[[Tensor], Tensor]  # logits of targets
+    packed: Mapping[str, QuantizedTensor]  # by full layer name
+    dense: Mapping[str, Tensor]  # [O, I] of the same layers, before anything was done to them
+    dtype: torch.dtype  # of the computation
+    ranks: Group
+    progress: Callable[[int, int], None]
+
+
+@runtime_checkable
+class Tunes(Protocol):
+    """A pass that trains the whole model once all blocks are compressed."""
+
+    def tune(self, whole: Whole) -> tuple[Mapping[str, QuantizedTensor], tuple[str, ...]]:
+        """New layers by full name, in the formats that they had, and warnings."""
+
+
 class Pass(Protocol):
     """One algorithm, one file: a frozen dataclass whose fields are its recipe keys. Holds no state."""
 

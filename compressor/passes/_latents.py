@@ -35,6 +35,11 @@ class Rounding:
         """Of a weight, scales apart."""
 
     @property
+    def length(self) -> int:
+        """Adjacent output channels that have a code together."""
+        return 1
+
+    @property
     @abstractmethod
     def step(self) -> float:
         """How far neighbours that a latent is rounded to are apart, on average."""
@@ -219,7 +224,6 @@ class VectorRounding(Rounding):
 
     @property
     def length(self) -> int:
-        """Of a vector."""
         return self.codes.codebook.shape[1]
 
     @property

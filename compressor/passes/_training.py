@@ -96,6 +96,15 @@ def pieces(inputs: Sequence[Tensor], size: int, ranks: Group) -> list[Piece | No
     return found
 
 
+def largest(slope_OI: Tensor, rounding: Rounding, share: float) -> Tensor:
+    """Gradients by latents, zero but for a share of the codes: those where they are largest."""
+    by_code = slope_OI.unflatten(0, (-1, rounding.length))
+    size = by_code.square().sum(1, keepdim=True)
+    least = size.flatten().kthvalue(max(1, round((1 - share) * size.numel()))).values
+    kept: Tensor = (by_code * (size > least)).flatten(0, 1)
+    return kept
+
+
 Missed = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]  # of inputs, targets and weights: a sum over tokens
 
 
@@ -108,6 +117,7 @@ class Training:
         text: Inputs and targets.
         missed: The loss.
         ranks: Who else has text.
+        moving: Share of the codes of a weight whose latents a step moves: those with the largest gradients.
     """
 
     def __init__(
@@ -117,8 +127,10 @@ class Training:
         text: Text,
         missed: Missed,
         ranks: Group,
+        moving: float = 1.0,
     ) -> None:
         self.roundings, self.dtypes, self.text, self.missed, self.ranks = roundings, dtypes, text, missed, ranks
+        self.moving = moving
 
     def run(self, options: Schedule) -> Iterator[int]:
         """Train; yields the number of steps done."""
@@ -157,7 +169,8 @@ class Training:
         for rounding in self.roundings.values():
             rounding.scale.grad = None
         for rounding, total in zip(self.roundings.values(), sums, strict=True):
-            rounding.latent_OI.grad, slope = rounding.slopes(total.float())
+            by_latent_OI, slope = rounding.slopes(total.float())
+            rounding.latent_OI.grad = by_latent_OI if self.moving == 1 else largest(by_latent_OI, rounding, self.moving)
             shared = rounding.scale.grad
             rounding.scale.grad = slope if shared is None else shared + slope
 

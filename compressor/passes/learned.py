@@ -84,8 +84,8 @@ def _relative(new: QuantizedTensor, w_OI: Tensor, h_II: Tensor) -> float:
     return output_energy(w_OI - new.dequantize(), h_II) / max(output_energy(w_OI, h_II), 1e-30)
 
 
-def share_books(roundings: Mapping[str, Rounding], packed: Mapping[str, QuantizedTensor], prefix: str) -> None:
-    """Have layers that share codebooks train the same."""
+def share_books(roundings: Mapping[str, Rounding], packed: Mapping[str, QuantizedTensor], prefix: str = "") -> None:
+    """Have layers that share codebooks train the same; names may be without the prefix of the block."""
     for name, r in roundings.items():
         lender = borrowed(packed[name].format, packed[name].shape)[0].removeprefix(f"{prefix}.")
         if lender in roundings:
