@@ -23,7 +23,7 @@ FLOORS = (
     ("plan", "evaluation"),
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
-    ("judging",),
+    ("judging", "tuning"),
     ("api", "comparison"),
     ("cli", "__main__"),
 )
