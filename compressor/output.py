@@ -15,8 +15,9 @@ from compressor.kernels.layouts import Layout, layout_for
 from compressor.kv_cache import CacheRounding
 from compressor.model import quantization_config, shards
 from compressor.model.architecture import LinearKind, linear_layers
+from compressor.model.journal import writing
 from compressor.model.source import ModelSource
-from compressor.model.writer import Workspace, copy_other_files, writing
+from compressor.model.writer import Workspace, copy_other_files
 from compressor.plan import describe_plan, settled, stored_formats, total_bits
 from compressor.recipe import Recipe, to_yaml
 from compressor.report import Report

@@ -78,7 +78,7 @@ def make_plan(source: ModelSource, passes: Sequence[Pass]) -> Plan:
 
 def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
     """What a pass may make of a unit: its one option, or those of several that can hold all of its layers."""
-    fitting = tuple(option for option in step.options if all(_fits(option, block, name) for name in layers))
+    fitting = tuple(option for option in step.options if all(fits(option, block, name) for name in layers))
     if not fitting:
         for name in layers:
             _check_fit(step.options[0], block, name)
@@ -91,7 +91,7 @@ def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
     return OneOf(fitting) if step.chooses else step.options[0]
 
 
-def _fits(option: Option, block: Block, name: str) -> bool:
+def fits(option: Option, block: Block, name: str) -> bool:
     """Whether a layer can be held in an option, if that is a format."""
     try:
         return not isinstance(option, Format) or option.stored_bits(block.shape(name)) > 0

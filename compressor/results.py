@@ -10,7 +10,7 @@ from typing import Any
 
 from compressor.card import model_card
 from compressor.errors import OutputError
-from compressor.model.writer import replace_text
+from compressor.model.journal import replace_text
 from compressor.report import at_the_top
 from compressor.report_html.page import render
 from compressor.report_html.plots import plot_data

@@ -170,6 +170,33 @@ def stored_bits(new: Stored) -> int:
     return sum(8 * part.nbytes for part in parts)
 
 
+def _roundings(edits: Edits) -> dict[str, InputRounding]:
+    """How layers with new weights round what they multiply by, if they do."""
+    packed = {name: new for name, new in edits.items() if isinstance(new, QuantizedTensor)}
+    found = {name: input_rounding(new.format, new.parts.__getitem__) for name, new in packed.items()}
+    return {name: how for name, how in found.items() if how is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """New weights that are ready to be tried."""
+
+    weights: Mapping[str, Tensor]  # dense, as in `Edits`
+    rounded: Mapping[str, InputRounding]
+
+    @classmethod
+    def of(cls, edits: Edits, device: torch.device, dtype: torch.dtype) -> "Trial":
+        """On a device, in the dtype of computation."""
+        there = {name: _moved(new, device) for name, new in edits.items()}
+        return cls({name: dense(new).to(dtype) for name, new in there.items()}, _roundings(there))
+
+
+def _moved(new: Stored, device: torch.device) -> Stored:
+    if isinstance(new, QuantizedTensor):
+        return replace(new, parts={name: part.to(device) for name, part in new.parts.items()})
+    return new.to(device)
+
+
 class LinearLike(Protocol):
     """How to read and write the weight of one kind of linear module as [out_features, in_features]."""
 
@@ -226,6 +253,14 @@ class Block:
             )
         return result
 
+    def trying(self, *trials: Trial) -> Callable[[Tensor], Tensor]:
+        """`forward` as it would be with new weights installed, which they are not."""
+        weights = {name: new for trial in trials for name, new in trial.weights.items()}
+        kept = {name: how for name, how in self.rounded.items() if name not in weights}
+        rounded = {name: how for trial in trials for name, how in trial.rounded.items()}
+        tried = replace(self, rounded={**kept, **rounded})
+        return lambda hidden_BSD: tried.forward(hidden_BSD, weights)
+
     def dense_forward(self, hidden_BSD: Tensor) -> Tensor:
         """What `forward` would return had nothing been packed; what else passes changed, norms say, counts."""
         assert self.unrounded is not None
@@ -241,9 +276,7 @@ class Block:
                 self.unrounded.setdefault(name, self.weight(name))
             self._set(name, dense(new))
             self.installed[name] = new
-            how = input_rounding(new.format, new.parts.__getitem__) if isinstance(new, QuantizedTensor) else None
-            others = {layer: known for layer, known in self.rounded.items() if layer != name}
-            self.rounded = others if how is None else {**others, name: how}
+        self.rounded = {name: how for name, how in self.rounded.items() if name not in edits} | _roundings(edits)
 
     def settle(self) -> None:
         """Round what passes made and left dense to the dtype it is stored in: later blocks see what will be read back."""

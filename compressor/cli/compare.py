@@ -42,7 +42,7 @@ def compare(
     from compressor.cli._quiet import quiet
     from compressor.comparison import compare as judge
     from compressor.comparison import page
-    from compressor.model.writer import replace_text
+    from compressor.model.journal import replace_text
 
     if report is not None:
         _check_place(report)

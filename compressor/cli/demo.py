@@ -26,7 +26,7 @@ def demo(
     from compressor import api
     from compressor.assets import DEMO_MODEL
     from compressor.cli._quiet import quiet
-    from compressor.model.writer import replace_text
+    from compressor.model.journal import replace_text
     from compressor.report_html.page import render
     from compressor.runtime.load import generate
 

@@ -25,7 +25,7 @@ def report(
 
     Example: `compress report model-int4 model-int3 --out page.html`
     """
-    from compressor.model.writer import replace_text
+    from compressor.model.journal import replace_text
     from compressor.report_html.page import render
     from compressor.report_html.plots import plot_data
     from compressor.results import read_report

@@ -11,19 +11,17 @@ line names a part that is safely on disk, with what the report needs of it. A li
 
 import contextlib
 import fcntl
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compressor.errors import OutputError
+from compressor.model.journal import JOURNAL, LOCK, Journal, read_journal, save, sync, writing
 
 NOTE = ".note"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt",
@@ -34,76 +32,51 @@ class Workspace:
     """The unfinished output of one run. Use as a context manager: it holds the lock."""
 
     def __init__(self, out: Path, fingerprint: Mapping[str, str], *, resume: bool = False, overwrite: bool = False) -> None:
-        self.out, self.fingerprint, self.resume, self.overwrite = out, dict(fingerprint), resume, overwrite
+        self.out, self.resume, self.overwrite = out, resume, overwrite
         self.partial = out.with_name(out.name + ".partial")
         self.work, self.model = self.partial / "work", self.partial / "model"
-        self.finished: dict[str, dict[str, Any]] = {}  # part -> its line of the journal
-        self._lock: TextIO | None = None
+        self.journal = Journal(self.work, fingerprint)
 
     def __enter__(self) -> "Workspace":
-        with writing(self.partial):
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.work / "lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
-                raise OutputError(
-                    f"{self.partial}: another run is writing here; wait for it or choose another --out"
-                ) from error
-            try:
-                self._open_journal()
-            except BaseException:
-                self._lock.close()
-                raise
+        self.journal.lock(self.partial)
+        try:
+            with writing(self.partial):
+                self._open()
+        except BaseException:
+            self.journal.release()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._lock is not None
-        self._lock.close()
+        self.journal.release()
 
-    def _open_journal(self) -> None:
-        journal = self.work / "journal.jsonl"
+    def _open(self) -> None:
+        lines = self.journal.lines()
         if self.out.exists() and not self.overwrite:
-            if not journal.exists():
+            if not lines:
                 shutil.rmtree(self.partial)
             raise _exists(self.out)
-        lines = read_journal(journal)
         begun = " and one that is begun" if any(self.work.glob(f"*{NOTE}")) else ""
         if (len(lines) > 1 or begun) and not self.resume and not self.overwrite:
             raise OutputError(
                 f"{self.partial}: holds {len(lines) - 1} finished parts{begun} of an interrupted run; "
                 "give --resume to go on from there or --overwrite to start again"
             )
-        if lines and self.resume:
-            check_fingerprint(lines[0], self.fingerprint, self.partial)
-            for line in lines[1:]:
-                if not (self.work / f"{line['part']}.safetensors").is_file():
-                    break
-                self.finished[line["part"]] = line
+        if self.resume:
+            self.journal.resume(self.partial, "restore it, or give --overwrite to start again")
         else:
-            for file in self.work.iterdir():
-                if file.name != "lock":
-                    file.unlink()
+            self.journal.start()
         shutil.rmtree(self.model, ignore_errors=True)
         self.model.mkdir()
-        whole = [self.fingerprint, *self.finished.values()]
-        replace_text(journal, "".join(json.dumps(line) + "\n" for line in whole))
+
+    @property
+    def finished(self) -> Mapping[str, dict[str, Any]]:
+        """Lines of the journal, by part."""
+        return self.journal.finished
 
     def add(self, part: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
         """Put a finished part on disk, then its record in the journal."""
-        path = self.part(part)
-        unfinished = path.with_suffix(".unfinished")
-        with writing(path):
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
-            _sync(unfinished)
-            unfinished.rename(path)
-            _sync(self.work)
-            with (self.work / "journal.jsonl").open("a") as journal:
-                journal.write(json.dumps({"part": part, **record}) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
-        self.finished[part] = {"part": part, **record}
+        self.journal.add(part, tensors, **record)
         for note in self.work.glob(f"{part}.*{NOTE}"):
             note.unlink()
 
@@ -113,12 +86,11 @@ class Workspace:
 
     def read(self, part: str) -> dict[str, Tensor]:
         """The tensors of a finished part."""
-        tensors: dict[str, Tensor] = load_file(self.part(part))
-        return tensors
+        return self.journal.read(part)
 
     def part(self, part: str) -> Path:
         """The file of a part."""
-        return self.work / f"{part}.safetensors"
+        return self.journal.part(part)
 
     def write_text(self, name: str, text: str) -> None:
         """A text file of the model directory."""
@@ -130,13 +102,13 @@ class Workspace:
         with writing(self.out):
             for file in self.model.rglob("*"):
                 if file.is_file():
-                    _sync(file)
+                    sync(file)
             old = self.partial / "replaced"
             if self.out.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 self.out.rename(old)
             self.model.rename(self.out)
-            _sync(self.out.parent)
+            sync(self.out.parent)
             shutil.rmtree(self.partial)
 
 
@@ -155,12 +127,7 @@ class PartNotes:
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace it in one step."""
-        path = self._path(key)
-        unfinished = path.with_suffix(".unfinished")
-        with writing(path):
-            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished)
-            _sync(unfinished)
-            unfinished.rename(path)
+        save(self._path(key), tensors)
 
     def _path(self, key: str) -> Path:
         return self.work / f"{self.prefix}.{key}{NOTE}"
@@ -213,12 +180,12 @@ def _exists(out: Path) -> OutputError:
 def clear_up(out: Path, fingerprint: Mapping[str, str]) -> None:
     """Remove what a run that was killed right after publishing has left behind; another run's work stays."""
     partial = out.with_name(out.name + ".partial")
-    found = read_journal(partial / "work" / "journal.jsonl")
+    found = read_journal(partial / "work" / JOURNAL)
     if found and found[0] != fingerprint:
         return
     with contextlib.suppress(OSError):  # nothing is left, or a run is at work there
         (partial / "work").mkdir(exist_ok=True)
-        with (partial / "work" / "lock").open("w") as lock:
+        with (partial / "work" / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(partial)
 
@@ -233,58 +200,3 @@ def check_space(out: Path, needed: int) -> None:
         raise OutputError(
             f"{out}: {needed:,} bytes are needed while writing, {free:,} are free; make room or choose --out on another disk"
         )
-
-
-def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, str], where: Path) -> None:
-    """Refuse to go on from another run's results, naming what differs."""
-    differing = [key for key in expected if found.get(key) != expected[key]]
-    if differing:
-        raise OutputError(
-            f"{where}: cannot resume, {' and '.join(differing)} changed since the interrupted run; "
-            "restore it, or give --overwrite to start again"
-        )
-
-
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; none if there is no journal."""
-    lines: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break  # the kill came in the middle of this line
-    return lines
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be written ({error}); make room or choose another --out") from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one step: it is the old one or the new one, never half of it."""
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory where a file is to be written; name a file in it")
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with writing(path):
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            _sync(unfinished)
-            unfinished.rename(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-
-
-def _sync(path: Path) -> None:
-    """Put a file, or a directory's list of names, safely on the disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

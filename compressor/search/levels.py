@@ -1,0 +1,125 @@
+"""The level database: every option of every unit, computed once, so that a search has only to choose.
+
+A directory with a journal (compressor/model/journal.py) whose fingerprint says for which model, data, passes and arithmetic
+it is good, and a file for each unit, with the packed parts of all its levels, named `<level>/<layer>.<part>`. Files are
+mapped into memory as they are read: a database may be larger than that.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from compressor import registry
+from compressor.model.journal import Journal
+from compressor.types import Format, QuantizedTensor
+
+REMEDY = "name another directory with --levels"
+Choice = tuple[int, ...]  # a level of each unit, in the order of the units
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What an option makes of a unit."""
+
+    option: Format
+    bits: int  # stored, counted from its tensors
+    error: float  # of the block's output with the rest of the block as it is: squared, relative to that output
+    distance: float  # of its weights from the dense ones, squared
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Layers that are stored alike, and their levels: from the fewest bits to the most."""
+
+    name: str  # full
+    block: int
+    layers: tuple[str, ...]  # inside the block
+    weights: int
+    shift: float  # how far the block turns its input: 1 - the mean cosine of what enters and what leaves it
+    outliers: float  # share of weights more than a standard deviation above their mean
+    trace: float  # mean of the diagonal of the Hessian of what the layers read
+    levels: tuple[Level, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the journal."""
+        return {
+            **asdict(self),
+            "levels": [{**asdict(level), "option": registry.describe(level.option)} for level in self.levels],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Unit":
+        """Inverse of `to_dict`."""
+        levels = tuple(Level(**{**level, "option": registry.build("format", level["option"])}) for level in data["levels"])
+        return cls(**{**data, "layers": tuple(data["layers"]), "levels": levels})
+
+
+class LevelDB:
+    """Levels on disk.
+
+    Args:
+        path: Of the directory.
+        fingerprint: What must be equal for what is there to be used.
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, str]) -> None:
+        self.journal = Journal(path, fingerprint)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Be the one that writes while the context is open; what was measured before, is there.
+
+        Raises:
+            OutputError: another run is writing there, or what is there is of another model or other data.
+        """
+        where = self.journal.directory
+        self.journal.lock(where, REMEDY)
+        try:
+            self.journal.resume(where, REMEDY)
+            yield
+        finally:
+            self.journal.release()
+
+    def reread(self) -> None:
+        """Learn of what another process wrote."""
+        self.journal.finished = {line["part"]: line for line in self.journal.lines()[1:]}
+
+    @property
+    def units(self) -> list[Unit]:
+        """In the order of the model."""
+        return [Unit.from_dict(line["unit"]) for line in self.journal.finished.values()]
+
+    def add(self, unit: Unit, edits: Sequence[Mapping[str, QuantizedTensor]]) -> None:
+        """Put a unit on disk; `edits` are its levels' weights, by layer inside the block."""
+        tensors: dict[str, Tensor] = {}
+        stored = []
+        for number, edit in enumerate(edits):
+            stored.append({layer: [registry.describe(new.format), new.shape] for layer, new in edit.items()})
+            for layer, new in edit.items():
+                tensors |= {f"{number}/{layer}.{part}": tensor for part, tensor in new.parts.items()}
+        self.journal.add(unit.name, tensors, unit=unit.to_dict(), stored=stored)
+
+    def edits(self, unit: str, level: int) -> dict[str, QuantizedTensor]:
+        """A level's packed weights by layer inside the block, on the CPU."""
+        found = {}
+        with safe_open(self.journal.part(unit), framework="pt") as opened:
+            names = list(opened.keys())
+            for layer, (spec, (rows, columns)) in self.journal.finished[unit]["stored"][level].items():
+                start = f"{level}/{layer}."
+                parts = {name.removeprefix(start): opened.get_tensor(name) for name in names if name.startswith(start)}
+                found[layer] = QuantizedTensor(registry.build("format", spec), (rows, columns), parts)
+        return found
+
+
+def undominated(unit: Unit) -> Unit:
+    """Without the levels that another one beats or equals in bits and in error."""
+    kept: list[Level] = []
+    for level in sorted(unit.levels, key=lambda level: (level.bits, level.error)):
+        if not kept or level.error < kept[-1].error:
+            kept.append(level)
+    return replace(unit, levels=tuple(kept))

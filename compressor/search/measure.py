@@ -1,0 +1,163 @@
+"""Fill a level database: one sweep over the blocks, in which every pass is applied with every option it has.
+
+Blocks stay dense: all levels of a unit saw the same inputs.
+
+Shape suffixes: B samples of a batch, S sequence, D hidden.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from compressor.calibration.stats import Hessian
+from compressor.calibration.stream import BlockStats, CalibrationStream
+from compressor.errors import RecipeError
+from compressor.model.source import return_freed_memory
+from compressor.pipeline import Event, Job, Tell
+from compressor.plan import fits
+from compressor.search.levels import Level, LevelDB, Unit
+from compressor.types import Block, Format, Pass, QuantizedTensor, Trial, dense, stored_bits
+
+JUDGED = 8192  # tokens that errors of a block's output are taken from
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What leaves a block, on the tokens that errors are taken from."""
+
+    inputs: Sequence[Tensor]  # [B, S, D] of this rank
+    outputs: Sequence[Tensor]
+
+
+def measure(job: Job, stream: CalibrationStream, levels: LevelDB, tell: Tell) -> None:
+    """Add every unit of the model that is not there yet.
+
+    Args:
+        job: The model and the passes; the plan is not used.
+        stream: Positioned before the first block.
+        levels: Written by the first rank, read by all.
+        tell: Called after each option of each block, and after each block.
+
+    Raises:
+        RecipeError: a pass cannot be measured option by option.
+    """
+    for number, step in enumerate(job.passes):
+        if step.options and (step.chooses or step.two_streams or step.together):
+            raise RecipeError(
+                f"passes.{number}: what it makes of a layer cannot be measured by itself (it chooses among options, compares "
+                "with the dense model, or has layers share codebooks); search with another pass"
+            )
+    total = len(job.source.layers)
+    for index in range(total):
+        known = job.ranks.agree(tuple(levels.journal.finished))
+        block = job.source.block(index)
+        units = {f"{block.prefix}.{unit}" for step in job.passes if step.options for unit in step.units(block)}
+        if not units <= set(known):
+            for unit, edits in _measured(job, stream, block, tell):
+                if job.ranks.first and unit.name not in known:
+                    levels.add(unit, edits)
+        if index < total - 1:
+            stream.advance(block)
+        job.source.release(block)
+        return_freed_memory()
+        tell(Event("measure", index + 1, total))
+    job.ranks.barrier()
+    if not job.ranks.first:
+        levels.reread()
+
+
+def _measured(
+    job: Job, stream: CalibrationStream, block: Block, tell: Tell
+) -> Iterator[tuple[Unit, list[dict[str, QuantizedTensor]]]]:
+    """Every unit of a block, with the weights of its levels."""
+    seen = _seen(stream, block)
+    shift = _shift(seen, job)
+    found: dict[str, list[tuple[Level, dict[str, QuantizedTensor]]]] = {}
+    layers_of: dict[str, tuple[str, ...]] = {}
+    traces: dict[str, float] = {}
+    for step in (step for step in job.passes if step.options):
+        units = step.units(block)
+        layers = [name for names in units.values() for name in names]
+        stats = stream.collect(block, layers, step.needs)
+        for unit, names in units.items():
+            layers_of[unit] = names
+            traces[unit] = float(stats[names[0], Hessian].value.diagonal().mean()) if Hessian in step.needs else 0.0
+        for option in step.options:
+            edits = _applied(job, step, block, stats, option)
+            for unit, names in units.items():
+                own = {name: edits[name] for name in names if name in edits}
+                if len(own) == len(names):
+                    found.setdefault(unit, []).append((_level(job, block, seen, option, own), own))
+            tell(Event("measure", block.index, len(job.source.layers), f"{block.prefix}: {option.label}"))
+    for unit, levels in found.items():
+        levels.sort(key=lambda pair: (pair[0].bits, pair[0].error))
+        weights = [block.weight(name).float() for name in layers_of[unit]]
+        yield (
+            Unit(
+                name=f"{block.prefix}.{unit}",
+                block=block.index,
+                layers=layers_of[unit],
+                weights=sum(w.numel() for w in weights),
+                shift=shift,
+                outliers=_outliers(weights),
+                trace=traces[unit],
+                levels=tuple(level for level, _ in levels),
+            ),
+            [edits for _, edits in levels],
+        )
+
+
+def _applied(job: Job, step: Pass, block: Block, stats: BlockStats, option: Format) -> Mapping[str, QuantizedTensor]:
+    """A pass with one option for all units that it fits, over all ranks."""
+    units = step.units(block)
+    able = {unit: option for unit, names in units.items() if all(fits(option, block, name) for name in names)}
+    costs = {unit: sum(block.weight(name).numel() for name in units[unit]) for unit in able}
+    outcome = job.ranks.gather(step.apply(block, stats, dict.fromkeys(job.ranks.share(costs), option)))
+    return {name: new for name, new in outcome.edits.items() if isinstance(new, QuantizedTensor)}
+
+
+def _seen(stream: CalibrationStream, block: Block) -> _Seen:
+    """The first batches that enter a block, and what leaves it."""
+    inputs: list[Tensor] = []
+    most = -(-JUDGED // stream.ranks.world)
+    for hidden in stream.hidden:
+        inputs.append(hidden.to(stream.device))
+        if sum(x.shape[0] * x.shape[1] for x in inputs) >= most:
+            break
+    with torch.no_grad():
+        return _Seen(inputs, [block.forward(x) for x in inputs])
+
+
+@torch.no_grad()
+def _shift(seen: _Seen, job: Job) -> float:
+    """1 - the mean cosine of what enters and what leaves."""
+    total = torch.zeros(2, dtype=torch.float64, device=job.ranks.device)
+    for x, y in zip(seen.inputs, seen.outputs, strict=True):
+        cosine = cosine_similarity(x.float(), y.float(), dim=-1)
+        total += torch.stack([cosine.double().sum(), torch.tensor(cosine.numel(), device=total.device)])
+    job.ranks.sum_([total])
+    return 1 - float(total[0] / total[1])
+
+
+@torch.no_grad()
+def _level(job: Job, block: Block, seen: _Seen, option: Format, edits: Mapping[str, QuantizedTensor]) -> Level:
+    """What an option made of a unit, judged by the block's output."""
+    trial = block.trying(Trial.of(edits, job.source.device, job.source.dtype))
+    total = torch.zeros(2, dtype=torch.float64, device=job.ranks.device)
+    for x, y in zip(seen.inputs, seen.outputs, strict=True):
+        missed = trial(x).float() - y.float()
+        total += torch.stack([part.square().sum().double() for part in (missed, y.float())])
+    job.ranks.sum_([total])
+    distance = sum(float((dense(new) - block.weight(name).float()).square().sum()) for name, new in edits.items())
+    return Level(option, sum(map(stored_bits, edits.values())), float(total[0] / total[1]), distance)
+
+
+def _outliers(weights: Sequence[Tensor]) -> float:
+    """Share of weights more than a standard deviation above their mean."""
+    count = sum(w.numel() for w in weights)
+    mean = sum(float(w.double().sum()) for w in weights) / count
+    spread = (sum(float((w - mean).square().double().sum()) for w in weights) / count) ** 0.5
+    return sum(int((w > mean + spread).sum()) for w in weights) / count
