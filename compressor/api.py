@@ -1,6 +1,7 @@
 """The verbs as functions: what the command line calls, and what a program can call instead."""
 
 import resource
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,21 +14,21 @@ from compressor import methods, pipeline, tuning
 from compressor.activations import static_part
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import Keep, keeping
-from compressor.calibration.sensitivity import sensitivities
-from compressor.calibration.stream import CalibrationStream
 from compressor.card import model_card
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
-from compressor.inputs import Judged, check_shares, load_data, needs_data, prepare, sample_length
+from compressor.fitting import find_plan, levels_place
+from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, check_space, check_target
 from compressor.output import default_out, write_model
 from compressor.pipeline import Event, Job, Tell
-from compressor.plan import describe_plan, expected_memory, model_formats, output_headers, total_bits
-from compressor.provenance import fingerprint, finished_report, new_report
+from compressor.plan import describe_plan, expected_memory, make_plan, model_formats, output_headers, total_bits
+from compressor.plan_file import offering, read_plan
+from compressor.provenance import fingerprint, fingerprint_plan, finished_report, new_report
 from compressor.recipe import Recipe, load_recipe, make_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
@@ -66,6 +67,8 @@ def run(
     model: str | Path = ".",
     out: str | Path | None = None,
     *,
+    plan: str | Path | None = None,
+    levels: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     verify: bool = True,
@@ -79,6 +82,8 @@ def run(
         recipe: A recipe, or the path of one.
         model: Hugging Face model directory with safetensors weights.
         out: Directory to create; None appends what was done to the model's name.
+        plan: A plan.yaml, which says what each unit gets of the options, and replaces the recipe's target.
+        levels: Directory for the measured levels of a search, kept for others; None puts them beside `out` until it is there.
         resume: Go on from an interrupted run of the same recipe, model and data.
         overwrite: Replace what is there.
         verify: Reload what was written through every loader that claims to read it, before it appears.
@@ -92,17 +97,25 @@ def run(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     ranks = Ranks.from_environment(device)
-    source, plan = prepare(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
-    out = default_out(Path(model), plan) if out is None else Path(out)
+    given = read_plan(Path(plan)) if plan is not None else None
+    recipe = recipe if given is None else offering(recipe, given)
+    source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
+    chosen = make_plan(source, recipe.passes, given) if recipe.target is None else {}
+    out = default_out(Path(model), chosen, recipe.target) if out is None else Path(out)
     check_target(out, Path(model), resume=resume, overwrite=overwrite)
     calibration, evaluation = load_data(recipe, source)
     check_shares(calibration, ranks)
-    made_by = fingerprint(recipe, source, calibration)
+    made_by = fingerprint(recipe, source, calibration) | ({} if given is None else fingerprint_plan(given))
     report = new_report(recipe, source, out, made_by, calibration)
     if resume and out.exists() and not overwrite:
         return finished_report(out, report)
-    check_space(out, shards.total_bytes(shards.layout(output_headers(source, recipe.passes, plan))))
-    job, keep = Job(source, recipe.passes, plan, ranks), keeping(recipe.calibration.on_disk)
+    if recipe.target is not None:
+        found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell)
+        chosen = make_plan(source, recipe.passes, found.plan)
+        report.fingerprint = made_by = made_by | fingerprint_plan(found.plan)
+        report.search = found.to_dict()
+    check_space(out, shards.total_bytes(shards.layout(output_headers(source, recipe.passes, chosen))))
+    job, keep = Job(source, recipe.passes, chosen, ranks), keeping(recipe.calibration.on_disk)
     if not ranks.first:
         compress_blocks(job, calibration, keep, None, ranks.agree(NOTHING), report, tell)
         ranks.barrier()
@@ -111,13 +124,15 @@ def run(
         done = ranks.agree(tuple(workspace.finished))
         probe = compress_blocks(job, calibration, keep, workspace, done, report, tell)
         tell(Event("write", 0, 1, str(out)))
-        write_model(recipe, source, plan, workspace, report, probe)
+        write_model(recipe, source, chosen, workspace, report, probe)
         if evaluation is not None and recipe.evaluation is not None:
             judge_result(workspace.model, source, evaluation, recipe.evaluation.generate, report, tell)
         if verify:
             check_result(workspace.model, source.device, report, tell)
         write_reports(workspace, report)
         workspace.publish()
+    if recipe.target is not None and levels is None:
+        shutil.rmtree(levels_place(out, levels))
     ranks.barrier()
     return report
 
@@ -202,12 +217,22 @@ def forecast(
     model: str | Path,
     out: str | Path | None = None,
     *,
+    plan: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
 ) -> Forecast:
-    """What `run` would do and how large the result would be, from the headers alone."""
-    source, plan = prepare(recipe, Path(model), Ranks.from_environment(device).device, dtype, sizes_only=True)
-    files = shards.layout(output_headers(source, recipe.passes, plan))
+    """What `run` would do and how large the result would be, from the headers alone.
+
+    Raises:
+        RecipeError: (among others) the recipe has a target, so that the plan is known only after a search.
+    """
+    given = read_plan(Path(plan)) if plan is not None else None
+    recipe = recipe if given is None else offering(recipe, given)
+    if recipe.target is not None:
+        raise RecipeError("--dry-run: what a target comes to is known after a search; `compress search` writes only the plan")
+    source = open_model(recipe, Path(model), Ranks.from_environment(device).device, dtype, sizes_only=True)
+    chosen = make_plan(source, recipe.passes, given)
+    files = shards.layout(output_headers(source, recipe.passes, chosen))
     spec = recipe.calibration
     length = sample_length(spec.seq_len, source)
     judge = recipe.evaluation
@@ -219,10 +244,10 @@ def forecast(
         judged=judge.samples * sample_length(judge.seq_len or length, source) if judge is not None else 0,
         batch=TOKENS_AT_ONCE,
     )
-    bits, weights = total_bits(source, model_formats(source, recipe.passes, plan))
+    bits, weights = total_bits(source, model_formats(source, recipe.passes, chosen))
     return Forecast(
-        out=default_out(Path(model), plan) if out is None else Path(out),
-        plan=plan,
+        out=default_out(Path(model), chosen) if out is None else Path(out),
+        plan=chosen,
         size_bytes=shards.total_bytes(files),
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
         bits_per_weight=bits / weights,
@@ -244,7 +269,7 @@ def compress_blocks(
     started = time.monotonic()
     stream = None
     if calibration is not None:
-        stream = open_stream(job, calibration, keep, tell)
+        stream = pipeline.open_stream(job, calibration, keep, tell)
     probe = pipeline.compress(job, stream, workspace, finished, report, tell)
     for number, step in enumerate(job.passes):
         if isinstance(step, Tunes):
@@ -259,18 +284,6 @@ def compress_blocks(
     if source.device.type == "cuda":
         report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(source.device)
     return probe
-
-
-def open_stream(job: Job, calibration: Samples, keep: Keep, tell: Tell) -> CalibrationStream:
-    """The calibration stream before the first block, with what the passes want of it."""
-    source, ranks = job.source, job.ranks
-    batches = ranks.mine(calibration.batches(TOKENS_AT_ONCE))
-    metrics: Sequence[torch.Tensor] = ()
-    if any(step.sensitivity for step in job.passes):
-        metrics = sensitivities(source, batches, ranks, lambda done, total: tell(Event("sensitivity", done, total)))
-    two_streams = any(step.two_streams for step in job.passes)
-    hidden = source.kept_inputs(batches, keep)
-    return CalibrationStream(hidden, ranks, source.device, two_streams=two_streams, metrics=metrics, keep=keep)
 
 
 def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, report: Report, tell: Tell) -> None:

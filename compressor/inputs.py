@@ -15,9 +15,8 @@ from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
 from compressor.model.checkpoint import native_dtype
 from compressor.model.rewritten import Progress, silent
 from compressor.model.source import ModelSource
-from compressor.plan import make_plan, rewritten
+from compressor.plan import rewritten
 from compressor.recipe import Recipe
-from compressor.types import Plan
 
 LONGEST = 2048  # tokens of a sample, unless the recipe or the model says otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,10 +30,10 @@ class Judged:
     protocol: Protocol
 
 
-def prepare(
+def open_model(
     recipe: Recipe, model: Path, device: torch.device, dtype: str | None, tell: Progress = silent, *, sizes_only: bool = False
-) -> tuple[ModelSource, Plan]:
-    """The opened model and the plan for it; `tell` and `sizes_only` as of `Rewrites.rewriting`.
+) -> ModelSource:
+    """The model as the passes will see it; `tell` and `sizes_only` as of `Rewrites.rewriting`.
 
     Reads headers only, unless a pass changes the whole model.
     """
@@ -42,8 +41,7 @@ def prepare(
     if "quantization_config" in source.raw_config:
         method = source.raw_config["quantization_config"].get("quant_method")
         raise SourceError(f"{model}: already quantized ({method}); compress the original model instead")
-    source = rewritten(source, recipe.passes, tell, sizes_only=sizes_only)
-    return source, make_plan(source, recipe.passes)
+    return rewritten(source, recipe.passes, tell, sizes_only=sizes_only)
 
 
 def needs_data(recipe: Recipe) -> bool:

@@ -206,6 +206,39 @@ def formats(
     return [{**option, **grouped, **rounded} for option in FLOATS[fmt].options]
 
 
+KINDS = (INTEGERS, "fp4", VECTORS)  # that a search may mix
+NEAR = 1.5  # bits above and below the mean that units may get
+SEVERAL_GROUPS = 4  # bits of integers, and fewer, that come in groups of several sizes
+
+
+def ladder(kinds: Sequence[str], bits: float, ignore: Sequence[str]) -> list[dict[str, Any]]:
+    """The passes of a search for a mean number of bits, each with the options near that, and what trains the result.
+
+    Raises:
+        RecipeError: no such kind of numbers, or none of them has options near.
+    """
+    for kind in kinds:
+        if kind not in KINDS:
+            raise RecipeError(f"--using {kind}: no such numbers to mix; {suggestion(kind, list(KINDS))}")
+    found: list[dict[str, Any]] = []
+    if INTEGERS in kinds:
+        near = [n for n in (2, 3, 4, 5, 6, 8) if bits - NEAR <= n <= max(bits + NEAR, 3.5) or n == 8 < bits + NEAR]
+        sizes = {n: (128, 64, 32) if n <= SEVERAL_GROUPS else (128,) for n in near}
+        options = [{"format": "int_group", "bits": n, "group_size": size} for n in near for size in sizes[n]]
+        found.append({"pass": "gptq", "options": options})
+    if "fp4" in kinds and bits + NEAR >= FLOATS["nvfp4"].bits:
+        found.append({"pass": "gptq", "static_groups": False, "options": [{"format": "mxfp4"}, {"format": "nvfp4"}]})
+    if VECTORS in kinds:
+        books = [(8, 8, 0), (8, 6, 6), (8, 8, 8), (4, 8, 0), (4, 6, 6)]
+        near_books = [book for book in books if abs((book[1] + book[2]) / book[0] - bits) <= NEAR]
+        options = [{"format": VECTORS, "vector": v, "bits": main, "residual_bits": rest} for v, main, rest in near_books]
+        found += [{"pass": "vptq", "options": options}] if options else []
+    passes = [{**step, "ignore": list(ignore)} for step in found if step["options"]]
+    if not passes:
+        raise RecipeError(f"--using {','.join(kinds)}: none of these numbers has options near {bits:.2f} bits; add int")
+    return [*passes, {"pass": "learned"}] if bits <= LEARNED_BITS else passes
+
+
 def vectors(bits: float) -> list[dict[str, Any]]:
     """Divisions of an index that take at most so many bits a weight without codebooks, down to one bit less."""
     found = []

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-import yaml
 
 from compressor.activations import Seen
 from compressor.kernels.cuda import sources
@@ -18,8 +17,9 @@ from compressor.model.architecture import LinearKind, linear_layers
 from compressor.model.journal import writing
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, copy_other_files
-from compressor.plan import describe_plan, settled, stored_formats, total_bits
-from compressor.recipe import Recipe, to_yaml
+from compressor.plan import settled, stored_formats, total_bits
+from compressor.plan_file import to_text
+from compressor.recipe import Recipe, Target, to_yaml
 from compressor.report import Report
 from compressor.types import Borrowing, Contextual, Format, Plan
 from compressor.verification.manifest import MANIFEST, Manifest
@@ -53,8 +53,7 @@ def write_model(
     manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), others, tensors, probe)
     workspace.write_text(MANIFEST, manifest.text())
     workspace.write_text("recipe.yaml", to_yaml(recipe))
-    chosen = describe_plan(settled(plan, source, recipe.passes, formats))
-    workspace.write_text("plan.yaml", yaml.safe_dump(chosen, sort_keys=False))
+    workspace.write_text("plan.yaml", to_text(settled(plan, source, recipe.passes, formats)))
     bits, weights = total_bits(source, formats)
     report.layout = entry["quant_method"]
     report.size_bytes = shards.total_bytes(files)
@@ -93,9 +92,11 @@ def write_kernels(workspace: Workspace, layouts: Iterable[Layout]) -> dict[str, 
     return digests
 
 
-def default_out(model: Path, plan: Plan) -> Path:
-    """The model's name with what was done appended, beside it."""
+def default_out(model: Path, plan: Plan, target: Target | None = None) -> Path:
+    """The model's name with what is done appended, beside it."""
     model = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the place of a link
+    if target is not None:
+        return model.with_name(f"{model.name}-{target.label}")
     labels = sorted({option.label for option in plan.values() if not isinstance(option, CacheRounding)})
     cache = "".join({f"-{option.label}" for option in plan.values() if isinstance(option, CacheRounding)})
     return model.with_name(f"{model.name}-{labels[0] if len(labels) == 1 else 'mixed'}{cache}")

@@ -12,8 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from compressor.calibration.data import Samples
+from compressor.calibration.hidden import Keep
+from compressor.calibration.sensitivity import sensitivities
 from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.distributed import Ranks
+from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.kv_cache import CacheScales
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.writer import Workspace
@@ -105,6 +109,18 @@ def compress(
     return finish_probe(probe, report) if probe is not None else None
 
 
+def open_stream(job: Job, calibration: Samples, keep_hidden: Keep, tell: Tell) -> CalibrationStream:
+    """The calibration stream before the first block, with what the passes want of it."""
+    source, ranks = job.source, job.ranks
+    batches = ranks.mine(calibration.batches(TOKENS_AT_ONCE))
+    metrics: Sequence[Tensor] = ()
+    if any(step.sensitivity for step in job.passes):
+        metrics = sensitivities(source, batches, ranks, lambda done, total: tell(Event("sensitivity", done, total)))
+    two_streams = any(step.two_streams for step in job.passes)
+    hidden = source.kept_inputs(batches, keep_hidden)
+    return CalibrationStream(hidden, ranks, source.device, two_streams=two_streams, metrics=metrics, keep=keep_hidden)
+
+
 def part_name(index: int) -> str:
     """What a block goes by in the workspace."""
     return f"block-{index:05d}"
@@ -181,6 +197,10 @@ def replay(
 def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream | None, tell: Tell, notes: Notes) -> Outcome:
     """Run a pass on this rank's share of the units, unless it shares its work out itself; return every rank's results."""
     units, choice = step.units(block), choose(step, block, job.plan)
+    if step.options:
+        if not choice:  # the plan has other passes work on this block
+            return Outcome({}, {})
+        units = {unit: units[unit] for unit in choice}
     layers = [name for names in units.values() for name in names]
     assert stream is not None or not step.needs
 

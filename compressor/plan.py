@@ -49,31 +49,66 @@ def rewritten(
     return source
 
 
-def make_plan(source: ModelSource, passes: Sequence[Pass]) -> Plan:
+def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = None) -> Plan:
     """The option of every unit.
 
+    Args:
+        source: The model.
+        passes: Of the recipe.
+        given: Says which option units get of several; each pass then works on the units whose option it offers.
+
     Raises:
-        RecipeError: a layer's shape does not fit its format, nothing chooses among options, or no layer matches.
+        RecipeError: a layer's shape does not fit its format, nothing chooses among options, no layer matches, or the given
+            plan does not suit the passes or the model.
     """
     plan: dict[str, Option] = {}
     for step in (step for step in passes if step.options):
         labels = [option.label for option in step.options]
-        if len(labels) > 1 and not step.chooses and not isinstance(step, Picks):
+        if len(labels) > 1 and not step.chooses and not isinstance(step, Picks) and given is None:
             raise RecipeError(
-                f"passes: {len(labels)} options ({', '.join(labels)}) and nothing that chooses among them; name one"
+                f"passes: {len(labels)} options ({', '.join(labels)}) and nothing that chooses among them; name one, give a "
+                "`target` (compress fit), or --plan"
             )
         for index in range(len(source.layers)):
             block = source.block(index, load=False)
             for unit, layers in step.units(block).items():
-                option = _option(step, block, layers)
-                if plan.setdefault(f"{block.prefix}.{unit}", option) is not option:
-                    raise RecipeError(f"passes: two of them work on {block.prefix}.{unit}; keep them apart with `layers`")
+                full = f"{block.prefix}.{unit}"
+                option = _option(step, block, layers) if given is None or step.chooses else _given(step, full, given)
+                if option is None:
+                    continue
+                if given is not None:
+                    for name in layers:
+                        _check_fit(option, block, name)
+                if plan.setdefault(full, option) is not option:
+                    raise RecipeError(f"passes: two of them work on {full}; keep them apart with `layers`")
+    if given is not None:
+        _check_given(given, plan)
     if not plan:
         known = ", ".join(source.block(0, load=False).layers)
         raise RecipeError(f"passes: their `layers` and `ignore` leave no layer to work on; a block has {known}")
     if all(isinstance(option, CacheRounding) for option in plan.values()):
         raise RecipeError("passes: kv_cache rounds no weight, and nothing else does; put `rtn` or `gptq` before it")
     return plan
+
+
+def _given(step: Pass, unit: str, given: Plan) -> Option | None:
+    """What a pass is to make of a unit; None if another pass is to work on it."""
+    if unit in given:
+        return next((option for option in step.options if option == given[unit]), None)
+    if len(step.options) == 1 and not isinstance(step.options[0], Format):
+        only: Option = step.options[0]
+        return only
+    raise RecipeError(f"plan: has no entry for {unit}; it was made for another model or other passes")
+
+
+def _check_given(given: Plan, plan: Plan) -> None:
+    """Refuse a plan some of whose units nothing works on."""
+    left = [unit for unit in given if unit not in plan]
+    if left:
+        raise RecipeError(
+            f"plan: gives {left[0]} {given[left[0]].label}, which no pass of the recipe offers for it; add it to a pass's "
+            "`options`, or see that the plan was made for this model"
+        )
 
 
 def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
@@ -112,10 +147,11 @@ def _check_fit(option: Option, block: Block, name: str) -> None:
 
 
 def choose(step: Pass, block: Block, plan: Plan) -> Mapping[str, Any]:
-    """The plan's option for each unit of a block that a pass works on; none if it has none to offer."""
+    """The plan's option for each unit of a block that a pass is to work on; none if it has none to offer."""
     if not step.options:
         return {}
-    return {unit: plan[f"{block.prefix}.{unit}"] for unit in step.units(block)}
+    planned = {unit: plan[f"{block.prefix}.{unit}"] for unit in step.units(block) if f"{block.prefix}.{unit}" in plan}
+    return {unit: option for unit, option in planned.items() if isinstance(option, OneOf) or option in step.options}
 
 
 def layer_formats(passes: Sequence[Pass], block: Block, plan: Plan) -> dict[str, Format]:
@@ -129,7 +165,8 @@ def layer_formats(passes: Sequence[Pass], block: Block, plan: Plan) -> dict[str,
             elif isinstance(option, Format):
                 formats |= dict.fromkeys(units[unit], option)
         if isinstance(step, Shares):
-            formats |= step.shared(block, {name: formats[name] for names in units.values() for name in names})
+            chosen = choose(step, block, plan)
+            formats |= step.shared(block, {name: formats[name] for unit in chosen for name in units[unit]})
     return formats
 
 
@@ -222,8 +259,8 @@ def settled(plan: Plan, source: ModelSource, passes: Sequence[Pass], stored: Map
     }
     found: dict[str, Option] = {}
     for unit, option in plan.items():
-        chosen = {layer: stored[layer] for layer in layers_of[unit]} if isinstance(option, OneOf) else {unit: option}
-        found |= {unit: next(iter(chosen.values()))} if len(set(chosen.values())) == 1 else chosen
+        taken = {layer: stored[layer] for layer in layers_of[unit]} if isinstance(option, OneOf) else {unit: option}
+        found |= {unit: next(iter(taken.values()))} if len(set(taken.values())) == 1 else taken
     return found
 
 

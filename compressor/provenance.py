@@ -20,8 +20,10 @@ from compressor.calibration.data import Samples
 from compressor.errors import OutputError
 from compressor.model.source import ModelSource
 from compressor.model.writer import clear_up
+from compressor.plan import describe_plan
 from compressor.recipe import Recipe, to_yaml
 from compressor.report import Report, Row
+from compressor.types import Plan
 
 
 def fingerprint(recipe: Recipe, source: ModelSource, calibration: Samples | None) -> dict[str, str]:
@@ -33,6 +35,11 @@ def fingerprint(recipe: Recipe, source: ModelSource, calibration: Samples | None
         "computation": f"compressor {version('compressor')}, torch {torch.__version__}, "
         f"transformers {version('transformers')}, {source.device.type}, {source.dtype}",
     }
+
+
+def fingerprint_plan(plan: Plan) -> dict[str, str]:
+    """The same for a plan that was given or found."""
+    return {"plan": hashlib.sha256(json.dumps(describe_plan(plan)).encode()).hexdigest()}
 
 
 def fingerprint_model(source: ModelSource) -> str:
@@ -98,11 +105,11 @@ def finished_report(out: Path, report: Report) -> Report:
     """
     try:
         found = json.loads((out / "report.json").read_text())
-        same = found["fingerprint"] == dict(report.fingerprint)
+        same = dict(report.fingerprint).items() <= found["fingerprint"].items()  # a plan may have been found besides
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
         raise OutputError(f"{out}: exists and is not the result of this run; give --overwrite or choose another --out")
-    clear_up(out, report.fingerprint)
+    clear_up(out, found["fingerprint"])
     known = {key: found[key] for key in vars(report) if key in found and key != "rows"}
     return replace(report, **known, rows=[Row(**row) for row in found["rows"]])

@@ -1,5 +1,6 @@
 """A recipe, validated: what to calibrate on, what to do, how to judge the result."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,16 +64,122 @@ class Evaluation:
 
 
 @node
+class Target:
+    """What the result may take: exactly one of the three.
+
+    Args:
+        size: Of its safetensors files: bytes, or such as 4GB, 3.5GiB, 800MB.
+        bits: Stored bits of a weight of the compressed layers, scales and codebooks counted.
+        ratio: Share of the original's size that is to be saved.
+    """
+
+    size: str | int | None = None
+    bits: float | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("size", "bits", "ratio") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{' and '.join(given) or 'nothing'} given; give exactly one of size, bits and ratio")
+        if self.size is not None and not self.bytes:
+            raise ValueError(f"size: {self.size!r} is no positive size; write such as 4GB, 3.5GiB or 800MB")
+        if self.bits is not None and self.bits <= 0:
+            raise ValueError(f"bits: {self.bits} is not a positive number")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise ValueError(f"ratio: {self.ratio} is not between 0 and 1")
+
+    @property
+    def bytes(self) -> int:
+        """`size` as a number; 0 if it is none."""
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?", str(self.size).strip().lower())
+        if found is None:
+            return 0
+        letter = found[2][:1]
+        return int(float(found[1]) * (1024 if found[2].endswith("i") else 1000) ** (" kmgt".index(letter) if letter else 0))
+
+    @property
+    def label(self) -> str:
+        """File-name safe."""
+        if self.size is not None:
+            return str(self.size).strip().replace(" ", "")
+        return f"{self.bits:g}bit" if self.bits is not None else f"save{100 * (self.ratio or 0):g}"
+
+
+@node
+class Evolve:
+    """Args:
+    generations: At most; 0 does without.
+    offspring: Of each generation.
+    stages: Survivors and tokens of each stage; the last one leaves one.
+    switches: Units that an offspring has a level up, at most, besides those that what is left allows.
+    patience: Generations without a better one after which it ends.
+    """
+
+    generations: int = 100
+    offspring: int = 32
+    stages: tuple[tuple[int, int], ...] = ((8, 2048), (2, 8192), (1, 32768))
+    switches: int = 3
+    patience: int = 15
+
+    def __post_init__(self) -> None:
+        _positive(offspring=self.offspring, switches=self.switches, patience=self.patience)
+        if self.generations < 0:
+            raise ValueError(f"generations: {self.generations} is negative")
+        if not self.stages or self.stages[-1][0] != 1 or any(min(stage) < 1 for stage in self.stages):
+            raise ValueError(f"stages: {self.stages}; each is survivors and tokens, and the last one leaves one survivor")
+
+
+@node
+class Search:
+    """How levels are chosen for a target.
+
+    Args:
+        tokens: Of text that whole models are compared on, besides that of calibration and an eighth as much that the search
+            does not see and the last word is spoken on.
+        rounds: Of successive integer programmes, at most; 0 does without.
+        radii: Levels that one of their proposals may lie from the point at hand.
+        table_tokens: That their losses are taken on.
+        evolve: Evolutionary search after them.
+        minutes: That all may take, from start to written model; null takes what it takes.
+        resident: Hold the model in memory; null does so if it takes less than half of what is available.
+        seed: Of all that is drawn.
+    """
+
+    tokens: int = 131072
+    rounds: int = 4
+    radii: tuple[int, ...] = (1, 2, 3)
+    table_tokens: int = 8192
+    evolve: Evolve = Evolve()
+    minutes: float | None = None
+    resident: bool | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(tokens=self.tokens, table_tokens=self.table_tokens)
+        if self.rounds < 0:
+            raise ValueError(f"rounds: {self.rounds} is negative")
+        if not self.radii or min(self.radii) < 1:
+            raise ValueError(f"radii: {self.radii}; name positive numbers")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes: {self.minutes} is not a positive number")
+
+
+@node
 class Recipe:
     """Args:
     passes: Algorithms, applied to each decoder block in this order.
     calibration: The text that statistics are collected on.
     evaluation: The text that the result is compared with the original on; null measures nothing.
+    target: What the result may take: which of the passes' options each unit gets is searched for. Null if they have one each,
+        or with a plan.
+    search: How; null for the usual way.
     """
 
     passes: tuple[Annotated[Any, named("pass")], ...]
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
+    target: Target | None = None
+    search: Search | None = None
 
     def __post_init__(self) -> None:
         if not self.passes:

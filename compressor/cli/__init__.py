@@ -13,11 +13,13 @@ from compressor.cli.bench import bench
 from compressor.cli.compare import compare
 from compressor.cli.demo import demo
 from compressor.cli.eval import eval_
+from compressor.cli.fit import fit
 from compressor.cli.generate import generate
 from compressor.cli.inspect import inspect
 from compressor.cli.quantize import quantize
 from compressor.cli.report import report
 from compressor.cli.run import run
+from compressor.cli.search import search
 from compressor.cli.verify import verify
 from compressor.errors import CompressorError
 
@@ -28,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for verb in (quantize, run, eval_, compare, report, verify, inspect, bench, generate, demo):
+for verb in (quantize, fit, search, run, eval_, compare, report, verify, inspect, bench, generate, demo):
     app.command(verb.__name__.rstrip("_"))(verb)
 
 

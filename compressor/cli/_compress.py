@@ -16,6 +16,8 @@ def compress(
     model: Path,
     out: Path | None,
     *,
+    plan: Path | None = None,
+    levels: Path | None = None,
     resume: bool,
     overwrite: bool,
     verify: bool,
@@ -35,7 +37,7 @@ def compress(
     if dry_run:
         if not first:
             return
-        forecast = api.forecast(recipe, model, out, device=device, dtype=dtype)
+        forecast = api.forecast(recipe, model, out, plan=plan, device=device, dtype=dtype)
         print_json(forecast.to_dict()) if as_json else print_forecast(forecast)
         return
     try:
@@ -44,6 +46,8 @@ def compress(
                 recipe,
                 model,
                 out,
+                plan=plan,
+                levels=levels,
                 resume=resume,
                 overwrite=overwrite,
                 verify=verify,

@@ -8,12 +8,18 @@ import typer
 
 from compressor.cli import _arguments as a
 from compressor.cli._compress import compress
+from compressor.cli._target import Levels
 
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe file, YAML. The shipped ones are in recipes/.")],
     model: a.Model = Path(),
     out: a.Out = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="plan.yaml of a search or another run: what each layer gets of the options."),
+    ] = None,
+    levels: Levels = None,
     changes: a.Changes = None,
     resume: a.Resume = False,
     overwrite: a.Overwrite = False,
@@ -40,6 +46,8 @@ def run(
         loaded,
         model,
         out,
+        plan=plan,
+        levels=levels,
         resume=resume,
         overwrite=overwrite,
         verify=verify,

@@ -12,40 +12,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from compressor.registry import node
+from compressor.recipe import Evolve
 from compressor.search.allocate import Budget
 from compressor.search.levels import Choice
 
 Score = Callable[[Sequence[Choice], Sequence[int]], list[float]]  # of choices on samples: less is better
 ATTEMPTS = 20  # to make each offspring that there is not yet
-
-
-@node
-class Evolve:
-    """Args:
-    generations: At most.
-    offspring: Of each generation.
-    stages: Survivors and tokens of each stage; the last one leaves one.
-    switches: Levels that an offspring raises, at most.
-    patience: Generations without a better one after which it ends.
-    seed: Of everything that is drawn.
-    """
-
-    generations: int = 200
-    offspring: int = 64
-    stages: tuple[tuple[int, int], ...] = ((8, 2048), (2, 16384), (1, 131072))
-    switches: int = 3
-    patience: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("offspring", "switches", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
-        if self.generations < 0:
-            raise ValueError(f"generations: {self.generations} is negative")
-        if not self.stages or self.stages[-1][0] != 1 or any(min(stage) < 1 for stage in self.stages):
-            raise ValueError(f"stages: {self.stages}; each is survivors and tokens, and the last one leaves one survivor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +32,15 @@ class Generation:
 
 
 def evolve(
-    settings: Evolve, start: Choice, budget: Budget, score: Score, samples: int, seq_len: int, done: Generation | None = None
+    settings: Evolve,
+    start: Choice,
+    budget: Budget,
+    score: Score,
+    *,
+    samples: int,
+    seq_len: int,
+    seed: int = 0,
+    done: Generation | None = None,
 ) -> Iterator[Generation]:
     """Generations, until there is nothing more to be gained.
 
@@ -71,13 +51,14 @@ def evolve(
         score: Fitness.
         samples: How many there are to draw from.
         seq_len: Tokens of each.
+        seed: Of everything that is drawn.
         done: The last generation of a search that was broken off.
     """
     parent, idle = (start, 0) if done is None else (done.parent, done.idle)
     for number in range(1 if done is None else done.number + 1, settings.generations + 1):
         if idle >= settings.patience:
             return
-        rng = random.Random(f"{settings.seed}-{number}")  # of each generation by itself: nothing else has to be kept
+        rng = random.Random(f"{seed}-{number}")  # of each generation by itself: nothing else has to be kept
         pool = _offspring(settings, parent, budget, rng)
         if not pool:
             return

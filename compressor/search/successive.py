@@ -35,7 +35,7 @@ def successive(
     table: Sequence[int],
     judge: Sequence[int],
     radii: Sequence[int] = (1, 2),
-    rounds: int = 4,
+    rounds: Sequence[int] = range(1, 5),
 ) -> Iterator[Round]:
     """Rounds, until one finds nothing better.
 
@@ -46,11 +46,11 @@ def successive(
         table: Samples that losses are taken on.
         judge: Samples that proposals are judged on.
         radii: Levels that a proposal may lie from the point in each unit; the largest one says how far losses are taken.
-        rounds: At most.
+        rounds: Their numbers; it may end before.
     """
     point = start
     (fitness,) = score([point], judge)
-    for number in range(1, rounds + 1):
+    for number in rounds:
         losses = losses_around(point, budget, lambda choices: score(choices, table), max(radii))
         proposals = dict.fromkeys(milp(_within(losses, point, radius), budget) for radius in radii)
         proposals.pop(point, None)

@@ -21,9 +21,11 @@ FLOORS = (
     ("model", "calibration"),
     ("passes",),
     ("plan", "evaluation"),
+    ("plan_file",),
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
-    ("judging", "tuning"),
+    ("judging", "tuning", "search"),
+    ("fitting",),
     ("api", "comparison"),
     ("cli", "__main__"),
 )

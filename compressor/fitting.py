@@ -1,0 +1,261 @@
+"""A recipe with a target: which of the passes' options each unit gets is searched for before anything is written."""
+
+import hashlib
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compressor import methods
+from compressor.calibration.data import Samples, load_samples, load_tokenizer
+from compressor.calibration.hidden import keeping
+from compressor.distributed import Ranks
+from compressor.errors import CalibrationError, OutputError, RecipeError
+from compressor.inputs import check_shares, load_data, open_model
+from compressor.judging import silent
+from compressor.model import shards
+from compressor.model.architecture import matches
+from compressor.model.journal import replace_text
+from compressor.model.rewritten import Rewrites
+from compressor.model.source import ModelSource
+from compressor.pipeline import Event, Job, Tell, open_stream
+from compressor.plan import make_plan, output_headers
+from compressor.plan_file import to_text
+from compressor.provenance import fingerprint
+from compressor.recipe import Recipe, Search, Target, load_recipe, make_recipe
+from compressor.registry import validate
+from compressor.search.find import HELD_OUT, Found, find
+from compressor.search.levels import Level, LevelDB, Unit
+from compressor.types import Format, Pass
+
+OFFSETS = 8  # bytes by which a tensor's offsets in a file's header may be longer than at another size
+PADDING = 64  # bytes of a file
+
+
+def fit_recipe(
+    model: Path,
+    *,
+    size: str | int | None = None,
+    bits: float | None = None,
+    ratio: float | None = None,
+    using: Sequence[str] = (methods.INTEGERS,),
+    time: str | None = None,
+    calibration: str = "builtin",
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    ignore: Sequence[str] = ("lm_head",),
+    evaluate: bool = True,
+    changes: Sequence[str] = (),
+) -> Recipe:
+    """The recipe that `compress fit` runs; one of `size`, `bits` and `ratio` is given, as in `Target`.
+
+    Args:
+        model: Hugging Face model directory; its headers say what options are near the target.
+        size: Of the weight files.
+        bits: Of a weight of the compressed layers.
+        ratio: Share of the original's size to save.
+        using: Numbers to mix: `int`, `fp4`, `vq`.
+        time: That everything may take: 90s, 30m, 2h.
+        calibration: Where the text comes from.
+        samples: Of calibration.
+        seq_len: Tokens of each; None takes what the model was made for, at most 2048.
+        seed: Of the order of documents and of the search.
+        ignore: Patterns of layers to leave as they are.
+        evaluate: Compare the result with the original.
+        changes: `KEY=VALUE` changes to the recipe, as with --set.
+
+    Raises:
+        RecipeError: no recipe comes of it.
+    """
+    given = {key: value for key, value in (("size", size), ("bits", bits), ("ratio", ratio)) if value is not None}
+    target = validate(Target, given, "target")
+    data = {
+        "passes": methods.ladder(using, mean_bits(target, model, ignore), ignore),
+        "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed},
+        "evaluation": {} if evaluate else None,
+        "target": given,
+        "search": {"seed": seed, **({} if time is None else {"minutes": minutes(time)})},
+    }
+    return make_recipe(data, changes, "options")
+
+
+def minutes(text: str) -> float:
+    """Minutes of a text such as 90s, 30m or 2h; a number alone counts minutes.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smh]?)", text.strip())
+    if found is None or not float(found[1]):
+        raise RecipeError(f"--time {text}: not a time; write such as 90s, 30m or 2h")
+    return float(found[1]) * {"s": 1 / 60, "m": 1, "": 1, "h": 60}[found[2]]
+
+
+def mean_bits(target: Target, model: Path, ignore: Sequence[str]) -> float:
+    """Bits that a target leaves for each weight of the layers that are to be compressed, nearly; headers only are read."""
+    if target.bits is not None:
+        return target.bits
+    source = ModelSource(model, torch.device("cpu"))
+    names = {
+        full: source.names[f"{full}.weight"]
+        for block in (source.block(index, load=False) for index in range(len(source.layers)))
+        for name in block.layers
+        if not matches(full := f"{block.prefix}.{name}", ignore)
+    }
+    headers = source.checkpoint.headers
+    weights = sum(math.prod(headers[stored].shape) for stored in names.values())
+    beside = sum(header.nbytes for name, header in headers.items() if name not in set(names.values()))
+    return 8 * (target_bytes(target, source) - beside) / max(weights, 1)
+
+
+def target_bytes(target: Target, source: ModelSource) -> int:
+    """Bytes of weight files that a target allows."""
+    if target.ratio is None:
+        return target.bytes
+    return int((1 - target.ratio) * sum(file.stat().st_size for file in source.checkpoint.files()))
+
+
+def search_plan(
+    recipe: Recipe | str | Path,
+    model: str | Path = ".",
+    out: str | Path = "plan.yaml",
+    *,
+    levels: str | Path | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    tell: Tell = silent,
+) -> Found:
+    """Find the best plan for a recipe's target, and write that alone; arguments as of `run`.
+
+    What is measured stays in `levels`, or beside `out` until that is there: the same call goes on from it.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    if recipe.target is None:
+        raise RecipeError("target: none given; a search needs the size or the bits that the result may take")
+    out, ranks = Path(out), Ranks.from_environment(device)
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; give --overwrite to replace it or choose another --out")
+    source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
+    calibration, _ = load_data(replace(recipe, evaluation=None), source)
+    check_shares(calibration, ranks)
+    found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell)
+    if ranks.first:
+        replace_text(out, to_text(found.plan))
+        if levels is None:
+            shutil.rmtree(levels_place(out, levels))
+    return found
+
+
+def levels_place(out: Path, levels: str | Path | None) -> Path:
+    """Where the levels lie that a search measures."""
+    return Path(levels) if levels is not None else out.with_name(f"{out.name}.search")
+
+
+def find_plan(
+    recipe: Recipe, source: ModelSource, calibration: Samples | None, ranks: Ranks, place: Path, tell: Tell
+) -> Found:
+    """The best plan for a recipe's target.
+
+    Args:
+        recipe: With a target, and passes with options to choose among.
+        source: The model.
+        calibration: The text that levels are made on.
+        ranks: Who else works.
+        place: Directory for measured levels and the steps of the search.
+        tell: Called after each step.
+
+    Raises:
+        RecipeError: nothing meets the target, there is nothing to choose among, or the passes read no text.
+    """
+    assert recipe.target is not None
+    if calibration is None:
+        raise RecipeError("target: levels are measured on text, which no pass of the recipe reads; use `gptq` or `vptq`")
+    settings = recipe.search or Search()
+    job = Job(source, choosable(recipe.passes), {}, ranks)
+    measured = repr((job.passes, recipe.calibration))
+    known = {**fingerprint(recipe, source, calibration), "recipe": hashlib.sha256(measured.encode()).hexdigest()}
+    return find(
+        job,
+        lambda: open_stream(job, calibration, keeping(recipe.calibration.on_disk), tell),
+        search_text(recipe, settings, source, calibration),
+        LevelDB(place, known),
+        recipe.target,
+        settings,
+        limit=Limit(recipe.target, source, recipe.passes),
+        tell=tell,
+    )
+
+
+def choosable(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes among whose options there is to choose.
+
+    Raises:
+        RecipeError: there is nothing to choose, or a pass changes blocks in a way that levels cannot be tried in.
+    """
+    found = [(number, step) for number, step in enumerate(passes) if any(isinstance(o, Format) for o in step.options)]
+    if sum(len(step.options) for _, step in found) < 2:
+        raise RecipeError("target: the passes offer one option, so there is nothing to choose; name more `options`")
+    for number, step in enumerate(passes[: found[-1][0]]):
+        if not step.options and not isinstance(step, Rewrites):
+            raise RecipeError(
+                f"passes.{number}: changes dense weights of blocks, in which levels cannot be tried one by one; leave it "
+                "out, or search without it and apply the plan with it"
+            )
+    return tuple(step for _, step in found)
+
+
+def search_text(recipe: Recipe, settings: Search, source: ModelSource, calibration: Samples) -> Tensor:
+    """Tokens [N, S] that whole models are compared on: what follows those of calibration in its source.
+
+    Raises:
+        CalibrationError: there are too few.
+    """
+    count, length = calibration.tokens.shape
+    more = -(-settings.tokens // length)
+    more += max(1, more // HELD_OUT)
+    spec = recipe.calibration
+    try:
+        everything = load_samples(
+            spec.source, load_tokenizer(source.path), samples=count + more, seq_len=length, seed=spec.seed
+        )
+    except CalibrationError as error:
+        raise CalibrationError(f"search.tokens {settings.tokens}, besides those of calibration: {error}") from error
+    return everything.tokens[count:]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Stored bits that all units together may take, for a target."""
+
+    target: Target
+    source: ModelSource
+    passes: Sequence[Pass]
+
+    def __call__(self, units: Sequence[Unit]) -> int:
+        if self.target.bits is not None:
+            return int(self.target.bits * sum(unit.weights for unit in units))
+        return 8 * (target_bytes(self.target, self.source) - self.beside(units))
+
+    def beside(self, units: Sequence[Unit]) -> int:
+        """Bytes of the files that are not the units', at most."""
+        headers = [max(unit.levels, key=partial(self._header, unit)) for unit in units]
+        plan = make_plan(
+            self.source, self.passes, {unit.name: level.option for unit, level in zip(units, headers, strict=True)}
+        )
+        written = output_headers(self.source, self.passes, plan)
+        files = shards.layout(written)
+        own = sum(level.bits for level in headers) // 8
+        return shards.total_bytes(files) - own + OFFSETS * len(written) + PADDING * len(files)
+
+    def _header(self, unit: Unit, level: Level) -> int:
+        """How long its entries in a file's header are, or nearly so."""
+        block = self.source.block(unit.block, load=False)
+        return sum(len(str(level.option.checkpoint_parts(block.shape(layer)))) for layer in unit.layers)

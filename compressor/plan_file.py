@@ -1,0 +1,71 @@
+"""plan.yaml: the option of each unit, as every run leaves it beside its weights, and as `--plan` takes it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compressor import registry
+from compressor.errors import RecipeError
+from compressor.plan import describe_plan
+from compressor.recipe import Recipe
+from compressor.types import Format, Pass, Plan
+
+
+def to_text(plan: Plan) -> str:
+    """The content of the file."""
+    return str(yaml.safe_dump(describe_plan(plan), sort_keys=False))
+
+
+def read_plan(path: Path) -> Plan:
+    """The formats of a plan's units; what rounds keys and values is the pass's own affair.
+
+    Raises:
+        RecipeError: not a plan.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); `compress search` writes such a file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(data, Mapping) or not data:
+        raise RecipeError(f"{path}: not a plan; a plan maps units such as model.layers.0.mlp.down_proj to formats")
+    return {str(unit): _option(spec, f"{path}: {unit}") for unit, spec in data.items() if not _is_cache(spec)}
+
+
+def _is_cache(spec: Any) -> bool:
+    return isinstance(spec, Mapping) and set(spec) == {"kv_cache"}
+
+
+def _option(spec: Any, where: str) -> Format:
+    if isinstance(spec, list):
+        raise RecipeError(f"{where}: several formats, among which a pass would choose; name one")
+    try:
+        option = registry.build("format", spec)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    assert isinstance(option, Format)
+    return option
+
+
+def offering(recipe: Recipe, plan: Plan) -> Recipe:
+    """The recipe with all that a plan asks for on offer: what no pass offers, goes to the first that may take any format."""
+    offered = {option for step in recipe.passes for option in step.options}
+    missing = [option for option in dict.fromkeys(plan.values()) if option not in offered]
+    if not missing:
+        return recipe
+    place = next((number for number, step in enumerate(recipe.passes) if _takes(step)), None)
+    if place is None:
+        raise RecipeError(f"plan: {missing[0].label} is offered by no pass of the recipe; add it to the `options` of one")
+    used = [option for option in recipe.passes[place].options if option in set(plan.values())]
+    passes: Sequence[Pass] = [
+        replace(step, options=(*used, *missing)) if number == place else step for number, step in enumerate(recipe.passes)
+    ]
+    return replace(recipe, passes=tuple(passes), target=None)
+
+
+def _takes(step: Pass) -> bool:
+    return bool(step.options) and not step.chooses and all(isinstance(option, Format) for option in step.options)

@@ -1,0 +1,225 @@
+"""From a target to a plan: measure levels, choose under the budget, improve the choice as a whole, accept it on unseen text.
+
+    levels -> allocators -> successive integer programmes -> evolution -> the best of all on text that none of them saw
+
+Everything that takes long is kept in one directory, and a search that was broken off goes on from there.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compressor.calibration.stream import CalibrationStream
+from compressor.errors import RecipeError
+from compressor.model.journal import read_journal, replace_text
+from compressor.model.memory import available_memory, dense_bytes
+from compressor.pipeline import Event, Job, Tell
+from compressor.recipe import Search, Target
+from compressor.search.allocate import Budget, BudgetError
+from compressor.search.evolve import Generation, evolve
+from compressor.search.fitness import Fitness, opened
+from compressor.search.importance import ALLOCATORS
+from compressor.search.levels import Choice, LevelDB, Unit
+from compressor.search.measure import measure
+from compressor.search.successive import Round, successive
+from compressor.types import Plan
+
+SHARE = 0.5  # of the available memory that a resident model may take, and dequantised levels beside it
+HELD_OUT = 8  # the text that only the last word is spoken on is this fraction of what the search sees
+PROGRAMMES, EVOLUTION = "successive programmes", "evolution"
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """A choice and how good it is."""
+
+    name: str
+    choice: Choice
+    bits_per_weight: float
+    kl: float  # nats, on text that no choice was made on
+    seconds: float  # after which it was there, measuring not included
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to."""
+
+    plan: Plan
+    best: Contestant
+    contestants: Sequence[Contestant]
+    steps: Sequence[Mapping[str, Any]]  # rounds and generations: stage, number, fitness, seconds, scored
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        rows = [{key: value for key, value in asdict(one).items() if key != "choice"} for one in self.contestants]
+        steps = [{key: value for key, value in step.items() if key != "choice"} for step in self.steps]
+        return {"best": self.best.name, "contestants": rows, "steps": steps}
+
+
+class Trail:
+    """Steps of a search, each on disk as soon as it is there.
+
+    Args:
+        path: Of a file of JSON lines; None keeps them in memory.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.steps = read_journal(path) if path is not None else []
+        self.started = time.monotonic() - max((step["seconds"] for step in self.steps), default=0.0)
+
+    def add(self, stage: str, choice: Choice, **fields: Any) -> None:
+        """A step, with the seconds so far."""
+        seconds = round(time.monotonic() - self.started, 1)
+        self.steps.append({"stage": stage, "choice": list(choice), "seconds": seconds, **fields})
+        if self.path is not None:
+            replace_text(self.path, "".join(json.dumps(step) + "\n" for step in self.steps))
+
+    def of(self, stage: str) -> list[dict[str, Any]]:
+        """The steps of a stage."""
+        return [step for step in self.steps if step["stage"] == stage]
+
+
+def find(
+    job: Job,
+    stream: Callable[[], CalibrationStream],
+    text_NS: Tensor,
+    levels: LevelDB,
+    target: Target,
+    settings: Search,
+    *,
+    limit: Callable[[Sequence[Unit]], int],
+    tell: Tell,
+) -> Found:
+    """The best plan for a target.
+
+    Args:
+        job: The model, and passes with options to choose among.
+        stream: Opens the calibration stream.
+        text_NS: Tokens that whole models are compared on, the same on all ranks.
+        levels: Filled if it is not full yet.
+        target: For the record.
+        settings: How to search.
+        limit: Stored bits that the units may take altogether.
+        tell: Called after each step.
+
+    Raises:
+        RecipeError: nothing meets the target.
+    """
+    with levels.open() if job.ranks.first else nullcontext():
+        measure(job, stream(), levels, tell)
+        units = levels.units
+        budget = Budget({"bits": [[level.bits for level in unit.levels] for unit in units]}, {"bits": limit(units)})
+        check(units, budget, target)
+        name = hashlib.sha256(repr((target, settings, budget.limits, text_NS.shape)).encode()).hexdigest()[:12]
+        trail = Trail(levels.journal.directory / f"search-{name}.jsonl" if job.ranks.first else None)
+        trail.steps = job.ranks.agree(trail.steps)
+        resident = fits_in_memory(job) if settings.resident is None else settings.resident
+        with opened(job.source, resident=resident) as model:
+            kept = int(SHARE * available_memory(job.source.device)) if resident else 0
+            fitness = Fitness(job.source, model, levels, text_NS, job.ranks, kept)
+            contestants = improve(units, budget, fitness, settings, trail, tell)
+    best = min(contestants, key=lambda one: one.kl)
+    plan = {unit.name: unit.levels[level].option for unit, level in zip(units, best.choice, strict=True)}
+    return Found(plan, best, contestants, trail.steps)
+
+
+def improve(
+    units: Sequence[Unit], budget: Budget, fitness: Fitness, settings: Search, trail: Trail, tell: Tell
+) -> list[Contestant]:
+    """Every choice on the way to the last one, judged on text that none was made on."""
+    held_out = max(1, fitness.samples // (HELD_OUT + 1))
+    seen, unseen = range(fitness.samples - held_out), range(fitness.samples - held_out, fitness.samples)
+    judge = seen[: max(1, len(seen) // 4)]
+    table = seen[-min(len(seen), -(-settings.table_tokens // fitness.seq_len)) :]
+    ways = allocations(units, budget)
+    if not trail.steps:
+        for (name, choice), kl in zip(ways.items(), fitness(list(ways.values()), judge), strict=True):
+            trail.add(name, choice, fitness=kl, scored=1, number=0)
+    start = min((step for step in trail.steps if step["stage"] in ALLOCATORS), key=lambda step: float(step["fitness"]))
+    point: Choice = tuple(start["choice"])
+    for turn in _rounds(point, budget, fitness, settings, table, judge, trail):
+        trail.add(PROGRAMMES, turn.point, fitness=turn.fitness, scored=turn.scored, number=turn.number, moved=turn.moved)
+        tell(Event("programme", turn.number, settings.rounds, error=turn.fitness))
+    point = tuple(([{"choice": point}, *trail.of(PROGRAMMES)])[-1]["choice"])
+    for generation in _generations(point, budget, fitness, settings, seen, trail):
+        known = {"fitness": generation.fitness, "scored": generation.scored, "number": generation.number}
+        trail.add(EVOLUTION, generation.parent, **known, idle=generation.idle)
+        tell(Event("evolve", generation.number, settings.evolve.generations, error=generation.fitness))
+    last = {name: tuple(trail.of(name)[-1]["choice"]) for name in (*ways, PROGRAMMES, EVOLUTION) if trail.of(name)}
+    after = {name: float(trail.of(name)[-1]["seconds"]) for name in last}
+    weights = sum(unit.weights for unit in units)
+    return [
+        Contestant(name, choice, budget.used(choice)["bits"] / weights, kl, after[name])
+        for (name, choice), kl in zip(last.items(), fitness(list(last.values()), unseen), strict=True)
+    ]
+
+
+def _rounds(
+    start: Choice,
+    budget: Budget,
+    fitness: Fitness,
+    settings: Search,
+    table: Sequence[int],
+    judge: Sequence[int],
+    trail: Trail,
+) -> Iterator[Round]:
+    """Successive programmes from where they were broken off."""
+    done = trail.of(PROGRAMMES)
+    if done and not done[-1]["moved"]:
+        return
+    point = tuple(done[-1]["choice"]) if done else start
+    ahead = range(len(done) + 1, settings.rounds + 1)
+    yield from successive(point, budget, fitness, table=table, judge=judge, radii=settings.radii, rounds=ahead)
+
+
+def _generations(
+    start: Choice, budget: Budget, fitness: Fitness, settings: Search, seen: Sequence[int], trail: Trail
+) -> Iterator[Generation]:
+    """Evolution from where it was broken off."""
+    done = trail.of(EVOLUTION)
+    last = None
+    if done:
+        fields = {key: done[-1][key] for key in ("number", "fitness", "idle", "scored")}
+        last = Generation(parent=tuple(done[-1]["choice"]), **fields)
+    yield from evolve(
+        settings.evolve, start, budget, fitness, samples=len(seen), seq_len=fitness.seq_len, seed=settings.seed, done=last
+    )
+
+
+def allocations(units: Sequence[Unit], budget: Budget) -> dict[str, Choice]:
+    """What each allocator comes to, without those that find nothing because they give all units the same option."""
+    found = {}
+    for name, allocate in ALLOCATORS.items():
+        with suppress(BudgetError):
+            found[name] = allocate(units, budget)
+    return found
+
+
+def check(units: Sequence[Unit], budget: Budget, target: Target) -> None:
+    """Refuse a target that the smallest levels do not meet.
+
+    Raises:
+        RecipeError: with what they come to.
+    """
+    least, limit = sum(min(level.bits for level in unit.levels) for unit in units), budget.limits["bits"]
+    weights = sum(unit.weights for unit in units)
+    if least > limit:
+        labels = sorted({min(unit.levels, key=lambda level: level.bits).option.label for unit in units})
+        raise RecipeError(
+            f"target {target.label}: leaves {limit / weights:.3f} bits for each of {weights:,} weights, the smallest options "
+            f"({', '.join(labels)}) take {least / weights:.3f}; allow {(least - limit) // 8 + 1:,} bytes more, or offer "
+            "smaller options"
+        )
+
+
+def fits_in_memory(job: Job) -> bool:
+    """Whether to hold the model in memory."""
+    return dense_bytes(job.source) <= SHARE * available_memory(job.source.device)
