@@ -9,6 +9,7 @@ from compressor.errors import RecipeError
 from compressor.recipe import load_recipe, make_recipe, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+SEARCH = ["search.tokens=512", "search.table_tokens=64", "search.rounds=1", "search.evolve.generations=1"]
 QUICK = ["calibration.samples=4", "calibration.seq_len=32", "evaluation.samples=2"]
 
 
@@ -16,7 +17,8 @@ QUICK = ["calibration.samples=4", "calibration.seq_len=32", "evaluation.samples=
 def test_every_shipped_recipe_runs(path, tmp_path):
     steps = enumerate(load_recipe(path).passes)
     trained = [f"passes.{i}.{key}=3" for i, step in steps for key in ("steps", "learn") if getattr(step, key, 0)]
-    report = api.run(load_recipe(path, QUICK + trained), DEMO_MODEL, tmp_path / "out", device="cpu")
+    searched = SEARCH if load_recipe(path).target is not None else []
+    report = api.run(load_recipe(path, QUICK + trained + searched), DEMO_MODEL, tmp_path / "out", device="cpu")
     assert len(report.rows) == 4 * 7
     assert report.quality["kl"] > 0
     assert [check for check in report.verification if check["outcome"] == "failed"] == []

@@ -158,6 +158,7 @@ def print_report(report: "Report", out: str) -> None:
         ("bits per weight, whole model", f"{report.model_bits_per_weight:.3f}"),
         *quality_fields(report.quality),
         ("passes", chain(report.recipe["passes"])),
+        *searched(report.search),
         ("worst layer", worst_layer(report)),
         ("time and peak memory of compressing", f"{duration(report.seconds)}, {size(report.peak_memory_bytes)}"),
         ("loads with", loaders(out)),
@@ -167,6 +168,14 @@ def print_report(report: "Report", out: str) -> None:
     print_table(out, ("", ""), rows)
     for warning in report.warnings:
         sys.stderr.write(f"warning: {warning}\n")
+
+
+def searched(search: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Whose choice was taken, beside the others."""
+    if search is None:
+        return []
+    losses = sorted((one["kl"], one["name"]) for one in search["contestants"])
+    return [("chosen by, with KL before training", ", ".join(f"{name} {kl:.4g}" for kl, name in losses))]
 
 
 def chain(passes: Sequence[Mapping[str, Any]]) -> str:

@@ -36,6 +36,8 @@ def figures(plots: Mapping[str, Any]) -> dict[str, Figure]:
             found[f"bits-{index}"] = bits_figure(one, bits)
     for key in position_panels(plots):
         found[f"position-{key}"] = position_figure(plots["positions"], key, [one["label"] for one in plots["layers"]])
+    for index, one in enumerate(plots.get("search", ())):
+        found[f"search-{index}"] = search_figure(one)
     return found
 
 
@@ -249,6 +251,33 @@ def position_figure(series: Sequence[Mapping[str, Any]], key: str, order: Sequen
     figure = _figure(data, 300, xaxis=horizontal, yaxis=vertical)
     if len(series) > 1:
         figure["layout"] |= {"showlegend": True, "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0}}
+    return figure
+
+
+def search_figure(one: Mapping[str, Any]) -> Figure:
+    """Fitness of the choices of a search over the seconds, by stage; the allocators' at its start."""
+    data = []
+    for index, stage in enumerate(dict.fromkeys(one["stage"])):
+        shown = [n for n, of in enumerate(one["stage"]) if of == stage]
+        colour, name = f"var(--series-{index % COLOURS})", html.escape(stage)
+        data.append(
+            {
+                "x": [one["seconds"][n] for n in shown],
+                "y": [one["fitness"][n] for n in shown],
+                "name": name,
+                "mode": "lines+markers" if len(shown) > 1 else "markers",
+                "line": {"color": colour, "width": 1.75},
+                "marker": {"size": 7, "symbol": _SYMBOLS[index % len(_SYMBOLS)], "color": colour},
+                "hovertext": [
+                    f"<b>{name}</b> {one['number'][n] or ''}<br>{one['seconds'][n]:g} s<br>KL {number(one['fitness'][n])}"
+                    for n in shown
+                ],
+                "hoverinfo": "text",
+            }
+        )
+    vertical = _axis("", type="log") if min(one["fitness"]) > 0 else _axis("", rangemode="tozero")
+    figure = _figure(data, 300, xaxis=_axis("seconds, measuring not included", rangemode="tozero"), yaxis=vertical)
+    figure["layout"] |= {"showlegend": True, "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0}}
     return figure
 
 

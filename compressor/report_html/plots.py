@@ -12,7 +12,7 @@ _BLOCK = re.compile(r"(?:^|\.)(\d+)\.")  # in the name of a layer: the number of
 
 
 def plot_data(reports: Reports) -> dict[str, Any]:
-    """Points of the quality/size plot, error and bits of each layer by block, quality by place in the sample.
+    """Points of the quality/size plot, error and bits of each layer by block, quality by place in the sample, searches.
 
     Args:
         reports: Contents of report.json files.
@@ -27,6 +27,11 @@ def plot_data(reports: Reports) -> dict[str, Any]:
             {"label": name, **_positions(report["quality"]["positions"])}
             for report, name in zip(reports, names, strict=True)
             if (report.get("quality") or {}).get("positions")
+        ],
+        "search": [
+            {"label": name, **_trajectory(report["search"])}
+            for report, name in zip(reports, names, strict=True)
+            if report.get("search")
         ],
     }
 
@@ -170,3 +175,9 @@ def _positions(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         "delta_nll": [a - b if a is not None and b is not None else None for a, b in zip(nll, reference, strict=True)],
         "kl": [finite(row.get("kl")) for row in rows],
     }
+
+
+def _trajectory(search: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The fitness of each step over the seconds."""
+    steps = [step for step in search["steps"] if finite(step["fitness"]) is not None]
+    return {key: [step[key] for step in steps] for key in ("stage", "number", "seconds", "fitness")}

@@ -14,11 +14,16 @@ _LISTS = {
 _OBJECTS = {
     "quality": ("perplexity", "tokens", "source", "seq_len", "texts", "positions", "protocol"),
     "calibration": ("source", "samples", "seq_len", "seed", "sha256"),
+    "search": ("best", "contestants", "steps"),
     "speed": ("device", "dtype", "bandwidth_gb_s", "rows"),
     "fingerprint": (),
     "versions": (),
 }
 _IN_QUALITY = {"texts": ("name", "sha256"), "positions": ("first", "last", "tokens")}
+_IN_SEARCH = {
+    "contestants": ("name", "bits_per_weight", "kl", "seconds"),
+    "steps": ("stage", "number", "seconds", "fitness"),
+}
 _PROTOCOL = ("seq_len", "stride", "bos", "documents", "dtype")
 _SPEED = ("phase", "model", "batch", "tokens_per_second")
 
@@ -45,6 +50,9 @@ def faults(report: Any) -> Iterator[str]:
         for key, needed in _IN_QUALITY.items():
             yield from _of_list(f"quality.{key}", quality.get(key), needed)
         yield from _of_object("quality.protocol", quality.get("protocol"), _PROTOCOL)
+    if isinstance(search := report.get("search"), dict):
+        for key, needed in _IN_SEARCH.items():
+            yield from _of_list(f"search.{key}", search.get(key), needed)
     if isinstance(speed := report.get("speed"), dict):
         yield from _of_list("speed.rows", speed.get("rows"), _SPEED)
 

@@ -46,6 +46,18 @@ def _by_model(
     return Table((*(("model",) if several else ()), *header), found, words + several) if found else None
 
 
+def search(models: Sequence[Model]) -> Table | None:
+    """The choices that a search came to, the worst first."""
+
+    def rows(model: Model) -> Iterable[Sequence[Cell]]:
+        found = model.report.get("search") or {}
+        for one in sorted(found.get("contestants", ()), key=lambda one: -float(one["kl"])):
+            taken = "taken" if one["name"] == found["best"] else ""
+            yield one["name"], taken, f"{one['bits_per_weight']:.3f}", number(one["kl"]), duration(one["seconds"])
+
+    return _by_model(models, ("choice", "", "bits/weight", "KL", "there after"), rows, words=2)
+
+
 def comparison(models: Sequence[Model]) -> Table:
     """The headline of several models, the smallest last."""
     header = (

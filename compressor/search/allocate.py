@@ -8,6 +8,7 @@ Huang et al., "MC-MoE", ICLR 2025.
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint
@@ -18,6 +19,8 @@ from compressor.search.levels import Choice
 
 Table = Sequence[Mapping[int, float]]  # by unit, by level; what is not there may not be chosen
 ROUNDING = 1e-6  # of a limit, that the solver may exceed it by
+PATIENCE = 300.0  # seconds
+TIMED_OUT = 1  # status of the solver
 
 
 class BudgetError(RecipeError):
@@ -77,7 +80,7 @@ def _beats(rows: Mapping[int, tuple[float, ...]], one: int, other: int) -> bool:
 
 
 def milp(scores: Table, budget: Budget) -> Choice:
-    """The choice with the least sum of scores that fits.
+    """The choice with the least sum of scores that fits; what `greedy` finds, or better, if that takes the solver too long.
 
     Args:
         scores: Finite; the less, the better.
@@ -104,17 +107,29 @@ def milp(scores: Table, budget: Budget) -> Choice:
             integrality=np.ones(len(at)),
             bounds=Bounds(0, 1),
             constraints=rules,
-            options={"mip_rel_gap": 0},
+            options={"mip_rel_gap": 0, "time_limit": PATIENCE},
         )
+        if found.status == TIMED_OUT:
+            return _better(found.x, at, scores, budget)
         if found.x is None:
             raise BudgetError(f"no choice of levels is within {dict(budget.limits)}")
-        choice = tuple(
-            next(level for (u, level), z in zip(at, found.x, strict=True) if u == unit and z > 0.5)
-            for unit in range(len(kept))
-        )
+        choice = _taken(found.x, at)
         if budget.fits(choice):
             return choice
         margin = 2 * margin or ROUNDING
+
+
+def _taken(x: "np.ndarray[Any, Any]", at: Sequence[tuple[int, int]]) -> Choice:
+    """The level of each unit that a solution takes; `at` is the unit and the level of each of its numbers."""
+    return tuple(level for (_, level), z in sorted(zip(at, x, strict=True)) if z > 0.5)
+
+
+def _better(x: "np.ndarray[Any, Any] | None", at: Sequence[tuple[int, int]], scores: Table, budget: Budget) -> Choice:
+    """Of a solution that may not be the best and a greedy one, the better that fits."""
+    found = [greedy(scores, budget)]
+    if x is not None and budget.fits(choice := _taken(x, at)):
+        found.append(choice)
+    return min(found, key=lambda choice: sum(row[level] for row, level in zip(scores, choice, strict=True)))
 
 
 def greedy(scores: Table, budget: Budget) -> Choice:

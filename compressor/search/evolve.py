@@ -5,7 +5,8 @@ every stage draws its samples anew, the same for all. The parent takes part in t
 
 Source: Sieberling et al., "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", ICML 2025, algorithm 1.
 What differs: units of any size may trade, and what no longer fits is repaired, where the original switches levels only among
-units of equal size; a child also takes whatever still fits; fitness is a lower bound of the KL divergence (fitness.py).
+units of equal size; a switch may be of several levels; a child also takes whatever still fits; fitness is a lower bound of
+the KL divergence (fitness.py).
 """
 
 import random
@@ -17,6 +18,7 @@ from compressor.search.allocate import Budget
 from compressor.search.levels import Choice
 
 Score = Callable[[Sequence[Choice], Sequence[int]], list[float]]  # of choices on samples: less is better
+LONGER = 0.25  # share of the switches by a level that go on for another
 ATTEMPTS = 20  # to make each offspring that there is not yet
 
 
@@ -88,21 +90,38 @@ def _offspring(settings: Evolve, parent: Choice, budget: Budget, rng: random.Ran
 
 
 def mutated(parent: Choice, budget: Budget, switches: int, rng: random.Random) -> Choice:
-    """Some units a level up, others down until it fits, and of what is left, up again whatever still fits."""
+    """A few units up, others down until it fits and sometimes further, and up again whatever still fits."""
     counts, child = budget.counts, list(parent)
     able = [unit for unit, count in enumerate(counts) if child[unit] + 1 < count]
-    raised = rng.sample(able, min(len(able), rng.randint(1, switches), rng.randint(1, switches)))
+    raised = rng.sample(able, min(len(able), _few(switches, rng)))
     for unit in raised:
-        child[unit] += 1
-    lowered = set()
-    while not budget.fits(tuple(child)):
+        child[unit] = min(child[unit] + _step(rng), counts[unit] - 1)
+    lowered: set[int] = set()
+    more = _few(switches, rng) - 1
+    while more or not budget.fits(tuple(child)):
         able = [unit for unit, level in enumerate(child) if level and unit not in raised]
         if not able:
-            return parent
+            break
         lowered.add(unit := rng.choice(able))
-        child[unit] -= 1
+        child[unit] = max(child[unit] - _step(rng), 0)
+        more = max(more - 1, 0)
+    if not budget.fits(tuple(child)):
+        return parent
     for unit in rng.sample(range(len(child)), len(child)):
-        more = (*child[:unit], child[unit] + 1, *child[unit + 1 :])
-        if unit not in lowered and more[unit] < counts[unit] and budget.fits(more):
+        fuller = (*child[:unit], child[unit] + 1, *child[unit + 1 :])
+        if unit not in lowered and fuller[unit] < counts[unit] and budget.fits(fuller):
             child[unit] += 1
     return tuple(child)
+
+
+def _few(most: int, rng: random.Random) -> int:
+    """From 1 on, small numbers more often."""
+    return min(rng.randint(1, most), rng.randint(1, most))
+
+
+def _step(rng: random.Random) -> int:
+    """Levels of a switch: one, or now and then more, for where one alone gains nothing."""
+    step = 1
+    while rng.random() < LONGER:
+        step += 1
+    return step

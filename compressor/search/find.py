@@ -114,7 +114,7 @@ def find(
         RecipeError: nothing meets the target.
     """
     with levels.open() if job.ranks.first else nullcontext():
-        measure(job, stream(), levels, tell)
+        measure(job, stream, levels, tell)
         units = levels.units
         budget = Budget({"bits": [[level.bits for level in unit.levels] for unit in units]}, {"bits": limit(units)})
         check(units, budget, target)

@@ -5,7 +5,7 @@ Blocks stay dense: all levels of a unit saw the same inputs.
 Shape suffixes: B samples of a batch, S sequence, D hidden.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,12 @@ class _Seen:
     outputs: Sequence[Tensor]
 
 
-def measure(job: Job, stream: CalibrationStream, levels: LevelDB, tell: Tell) -> None:
+def measure(job: Job, open_stream: Callable[[], CalibrationStream], levels: LevelDB, tell: Tell) -> None:
     """Add every unit of the model that is not there yet.
 
     Args:
         job: The model and the passes; the plan is not used.
-        stream: Positioned before the first block.
+        open_stream: Makes a stream before the first block.
         levels: Written by the first rank, read by all.
         tell: Called after each option of each block, and after each block.
 
@@ -51,15 +51,17 @@ def measure(job: Job, stream: CalibrationStream, levels: LevelDB, tell: Tell) ->
                 "with the dense model, or has layers share codebooks); search with another pass"
             )
     total = len(job.source.layers)
-    for index in range(total):
-        known = job.ranks.agree(tuple(levels.journal.finished))
+    known = job.ranks.agree(frozenset(levels.journal.finished))
+    missing = [index for index in range(total) if not units_of(job, job.source.block(index, load=False)) <= known]
+    stream = open_stream() if missing else None
+    for index in range(max(missing, default=-1) + 1):
+        assert stream is not None
         block = job.source.block(index)
-        units = {f"{block.prefix}.{unit}" for step in job.passes if step.options for unit in step.units(block)}
-        if not units <= set(known):
+        if index in missing:
             for unit, edits in _measured(job, stream, block, tell):
                 if job.ranks.first and unit.name not in known:
                     levels.add(unit, edits)
-        if index < total - 1:
+        if index < max(missing):
             stream.advance(block)
         job.source.release(block)
         return_freed_memory()
@@ -67,6 +69,11 @@ def measure(job: Job, stream: CalibrationStream, levels: LevelDB, tell: Tell) ->
     job.ranks.barrier()
     if not job.ranks.first:
         levels.reread()
+
+
+def units_of(job: Job, block: Block) -> set[str]:
+    """The full names of a block's units."""
+    return {f"{block.prefix}.{unit}" for step in job.passes for unit in step.units(block)}
 
 
 def _measured(

@@ -1,0 +1,243 @@
+"""`compress fit`, `compress search` and `--plan`: the size is met, the plan is kept to, nothing is lost on the way."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from harness import CommandLine, Fate, Fork, contents, dies_at_call, dies_at_rename, on_ranks
+
+from compressor.fitting import minutes
+
+REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
+SMALL = (
+    *("--samples", 4, "--seq-len", 64),
+    *("--set", "search.tokens=1024", "--set", "search.table_tokens=256", "--set", "search.rounds=2"),
+    *("--set", "search.evolve.generations=3", "--set", "search.evolve.offspring=6"),
+    *("--set", "search.evolve.stages=[[3, 128], [1, 512]]"),
+)
+UNREFINED = ("--set", "passes.0.refine=0", "--set", "passes.0.search=false")
+QUICK = (*SMALL, *UNREFINED, "--no-eval", "--no-verify")
+UNTRAINED = ("--set", "passes.1.steps=1")
+INTS = "passes.0.options=[" + ", ".join(f"{{format: int_group, bits: {b}, group_size: 32}}" for b in (2, 3, 4, 8)) + "]"
+
+
+def weight_bytes(model: Path) -> int:
+    return sum(file.stat().st_size for file in model.glob("*.safetensors*"))
+
+
+@pytest.mark.parametrize("bits", [2.7, 3.9, 6.1])
+def test_bits_are_met_from_below(tiny: Path, out: Path, compress: CommandLine, bits: float) -> None:
+    trained = UNTRAINED if bits <= 4 else ()
+    report = compress("fit", tiny, "--bits", bits, "--out", out, *QUICK, *trained, "--set", INTS, "--json").json
+    assert 0.98 * bits < report["bits_per_weight"] <= bits  # 16 units: no finer steps than these
+    assert not out.with_name("out.search").exists()
+
+
+@pytest.mark.parametrize(("flag", "share"), [("--size", 0.2), ("--ratio", 0.78)])
+def test_sizes_are_met_from_below(tiny: Path, out: Path, compress: CommandLine, flag: str, share: float) -> None:
+    whole = weight_bytes(tiny)
+    wanted = int(share * whole) if flag == "--size" else int((1 - share) * whole)
+    given = wanted if flag == "--size" else share
+    result = compress("fit", tiny, flag, given, "--out", out, *QUICK, *UNTRAINED, "--set", INTS)
+    assert result.code == 0, result.err
+    assert 0.99 * wanted < weight_bytes(out) <= wanted
+
+
+def test_the_report_says_what_else_was_there_to_choose(tiny: Path, out: Path, compress: CommandLine) -> None:
+    result = compress("fit", tiny, "--bits", 3, "--out", out, *SMALL, *UNTRAINED, "--set", "evaluation.samples=2")
+    assert result.code == 0, result.err
+    assert "uniform" in result.out
+    search = json.loads((out / "report.json").read_text())["search"]
+    by_name = {row["name"]: row for row in search["contestants"]}
+    assert {"uniform", "LIM", "ZD", "Hessian trace", "block errors"} <= by_name.keys()
+    assert by_name[search["best"]]["kl"] == min(row["kl"] for row in search["contestants"])
+    assert all(row["bits_per_weight"] <= 3 for row in search["contestants"])
+    assert "search" in (out / "report.html").read_text()
+
+
+def test_a_searched_plan_applied_gives_what_fit_gives(tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+    options = (*SMALL, "--set", INTS)
+    recipe = tmp_path / "fit.yaml"
+    printed = compress("fit", tiny, "--bits", 3, *options, *UNTRAINED, "--no-eval", "--print-recipe")
+    recipe.write_text(printed.out)
+    plan = tmp_path / "plan.yaml"
+    assert compress("search", tiny, "--bits", 3, *options, *UNTRAINED, "--out", plan).code == 0
+    assert not (tmp_path / "plan.yaml.search").exists()
+    assert compress("fit", tiny, "--bits", 3, *options, *UNTRAINED, *QUICK[-2:], "--out", tmp_path / "fitted").code == 0
+    result = compress("run", recipe, tiny, "--plan", plan, "--no-verify", "--out", tmp_path / "planned")
+    assert result.code == 0, result.err
+    fitted, planned = (contents(tmp_path / name, (*REPORTS, "recipe.yaml")) for name in ("fitted", "planned"))
+    assert fitted == planned
+    assert (tmp_path / "fitted" / "plan.yaml").read_text() == plan.read_text()
+
+
+def test_a_plan_of_one_run_repeats_it_with_another_recipe(tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+    """What the plan gives is put on offer in the recipe, which gave something else."""
+    plan = tmp_path / "plan.yaml"
+    compress("search", tiny, "--bits", 3, *SMALL, "--set", INTS, "--out", plan)
+    recipe = tmp_path / "rtn.yaml"
+    recipe.write_text("passes:\n- pass: rtn\n  options: [{format: int_group, bits: 4, group_size: 32}]\nevaluation: null\n")
+    forecast = compress("run", recipe, tiny, "--plan", plan, "--dry-run", "--json").json
+    report = compress("run", recipe, tiny, "--plan", plan, "--no-verify", "--out", tmp_path / "out", "--json").json
+    assert report["bits_per_weight"] == pytest.approx(forecast["bits_per_weight"])
+    assert report["size_bytes"] == forecast["size_bytes"] == weight_bytes(tmp_path / "out")
+    assert (tmp_path / "out" / "plan.yaml").read_text() == plan.read_text()
+    again = compress("run", tmp_path / "out" / "recipe.yaml", tiny, "--plan", plan, "--no-verify", "--out", tmp_path / "2")
+    assert again.code == 0, again.err
+    assert contents(tmp_path / "2", REPORTS) == contents(tmp_path / "out", REPORTS)
+
+
+def test_integers_floats_and_vectors_are_mixed(tiny: Path, out: Path, compress: CommandLine) -> None:
+    mixed = ("--using", "int,fp4,vq", *QUICK, "--set", "passes.3.steps=1")
+    result = compress("fit", tiny, "--bits", 3.4, "--out", out, *mixed, "--levels", out.with_name("levels"))
+    assert result.code == 0, result.err
+    lines = [json.loads(line) for line in (out.with_name("levels") / "journal.jsonl").read_text().splitlines()[1:]]
+    offered = {level["option"]["format"] for line in lines for level in line["unit"]["levels"]}
+    assert offered == {"int_group", "mxfp4", "nvfp4", "vq"}
+    assert json.loads((out / "report.json").read_text())["bits_per_weight"] <= 3.4
+
+
+def test_levels_that_are_kept_serve_another_target(tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+    options = (*SMALL, "--set", INTS, "--levels", tmp_path / "levels")
+    assert "measure" in compress("search", tiny, "--bits", 3, *options, "--out", tmp_path / "3.yaml").err
+    second = compress("search", tiny, "--bits", 4, *options, "--out", tmp_path / "4.yaml")
+    assert second.code == 0, second.err
+    assert "measure" not in second.err
+    same = compress("search", tiny, "--bits", 3, *options, "--out", tmp_path / "3-again.yaml")
+    assert "evolve" not in same.err  # not even that
+    assert (tmp_path / "3.yaml").read_text() == (tmp_path / "3-again.yaml").read_text()
+    other = compress("search", tiny, "--bits", 3, *options, "--samples", 5, "--out", tmp_path / "5.yaml")
+    assert "name another directory with --levels" in other.late_error
+
+
+DEATHS: dict[str, Fate] = {
+    "while levels are measured": (dies_at_rename, ("model.layers.2.mlp.down_proj.safetensors", True)),
+    "before the search": (dies_at_call, ("compressor.search.find", "opened")),
+    "before evolution": (dies_at_call, ("compressor.search.find", "evolve")),
+    "while the model is written": (dies_at_rename, ("block-00002.safetensors", True)),
+    "before the result appears": (dies_at_rename, ("out", False)),
+    "after the result appeared": (dies_at_rename, ("out", True)),
+}
+
+
+@pytest.mark.parametrize("fate", DEATHS.values(), ids=DEATHS)
+def test_a_fit_that_is_killed_goes_on_to_the_same(tiny: Path, tmp_path: Path, compress: CommandLine, fate: Fate) -> None:
+    arguments = ("fit", tiny, "--bits", 3, *QUICK, *UNTRAINED, "--set", INTS)
+    assert compress(*arguments, "--out", tmp_path / "whole").code == 0
+    killed = Fork(tmp_path / "log", *arguments, "--out", tmp_path / "out", fate=fate).result()
+    assert killed.code == -9
+    result = compress(*arguments, "--out", tmp_path / "out", "--resume")
+    assert result.code == 0, result.err
+    assert contents(tmp_path / "out", REPORTS) == contents(tmp_path / "whole", REPORTS)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert {"out.partial"}.isdisjoint(left)
+
+
+def test_two_ranks_find_the_same_plan(tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+    arguments = ("search", tiny, "--bits", 3, *SMALL, "--samples", 64, "--seq-len", 256, "--set", INTS)
+    assert compress(*arguments, "--out", tmp_path / "one.yaml").code == 0
+    results = on_ranks(tmp_path / "log", *arguments, "--out", tmp_path / "two.yaml")
+    assert [result.code for result in results] == [0, 0], results[0].err
+    assert (tmp_path / "two.yaml").read_text() == (tmp_path / "one.yaml").read_text()
+
+
+class TestBadInput:
+    def test_an_impossible_target_says_what_is_needed(self, tiny: Path, out: Path, compress: CommandLine) -> None:
+        error = compress("fit", tiny, "--bits", 2.1, "--out", out, *QUICK, "--set", INTS).late_error
+        assert "the smallest options (int2g32) take 2.506; allow" in error
+        assert "bytes more, or offer smaller options" in error
+        assert not out.exists()
+
+    @pytest.mark.parametrize(
+        ("flags", "said"),
+        [
+            ((), "give exactly one of size, bits and ratio"),
+            (("--bits", 3, "--ratio", 0.5), "bits and ratio given"),
+            (("--size", "big"), "'big' is no positive size"),
+            (("--size", "0GB"), "no positive size"),
+            (("--ratio", 1.2), "ratio: 1.2 is not between 0 and 1"),
+            (("--bits", -1), "bits: -1.0 is not a positive number"),
+            (("--bits", 3, "--using", "int,bf16"), "--using bf16: no such numbers"),
+            (("--bits", 2, "--using", "fp4"), "none of these numbers has options near 2.00 bits"),
+            (("--bits", 3, "--time", "soon"), "--time soon: not a time"),
+            (("--bits", 3, "--set", "search.evolve.offspring=0"), "offspring: 0 is not a positive number"),
+            (("--bits", 3, "--set", "search.tokens=-5"), "tokens: -5"),
+        ],
+    )
+    def test_options_that_make_no_sense(
+        self, tiny: Path, out: Path, compress: CommandLine, flags: tuple[object, ...], said: str
+    ) -> None:
+        assert said in compress("fit", tiny, *flags, "--out", out).error
+
+    def test_too_little_text_to_search_on(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+        text = tmp_path / "text.txt"
+        text.write_text("a few words\n\n" * 4000)
+        arguments = ("fit", tiny, "--bits", 3, "--calibration", text, "--samples", 4, "--seq-len", 64)
+        assert (
+            "search.tokens 131072, besides those of calibration" in compress(*arguments, "--out", tmp_path / "o").late_error
+        )
+
+    def test_nothing_to_choose(self, tiny: Path, out: Path, compress: CommandLine) -> None:
+        one = "passes.0.options=[{format: int_group, bits: 4, group_size: 32}]"
+        assert "offer one option" in compress("fit", tiny, "--bits", 5, "--out", out, *QUICK, "--set", one).error
+
+    def test_a_pass_that_changes_blocks_before(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+        recipe = tmp_path / "r.yaml"
+        steps = [{"pass": "smooth"}, {"pass": "gptq", "options": [{"format": "int_group", "bits": b} for b in (4, 8)]}]
+        recipe.write_text(yaml.safe_dump({"passes": steps, "target": {"bits": 5}}))
+        assert "passes.0: changes dense weights of blocks" in compress("run", recipe, tiny).error
+
+    def test_a_dry_run_of_a_target(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+        recipe = tmp_path / "r.yaml"
+        steps = [{"pass": "gptq", "options": [{"format": "int_group", "bits": b} for b in (4, 8)]}]
+        recipe.write_text(yaml.safe_dump({"passes": steps, "target": {"bits": 5}}))
+        assert "known after a search" in compress("run", recipe, tiny, "--dry-run").error
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            ("- a\n- b\n", "not a plan"),
+            ("{", "not valid YAML"),
+            ("model.layers.0.mlp.down_proj: {format: int_grop, bits: 4}\n", "did you mean `int_group`?"),
+            ("model.layers.0.mlp.down_proj: {format: int_group, bits: 4, group_size: 32}\n", "has no entry for"),
+        ],
+    )
+    def test_what_is_no_plan(self, tiny: Path, tmp_path: Path, compress: CommandLine, content: str, said: str) -> None:
+        plan, recipe = tmp_path / "plan.yaml", tmp_path / "r.yaml"
+        plan.write_text(content)
+        recipe.write_text("passes:\n- pass: rtn\n  options: [{format: int_group, bits: 4, group_size: 32}]\n")
+        assert said in compress("run", recipe, tiny, "--plan", plan).error
+
+    def test_a_plan_for_another_model(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+        plan, recipe = tmp_path / "plan.yaml", tmp_path / "r.yaml"
+        recipe.write_text("passes:\n- pass: rtn\n  options: [{format: int_group, bits: 4, group_size: 32}]\n")
+        assert compress("run", recipe, tiny, "--no-verify", "--out", tmp_path / "out", "--set", "evaluation=null").code == 0
+        whole = (tmp_path / "out" / "plan.yaml").read_text()
+        plan.write_text(whole + "model.layers.9.mlp.down_proj: {format: int_group, bits: 4, group_size: 32}\n")
+        assert "no pass of the recipe offers for it" in compress("run", recipe, tiny, "--plan", plan).error
+
+    def test_a_plan_that_is_not_there(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text("passes:\n- pass: rtn\n  options: [{format: int_group, bits: 4, group_size: 32}]\n")
+        error = compress("run", recipe, tiny, "--plan", tmp_path / "none.yaml").error
+        assert "cannot be read" in error
+
+    def test_a_plan_that_is_there_already(self, tiny: Path, tmp_path: Path, compress: CommandLine) -> None:
+        (tmp_path / "plan.yaml").write_text("mine")
+        assert "exists already" in compress("search", tiny, "--bits", 3, "--out", tmp_path / "plan.yaml").error
+        assert (tmp_path / "plan.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("90s", 1.5), ("30m", 30), ("2h", 120), ("5", 5), ("1.5h", 90)])
+def test_times(text: str, expected: float) -> None:
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("4GB", 4 * 10**9), ("3.5GiB", 3.5 * 2**30), ("800 MB", 8 * 10**8), (1234, 1234), ("7k", 7000)]
+)
+def test_sizes(size: str | int, expected: float) -> None:
+    from compressor.recipe import Target
+
+    assert Target(size=size).bytes == expected
