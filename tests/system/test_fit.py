@@ -66,7 +66,9 @@ def test_sizes_are_met_from_below(tiny: Path, out: Path, compress: Callable[...,
 
 
 def test_the_report_says_what_else_was_there_to_choose(tiny: Path, out: Path, compress: Callable[..., Result]) -> None:
-    result = compress("fit", tiny, "--bits", 3, "--out", out, *SMALL, *UNTRAINED, "--set", "evaluation.samples=2")
+    result = compress(
+        "fit", tiny, "--bits", 3, "--out", out, *SMALL, *UNREFINED, "--set", INTS, "--set", "evaluation.samples=2"
+    )
     assert result.code == 0, result.err
     assert "uniform" in result.out
     search = json.loads((out / "report.json").read_text())["search"]
@@ -78,7 +80,7 @@ def test_the_report_says_what_else_was_there_to_choose(tiny: Path, out: Path, co
 
 
 def test_a_searched_plan_applied_gives_what_fit_gives(tiny: Path, tmp_path: Path, compress: Callable[..., Result]) -> None:
-    options = (*SMALL, "--set", INTS)
+    options = (*SMALL, *UNREFINED, "--set", INTS)
     recipe = tmp_path / "fit.yaml"
     printed = compress("fit", tiny, "--bits", 3, *options, *UNTRAINED, "--no-eval", "--print-recipe")
     recipe.write_text(printed.out)
