@@ -95,6 +95,7 @@ def run(
     Raises:
         CompressorError: anything a user can mend.
     """
+    started = time.monotonic()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     ranks = Ranks.from_environment(device)
     given = read_plan(Path(plan)) if plan is not None else None
@@ -110,7 +111,9 @@ def run(
     if resume and out.exists() and not overwrite:
         return finished_report(out, report)
     if recipe.target is not None:
-        found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell)
+        place = levels_place(out, levels)
+        judged = evaluation.tokens if evaluation is not None else 0
+        found = find_plan(recipe, source, calibration, ranks, place, tell, started=started, judged=judged)
         chosen = make_plan(source, recipe.passes, found.plan)
         report.fingerprint = made_by = made_by | fingerprint_plan(found.plan)
         report.search = found.to_dict()

@@ -4,6 +4,7 @@ import hashlib
 import math
 import re
 import shutil
+import time as clock
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,7 @@ from compressor.plan_file import to_text
 from compressor.provenance import fingerprint
 from compressor.recipe import Recipe, Search, Target, load_recipe, make_recipe
 from compressor.registry import validate
+from compressor.search.clock import Clock
 from compressor.search.find import HELD_OUT, Found, find
 from compressor.search.levels import Level, LevelDB, Unit
 from compressor.types import Format, Pass
@@ -137,6 +139,7 @@ def search_plan(
 
     What is measured stays in `levels`, or beside `out` until that is there: the same call goes on from it.
     """
+    started = clock.monotonic()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     if recipe.target is None:
         raise RecipeError("target: none given; a search needs the size or the bits that the result may take")
@@ -146,7 +149,7 @@ def search_plan(
     source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
     calibration, _ = load_data(replace(recipe, evaluation=None), source)
     check_shares(calibration, ranks)
-    found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell)
+    found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell, started=started)
     if ranks.first:
         replace_text(out, to_text(found.plan))
         if levels is None:
@@ -160,7 +163,15 @@ def levels_place(out: Path, levels: str | Path | None) -> Path:
 
 
 def find_plan(
-    recipe: Recipe, source: ModelSource, calibration: Samples | None, ranks: Ranks, place: Path, tell: Tell
+    recipe: Recipe,
+    source: ModelSource,
+    calibration: Samples | None,
+    ranks: Ranks,
+    place: Path,
+    tell: Tell,
+    *,
+    started: float,
+    judged: int = 0,
 ) -> Found:
     """The best plan for a recipe's target.
 
@@ -171,6 +182,8 @@ def find_plan(
         ranks: Who else works.
         place: Directory for measured levels and the steps of the search.
         tell: Called after each step.
+        started: When the time began of which the recipe allows some, of `time.monotonic`.
+        judged: Tokens that the written model will be compared on.
 
     Raises:
         RecipeError: nothing meets the target, there is nothing to choose among, or the passes read no text.
@@ -190,6 +203,8 @@ def find_plan(
         recipe.target,
         settings,
         limit=Limit(recipe.target, source, recipe.passes),
+        clock=Clock.of(settings.minutes, started, ranks),
+        judged=judged,
         tell=tell,
     )
 

@@ -29,6 +29,11 @@ class Judged:
     texts: tuple[Text, ...]
     protocol: Protocol
 
+    @property
+    def tokens(self) -> int:
+        """That go through the models."""
+        return sum(passage.tokens.numel() for text in self.texts for passage in text.passages)
+
 
 def open_model(
     recipe: Recipe, model: Path, device: torch.device, dtype: str | None, tell: Progress = silent, *, sizes_only: bool = False

@@ -128,6 +128,12 @@ class Evolve:
         if not self.stages or self.stages[-1][0] != 1 or any(min(stage) < 1 for stage in self.stages):
             raise ValueError(f"stages: {self.stages}; each is survivors and tokens, and the last one leaves one survivor")
 
+    @property
+    def tokens(self) -> int:
+        """Of a generation: those of all stages, times what takes part in them."""
+        entering = [self.offspring, *(survivors for survivors, _ in self.stages)]
+        return sum(count * tokens for count, (_, tokens) in zip(entering, self.stages, strict=False))
+
 
 @node
 class Search:

@@ -7,12 +7,13 @@ Everything that takes long is kept in one directory, and a search that was broke
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -23,16 +24,18 @@ from compressor.model.memory import available_memory, dense_bytes
 from compressor.pipeline import Event, Job, Tell
 from compressor.recipe import Search, Target
 from compressor.search.allocate import Budget, BudgetError
+from compressor.search.clock import JUDGING, WRITING, Clock
 from compressor.search.evolve import Generation, evolve
 from compressor.search.fitness import Fitness, opened
 from compressor.search.importance import ALLOCATORS
 from compressor.search.levels import Choice, LevelDB, Unit
-from compressor.search.measure import measure
+from compressor.search.measure import check_measurable, measure, planned_units
 from compressor.search.successive import Round, successive
 from compressor.types import Plan
 
 SHARE = 0.5  # of the available memory that a resident model may take, and dequantised levels beside it
 HELD_OUT = 8  # the text that only the last word is spoken on is this fraction of what the search sees
+T = TypeVar("T")
 PROGRAMMES, EVOLUTION = "successive programmes", "evolution"
 
 
@@ -96,6 +99,8 @@ def find(
     settings: Search,
     *,
     limit: Callable[[Sequence[Unit]], int],
+    clock: Clock,
+    judged: int,
     tell: Tell,
 ) -> Found:
     """The best plan for a target.
@@ -108,31 +113,46 @@ def find(
         target: For the record.
         settings: How to search.
         limit: Stored bits that the units may take altogether.
+        clock: When everything has to be done, the written model included.
+        judged: Tokens that the written model will be compared on.
         tell: Called after each step.
 
     Raises:
-        RecipeError: nothing meets the target.
+        RecipeError: nothing meets the target, or not within the time.
     """
+    check_measurable(job.passes)
+    planned = planned_units(job)
+    wanted = limit(planned)
+    check(planned, wanted, target)
     with levels.open() if job.ranks.first else nullcontext():
-        measure(job, stream, levels, tell)
+        measure(job, stream, levels, tell, clock, wanted / sum(unit.weights for unit in planned))
         units = levels.units
         budget = Budget({"bits": [[level.bits for level in unit.levels] for unit in units]}, {"bits": limit(units)})
-        check(units, budget, target)
-        name = hashlib.sha256(repr((target, settings, budget.limits, text_NS.shape)).encode()).hexdigest()[:12]
+        name = hashlib.sha256(
+            repr((target, replace(settings, minutes=None), budget.limits, text_NS.shape)).encode()
+        ).hexdigest()[:12]
         trail = Trail(levels.journal.directory / f"search-{name}.jsonl" if job.ranks.first else None)
         trail.steps = job.ranks.agree(trail.steps)
         resident = fits_in_memory(job) if settings.resident is None else settings.resident
         with opened(job.source, resident=resident) as model:
             kept = int(SHARE * available_memory(job.source.device)) if resident else 0
             fitness = Fitness(job.source, model, levels, text_NS, job.ranks, kept)
-            contestants = improve(units, budget, fitness, settings, trail, tell)
+            writing = WRITING * sum(unit.seconds / len(unit.levels) for unit in units)
+            reserve = writing + JUDGING * judged / fitness.seq_len * fitness.pace
+            contestants = improve(units, budget, fitness, settings, trail, clock.keeping(reserve), tell)
     best = min(contestants, key=lambda one: one.kl)
     plan = {unit.name: unit.levels[level].option for unit, level in zip(units, best.choice, strict=True)}
     return Found(plan, best, contestants, trail.steps)
 
 
 def improve(
-    units: Sequence[Unit], budget: Budget, fitness: Fitness, settings: Search, trail: Trail, tell: Tell
+    units: Sequence[Unit],
+    budget: Budget,
+    fitness: Fitness,
+    settings: Search,
+    trail: Trail,
+    clock: Clock,
+    tell: Tell,
 ) -> list[Contestant]:
     """Every choice on the way to the last one, judged on text that none was made on."""
     held_out = max(1, fitness.samples // (HELD_OUT + 1))
@@ -145,11 +165,20 @@ def improve(
             trail.add(name, choice, fitness=kl, scored=1, number=0)
     start = min((step for step in trail.steps if step["stage"] in ALLOCATORS), key=lambda step: float(step["fitness"]))
     point: Choice = tuple(start["choice"])
-    for turn in _rounds(point, budget, fitness, settings, table, judge, trail):
+    searching = clock.keeping(fitness.pace * (len(ways) + 2) * held_out)
+    for turn in in_time(
+        _rounds(point, budget, fitness, settings, table, judge, trail),
+        searching,
+        fitness.pace * 2 * max(settings.radii) * len(units) * len(table),
+    ):
         trail.add(PROGRAMMES, turn.point, fitness=turn.fitness, scored=turn.scored, number=turn.number, moved=turn.moved)
         tell(Event("programme", turn.number, settings.rounds, error=turn.fitness))
     point = tuple(([{"choice": point}, *trail.of(PROGRAMMES)])[-1]["choice"])
-    for generation in _generations(point, budget, fitness, settings, seen, trail):
+    for generation in in_time(
+        _generations(point, budget, fitness, settings, seen, trail),
+        searching,
+        fitness.pace * settings.evolve.tokens / fitness.seq_len,
+    ):
         known = {"fitness": generation.fitness, "scored": generation.scored, "number": generation.number}
         trail.add(EVOLUTION, generation.parent, **known, idle=generation.idle)
         tell(Event("evolve", generation.number, settings.evolve.generations, error=generation.fitness))
@@ -160,6 +189,18 @@ def improve(
         Contestant(name, choice, budget.used(choice)["bits"] / weights, kl, after[name])
         for (name, choice), kl in zip(last.items(), fitness(list(last.values()), unseen), strict=True)
     ]
+
+
+def in_time(steps: Iterator[T], clock: Clock, seconds: float) -> Iterator[T]:
+    """Steps while there is time for one more: what the last one took, or at first so many seconds."""
+    while clock.left() > seconds:
+        started = time.monotonic()
+        for step in steps:
+            yield step
+            break
+        else:
+            return
+        seconds = time.monotonic() - started
 
 
 def _rounds(
@@ -203,21 +244,24 @@ def allocations(units: Sequence[Unit], budget: Budget) -> dict[str, Choice]:
     return found
 
 
-def check(units: Sequence[Unit], budget: Budget, target: Target) -> None:
+def check(units: Sequence[Unit], limit: int, target: Target) -> None:
     """Refuse a target that the smallest levels do not meet.
 
     Raises:
         RecipeError: with what they come to.
     """
-    least, limit = sum(min(level.bits for level in unit.levels) for unit in units), budget.limits["bits"]
-    weights = sum(unit.weights for unit in units)
-    if least > limit:
-        labels = sorted({min(unit.levels, key=lambda level: level.bits).option.label for unit in units})
-        raise RecipeError(
-            f"target {target.label}: leaves {limit / weights:.3f} bits for each of {weights:,} weights, the smallest options "
-            f"({', '.join(labels)}) take {least / weights:.3f}; allow {(least - limit) // 8 + 1:,} bytes more, or offer "
-            "smaller options"
-        )
+    least, weights = sum(min(level.bits for level in unit.levels) for unit in units), sum(unit.weights for unit in units)
+    if least <= limit:
+        return
+    labels = sorted({min(unit.levels, key=lambda level: level.bits).option.label for unit in units})
+    short = -(-(least - limit) // 8)
+    reach = f"bits {math.ceil(1000 * least / weights) / 1000}" if target.bits is not None else f"{short:,} bytes more"
+    if target.size is not None:
+        reach = f"size {target.bytes + short}"
+    raise RecipeError(
+        f"target {target.label}: leaves {limit / weights:.3f} bits for each of {weights:,} weights, the smallest options "
+        f"({', '.join(labels)}) take {least / weights:.3f}; allow {reach}, or offer smaller options"
+    )
 
 
 def fits_in_memory(job: Job) -> bool:

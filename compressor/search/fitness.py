@@ -11,6 +11,7 @@ Shape suffixes: N samples, S sequence, D hidden, K kept probabilities, V vocabul
 """
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -111,7 +112,9 @@ class Fitness:
         self._inputs = source.first_inputs([samples_NS[i : i + 1] for i in self._mine])
         largest = max(unit.weights for unit in self.units) * source.dtype.itemsize
         self._trial = functools.lru_cache(maxsize=max(kept // largest, len(self.units) // len(source.layers)))(self._made)
+        started = time.monotonic()
         self._teacher = self._predicted()
+        self.pace = (time.monotonic() - started) / max(len(self._mine), 1)  # seconds for a sample of one choice, nearly
 
     def __call__(self, choices: Sequence[Choice], samples: Sequence[int]) -> list[float]:
         """The mean KL divergence of each choice over all tokens of some samples, in nats."""

@@ -7,7 +7,7 @@ mapped into memory as they are read: a database may be larger than that.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Unit:
     outliers: float  # share of weights more than a standard deviation above their mean
     trace: float  # mean of the diagonal of the Hessian of what the layers read
     levels: tuple[Level, ...]
+    seconds: float = field(default=0.0, compare=False)  # that its levels took, and its part of what the block takes besides
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the journal."""
@@ -114,12 +115,3 @@ class LevelDB:
                 parts = {name.removeprefix(start): opened.get_tensor(name) for name in names if name.startswith(start)}
                 found[layer] = QuantizedTensor(registry.build("format", spec), (rows, columns), parts)
         return found
-
-
-def undominated(unit: Unit) -> Unit:
-    """Without the levels that another one beats or equals in bits and in error."""
-    kept: list[Level] = []
-    for level in sorted(unit.levels, key=lambda level: (level.bits, level.error)):
-        if not kept or level.error < kept[-1].error:
-            kept.append(level)
-    return replace(unit, levels=tuple(kept))

@@ -1,11 +1,12 @@
 """Fill a level database: one sweep over the blocks, in which every pass is applied with every option it has.
 
-Blocks stay dense: all levels of a unit saw the same inputs.
-
-Shape suffixes: B samples of a batch, S sequence, D hidden.
+Blocks stay dense: all levels of a unit saw the same inputs. Where time is short, the first block tells what options take, and
+the others get only those nearest to what is wanted.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from compressor.errors import RecipeError
 from compressor.model.source import return_freed_memory
 from compressor.pipeline import Event, Job, Tell
 from compressor.plan import fits
+from compressor.search.clock import MEASURING, WRITING, Clock
 from compressor.search.levels import Level, LevelDB, Unit
 from compressor.types import Block, Format, Pass, QuantizedTensor, Trial, dense, stored_bits
 
@@ -32,7 +34,14 @@ class _Seen:
     outputs: Sequence[Tensor]
 
 
-def measure(job: Job, open_stream: Callable[[], CalibrationStream], levels: LevelDB, tell: Tell) -> None:
+def measure(
+    job: Job,
+    open_stream: Callable[[], CalibrationStream],
+    levels: LevelDB,
+    tell: Tell,
+    clock: Clock | None = None,
+    wanted: float = math.inf,
+) -> None:
     """Add every unit of the model that is not there yet.
 
     Args:
@@ -40,25 +49,25 @@ def measure(job: Job, open_stream: Callable[[], CalibrationStream], levels: Leve
         open_stream: Makes a stream before the first block.
         levels: Written by the first rank, read by all.
         tell: Called after each option of each block, and after each block.
+        clock: Says how long everything may take; None lets it take what it takes.
+        wanted: Bits of a weight, on average, that the choice among levels may come to.
 
     Raises:
-        RecipeError: a pass cannot be measured option by option.
+        RecipeError: a pass cannot be measured option by option, or there is no time for two options.
     """
-    for number, step in enumerate(job.passes):
-        if step.options and (step.chooses or step.two_streams or step.together):
-            raise RecipeError(
-                f"passes.{number}: what it makes of a layer cannot be measured by itself (it chooses among options, compares "
-                "with the dense model, or has layers share codebooks); search with another pass"
-            )
+    check_measurable(job.passes)
     total = len(job.source.layers)
     known = job.ranks.agree(frozenset(levels.journal.finished))
     missing = [index for index in range(total) if not units_of(job, job.source.block(index, load=False)) <= known]
     stream = open_stream() if missing else None
+    kept: Collection[str] | None = None  # None: all
     for index in range(max(missing, default=-1) + 1):
         assert stream is not None
+        started = time.monotonic()
         block = job.source.block(index)
+        seconds: dict[str, float] = {}
         if index in missing:
-            for unit, edits in _measured(job, stream, block, tell):
+            for unit, edits in _measured(job, stream, block, tell, kept, seconds):
                 if job.ranks.first and unit.name not in known:
                     levels.add(unit, edits)
         if index < max(missing):
@@ -66,9 +75,91 @@ def measure(job: Job, open_stream: Callable[[], CalibrationStream], levels: Leve
         job.source.release(block)
         return_freed_memory()
         tell(Event("measure", index + 1, total))
+        if clock is not None and index == missing[0]:
+            fixed = time.monotonic() - started - sum(seconds.values())
+            kept = job.ranks.agree(affordable(planned_units(job), seconds, fixed, len(missing) - 1, clock.left(), wanted))
     job.ranks.barrier()
     if not job.ranks.first:
         levels.reread()
+
+
+def check_measurable(passes: Sequence[Pass]) -> None:
+    """Refuse passes that cannot be applied to one unit with one option by itself.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    for number, step in enumerate(passes):
+        if step.options and (step.chooses or step.two_streams or step.together):
+            raise RecipeError(
+                f"passes.{number}: what it makes of a layer cannot be measured by itself (it chooses among options, compares "
+                "with the dense model, or has layers share codebooks); search with another pass"
+            )
+
+
+def planned_units(job: Job) -> list[Unit]:
+    """The units and the sizes of their levels as shapes tell them; nothing is measured."""
+    found: dict[str, tuple[Block, tuple[str, ...], list[Level]]] = {}
+    for block in (job.source.block(index, load=False) for index in range(len(job.source.layers))):
+        for step in (step for step in job.passes if step.options):
+            for unit, names in step.units(block).items():
+                able = [option for option in step.options if all(fits(option, block, name) for name in names)]
+                _, _, levels = found.setdefault(f"{block.prefix}.{unit}", (block, names, []))
+                sizes = [sum(option.stored_bits(block.shape(name)) for name in names) for option in able]
+                levels += [Level(option, bits, 0.0, 0.0) for option, bits in zip(able, sizes, strict=True)]
+    return [
+        Unit(
+            name=full,
+            block=block.index,
+            layers=names,
+            weights=sum(math.prod(block.shape(name)) for name in names),
+            shift=0.0,
+            outliers=0.0,
+            trace=0.0,
+            levels=tuple(sorted(levels, key=lambda level: level.bits)),
+        )
+        for full, (block, names, levels) in found.items()
+        if levels
+    ]
+
+
+def affordable(
+    units: Sequence[Unit], seconds: Mapping[str, float], fixed: float, blocks: int, left: float, wanted: float
+) -> Collection[str]:
+    """Labels of the options that there is time to measure: those nearest to what is wanted, one of them not above it.
+
+    Args:
+        units: As planned.
+        seconds: That each option took for a block.
+        fixed: Seconds that a block takes besides.
+        blocks: That are to come.
+        left: Seconds for measuring, choosing and writing.
+        wanted: Bits of a weight.
+
+    Raises:
+        RecipeError: there is no time for two.
+    """
+    sizes: dict[str, list[float]] = {}
+    for unit in units:
+        for level in unit.levels:
+            sizes.setdefault(level.option.label, []).append(level.bits / unit.weights)
+    mean = {label: sum(sizes[label]) / len(sizes[label]) for label in seconds}
+    below = max(
+        (label for label in mean if mean[label] <= wanted), key=mean.__getitem__, default=min(mean, key=mean.__getitem__)
+    )
+    order = sorted(mean, key=lambda label: (label != below, abs(mean[label] - wanted), label))
+    allowed = MEASURING * (left - WRITING * blocks * (fixed + max(seconds.values())))
+    kept = [
+        label for n, label in enumerate(order) if blocks * (fixed + sum(map(seconds.__getitem__, order[: n + 1]))) <= allowed
+    ]
+    if blocks and len(kept) < 2:
+        least = blocks * (fixed + sum(map(seconds.__getitem__, order[:2])))
+        missing = (least - allowed) / MEASURING
+        raise RecipeError(
+            f"search.minutes: two options of every layer take {least:.0f} s to measure, and the model has to be written; "
+            f"allow {missing / 60:.1f} minutes more, or less calibration text"
+        )
+    return frozenset(kept if blocks else order)
 
 
 def units_of(job: Job, block: Block) -> set[str]:
@@ -77,9 +168,15 @@ def units_of(job: Job, block: Block) -> set[str]:
 
 
 def _measured(
-    job: Job, stream: CalibrationStream, block: Block, tell: Tell
+    job: Job,
+    stream: CalibrationStream,
+    block: Block,
+    tell: Tell,
+    kept: Collection[str] | None,
+    seconds: dict[str, float],
 ) -> Iterator[tuple[Unit, list[dict[str, QuantizedTensor]]]]:
-    """Every unit of a block, with the weights of its levels."""
+    """Every unit of a block, with the weights of its levels; `seconds` gets what each option took."""
+    began = time.monotonic()
     seen = _seen(stream, block)
     shift = _shift(seen, job)
     found: dict[str, list[tuple[Level, dict[str, QuantizedTensor]]]] = {}
@@ -89,16 +186,22 @@ def _measured(
         units = step.units(block)
         layers = [name for names in units.values() for name in names]
         stats = stream.collect(block, layers, step.needs)
+        able = {unit: _able(step, block, names, kept) for unit, names in units.items()}
         for unit, names in units.items():
             layers_of[unit] = names
             traces[unit] = float(stats[names[0], Hessian].value.diagonal().mean()) if Hessian in step.needs else 0.0
         for option in step.options:
-            edits = _applied(job, step, block, stats, option)
+            started = time.monotonic()
+            edits = _applied(
+                job, step, block, stats, option, {u: units[u] for u, options in able.items() if option in options}
+            )
             for unit, names in units.items():
                 own = {name: edits[name] for name in names if name in edits}
                 if len(own) == len(names):
                     found.setdefault(unit, []).append((_level(job, block, seen, option, own), own))
+            seconds[option.label] = seconds.get(option.label, 0.0) + time.monotonic() - started
             tell(Event("measure", block.index, len(job.source.layers), f"{block.prefix}: {option.label}"))
+    spent = (time.monotonic() - began) / max(len(found), 1)
     for unit, levels in found.items():
         levels.sort(key=lambda pair: (pair[0].bits, pair[0].error))
         weights = [block.weight(name).float() for name in layers_of[unit]]
@@ -111,17 +214,24 @@ def _measured(
                 shift=shift,
                 outliers=_outliers(weights),
                 trace=traces[unit],
+                seconds=spent,
                 levels=tuple(level for level, _ in levels),
             ),
             [edits for _, edits in levels],
         )
 
 
-def _applied(job: Job, step: Pass, block: Block, stats: BlockStats, option: Format) -> Mapping[str, QuantizedTensor]:
-    """A pass with one option for all units that it fits, over all ranks."""
-    units = step.units(block)
-    able = {unit: option for unit, names in units.items() if all(fits(option, block, name) for name in names)}
-    costs = {unit: sum(block.weight(name).numel() for name in units[unit]) for unit in able}
+def _able(step: Pass, block: Block, names: Sequence[str], kept: Collection[str] | None) -> list[Format]:
+    """The options that a unit can be held in: of those to be measured, or of all if it can be held in none of them."""
+    able = [option for option in step.options if all(fits(option, block, name) for name in names)]
+    return [option for option in able if kept is None or option.label in kept] or able
+
+
+def _applied(
+    job: Job, step: Pass, block: Block, stats: BlockStats, option: Format, units: Mapping[str, Sequence[str]]
+) -> Mapping[str, QuantizedTensor]:
+    """A pass with one option for some units, over all ranks."""
+    costs = {unit: sum(block.weight(name).numel() for name in names) for unit, names in units.items()}
     outcome = job.ranks.gather(step.apply(block, stats, dict.fromkeys(job.ranks.share(costs), option)))
     return {name: new for name, new in outcome.edits.items() if isinstance(new, QuantizedTensor)}
 

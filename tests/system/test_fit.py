@@ -1,6 +1,7 @@
 """`compress fit`, `compress search` and `--plan`: the size is met, the plan is kept to, nothing is lost on the way."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,10 +181,24 @@ def test_two_ranks_find_the_same_plan(tiny: Path, text: Path, tmp_path: Path, co
 
 class TestBadInput:
     def test_an_impossible_target_says_what_is_needed(self, tiny: Path, out: Path, compress: Callable[..., Result]) -> None:
-        error = compress("fit", tiny, "--bits", 2.1, "--out", out, *QUICK, "--set", INTS).late_error
-        assert "the smallest options (int2g32) take 2.506; allow" in error
-        assert "bytes more, or offer smaller options" in error
+        error = compress("fit", tiny, "--bits", 2.1, "--out", out, *QUICK, "--set", INTS).error
+        assert "the smallest options (int2g32) take 2.506; allow bits 2.507, or offer smaller options" in error
         assert not out.exists()
+
+    def test_the_smallest_size_that_is_named_can_be_had(self, tiny: Path, out: Path, compress: Callable[..., Result]) -> None:
+        def fit(size: object) -> Result:
+            return compress("fit", tiny, "--size", size, "--out", out, *QUICK, *UNTRAINED, "--set", INTS)
+
+        named = re.search(r"allow size (\d+), or", fit(1000).error)
+        assert named is not None
+        assert "allow size" in fit(int(named[1]) - 8).error
+        assert fit(named[1]).code == 0
+        assert weight_bytes(out) <= int(named[1])
+
+    def test_a_time_in_which_nothing_can_be_measured(self, tiny: Path, out: Path, compress: Callable[..., Result]) -> None:
+        error = compress("fit", tiny, "--bits", 3, "--time", "0.01s", "--out", out, *QUICK, "--set", INTS).late_error
+        assert "search.minutes: two options of every layer take" in error
+        assert "minutes more" in error
 
     @pytest.mark.parametrize(
         ("flags", "said"),
