@@ -18,7 +18,7 @@ from compressor.card import model_card
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
-from compressor.fitting import find_plan, levels_place
+from compressor.fitting import find_plan, levels_place, shortened
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
@@ -114,8 +114,11 @@ def run(
         place = levels_place(out, levels)
         judged = evaluation.tokens if evaluation is not None else 0
         found = find_plan(recipe, source, calibration, ranks, place, tell, started=started, judged=judged)
+        if found.training < 1:
+            recipe = shortened(recipe, found.training)
+            report.warnings.append(f"for want of time only {found.training:.0%} of the training was done that a layer gets")
         chosen = make_plan(source, recipe.passes, found.plan)
-        report.fingerprint = made_by = made_by | fingerprint_plan(found.plan)
+        report.fingerprint = made_by = made_by | fingerprint_plan(found.plan) | {"training": f"{found.training:.4f}"}
         report.search = found.to_dict()
     check_space(out, shards.total_bytes(shards.layout(output_headers(source, recipe.passes, chosen))))
     job, keep = Job(source, recipe.passes, chosen, ranks), keeping(recipe.calibration.on_disk)

@@ -25,6 +25,7 @@ from compressor.model.architecture import matches
 from compressor.model.journal import replace_text
 from compressor.model.rewritten import Rewrites
 from compressor.model.source import ModelSource
+from compressor.passes._training import Schedule
 from compressor.pipeline import Event, Job, Tell, open_stream
 from compressor.plan import make_plan, output_headers
 from compressor.plan_file import to_text
@@ -38,6 +39,7 @@ from compressor.types import Format, Pass
 
 OFFSETS = 8  # bytes by which a tensor's offsets in a file's header may be longer than at another size
 PADDING = 64  # bytes of a file
+FEWEST = 20  # steps of training that are worth while
 
 
 def fit_recipe(
@@ -171,7 +173,7 @@ def find_plan(
     tell: Tell,
     *,
     started: float,
-    judged: int = 0,
+    judged: int | None = None,
 ) -> Found:
     """The best plan for a recipe's target.
 
@@ -183,7 +185,7 @@ def find_plan(
         place: Directory for measured levels and the steps of the search.
         tell: Called after each step.
         started: When the time began of which the recipe allows some, of `time.monotonic`.
-        judged: Tokens that the written model will be compared on.
+        judged: Tokens that the written model will be compared on; None if none will be written.
 
     Raises:
         RecipeError: nothing meets the target, there is nothing to choose among, or the passes read no text.
@@ -204,9 +206,16 @@ def find_plan(
         settings,
         limit=Limit(recipe.target, source, recipe.passes),
         clock=Clock.of(settings.minutes, started, ranks),
-        judged=judged,
+        judged=judged or 0,
+        training=0 if judged is None else sum(p.steps * p.batch for p in recipe.passes if isinstance(p, Schedule)),
         tell=tell,
     )
+
+
+def shortened(recipe: Recipe, share: float) -> Recipe:
+    """With only a share of the steps of each training; without what would be left with hardly any."""
+    passes = [replace(p, steps=int(share * p.steps)) if isinstance(p, Schedule) else p for p in recipe.passes]
+    return replace(recipe, passes=tuple(p for p in passes if not isinstance(p, Schedule) or p.steps >= FEWEST))
 
 
 def choosable(passes: Sequence[Pass]) -> tuple[Pass, ...]:

@@ -45,7 +45,7 @@ def rewritten(
             if number:
                 raise RecipeError(f"passes.{number}: it changes the whole model before any block is read; put it first")
             rewriting = step.rewriting(source, tell, sizes_only=sizes_only)
-            return ModelSource(source.path, source.device, source.dtype, rewriting)
+            return source.rewritten(rewriting)
     return source
 
 

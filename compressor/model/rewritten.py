@@ -5,9 +5,8 @@ model and needs to know nothing of the change. Every tensor is rounded to the dt
 during a run is what will be read back.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -35,12 +34,16 @@ class Rewriting:
         copies: New name on disk -> the tensor that it starts from.
         config: Entries of config.json.
         hadamard: Layers whose activations are turned from now on (compressor/hadamard.py), by full name.
+        shapes: By name on disk, where they are others.
+        removed: Names that are no longer there.
     """
 
     tensors: Mapping[str, Callable[[Tensor], Tensor]]
     copies: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     hadamard: Blocks = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    removed: Set[str] = frozenset()
 
 
 @runtime_checkable
@@ -58,16 +61,24 @@ class Rewrites(Protocol):
 
 
 class Rewritten(Checkpoint):
-    """The checkpoint of a directory after a rewriting."""
+    """A checkpoint after a rewriting.
 
-    def __init__(self, path: Path, rewriting: Rewriting) -> None:
-        super().__init__(path)
-        self.rewriting = rewriting
-        for name, origin in rewriting.copies.items():
-            self.headers[name] = self.headers[origin]
+    Args:
+        before: Of a directory, or rewritten itself.
+        rewriting: What is different.
+    """
+
+    def __init__(self, before: Checkpoint, rewriting: Rewriting) -> None:
+        self.before, self.rewriting = before, rewriting
+        self.path, self.shard_of = before.path, before.shard_of
+        origins = {**{name: name for name in before}, **rewriting.copies}
+        headers = {name: before.headers[origin] for name, origin in origins.items() if name not in rewriting.removed}
+        self.headers = {
+            name: replace(header, shape=rewriting.shapes.get(name, header.shape)) for name, header in headers.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """One tensor, as it would be stored, on the CPU."""
-        tensor = super().read(self.rewriting.copies.get(name, name))
+        tensor = self.before.read(self.rewriting.copies.get(name, name))
         change = self.rewriting.tensors.get(name)
         return tensor if change is None else change(tensor.float()).to(tensor.dtype)

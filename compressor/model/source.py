@@ -13,8 +13,8 @@ Shape suffixes: B samples of a batch, S sequence, D hidden, V vocabulary.
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -43,24 +43,32 @@ class ModelSource:
     """Yields resident blocks; every other parameter stays on the meta device until it is asked for."""
 
     def __init__(
-        self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, rewriting: Rewriting | None = None
+        self,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        rewritings: Sequence[Rewriting] = (),
     ) -> None:
-        self.path, self.device, self.dtype = path, device, dtype
-        changes = rewriting.config if rewriting is not None else {}
+        self.path, self.device, self.dtype, self.rewritings = path, device, dtype, rewritings
+        changes = {key: value for rewriting in rewritings for key, value in rewriting.config.items()}
         self.raw_config = {**read_config(path), **changes}
         check_config(self.raw_config, str(path))
-        self.checkpoint = Checkpoint(path) if rewriting is None else Rewritten(path, rewriting)
+        self.checkpoint = functools.reduce(Rewritten, rewritings, Checkpoint(path))
         self.model = skeleton(path, dtype, changes)
         self.prefix, self.layers = decoder_blocks(self.model)
         self.packing = PackedLayers(path, self.raw_config, self.checkpoint)
         self.cache = cache_rounding(self.raw_config, str(path))
-        self.hadamard = self._turn(rewriting.hadamard if rewriting is not None else {})
+        self.hadamard = self._turn({layer: size for rewriting in rewritings for layer, size in rewriting.hadamard.items()})
         self.names = checkpoint_names(self.model, self.checkpoint, self.packing)
         self.outside = [name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")]
         self.tied = self._tie()
         self._check_complete()
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
         self._streams = False  # known to feed blocks nothing of the tokens but their hidden states
+
+    def rewritten(self, rewriting: Rewriting) -> "ModelSource":
+        """The model as it is after one more change."""
+        return ModelSource(self.path, self.device, self.dtype, (*self.rewritings, rewriting))
 
     @property
     def vocab_size(self) -> int:
@@ -106,7 +114,7 @@ class ModelSource:
             stored, layer = self.names[f"{prefix}.{name}.weight"], f"{prefix}.{name}"
             if stored not in self.packing:
                 continue
-            read = partial(self._part, layer)
+            read = functools.partial(self._part, layer)
             if (how := input_rounding(self.packing.format(stored, layer), read)) is not None:
                 found[name] = how
         return found

@@ -287,8 +287,8 @@ def check(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation 
         RecipeError: it does not.
     """
     outputs = []
-    for change, ahead in ((None, None), (rewriting, turn)):
-        one = ModelSource(source.path, source.device, torch.float32, change)
+    for changes, ahead in (((), None), ((rewriting,), turn)):
+        one = ModelSource(source.path, source.device, torch.float32, changes)
         block = one.block(0)
         hidden = some_hidden(block, width)
         start = hidden if ahead is None else ahead(hidden.cpu()).to(hidden)

@@ -24,7 +24,7 @@ from compressor.model.memory import available_memory, dense_bytes
 from compressor.pipeline import Event, Job, Tell
 from compressor.recipe import Search, Target
 from compressor.search.allocate import Budget, BudgetError
-from compressor.search.clock import JUDGING, WRITING, Clock
+from compressor.search.clock import JUDGING, TRAINED, TRAINING, WRITING, Clock
 from compressor.search.evolve import Generation, evolve
 from compressor.search.fitness import Fitness, opened
 from compressor.search.importance import ALLOCATORS
@@ -58,6 +58,7 @@ class Found:
     best: Contestant
     contestants: Sequence[Contestant]
     steps: Sequence[Mapping[str, Any]]  # rounds and generations: stage, number, fitness, seconds, scored
+    training: float  # share of the steps of training that there is time for
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -85,6 +86,15 @@ class Trail:
         if self.path is not None:
             replace_text(self.path, "".join(json.dumps(step) + "\n" for step in self.steps))
 
+    def once(self, name: str, minutes: float | None, value: float) -> float:
+        """A value that depends on the time there is, as it was when it was asked for first."""
+        if self.path is None:
+            return value
+        kept = self.path.with_name(f"{self.path.stem}-{name}-{minutes}.json")
+        if not kept.exists():
+            replace_text(kept, json.dumps(value))
+        return float(json.loads(kept.read_text()))
+
     def of(self, stage: str) -> list[dict[str, Any]]:
         """The steps of a stage."""
         return [step for step in self.steps if step["stage"] == stage]
@@ -101,6 +111,7 @@ def find(
     limit: Callable[[Sequence[Unit]], int],
     clock: Clock,
     judged: int,
+    training: int,
     tell: Tell,
 ) -> Found:
     """The best plan for a target.
@@ -115,6 +126,7 @@ def find(
         limit: Stored bits that the units may take altogether.
         clock: When everything has to be done, the written model included.
         judged: Tokens that the written model will be compared on.
+        training: Samples that every block is to be trained on while the model is written.
         tell: Called after each step.
 
     Raises:
@@ -138,11 +150,14 @@ def find(
             kept = int(SHARE * available_memory(job.source.device)) if resident else 0
             fitness = Fitness(job.source, model, levels, text_NS, job.ranks, kept)
             writing = WRITING * sum(unit.seconds / len(unit.levels) for unit in units)
-            reserve = writing + JUDGING * judged / fitness.seq_len * fitness.pace
-            contestants = improve(units, budget, fitness, settings, trail, clock.keeping(reserve), tell)
+            clock = clock.keeping(writing + JUDGING * judged / fitness.seq_len * fitness.pace)
+            full = TRAINING * training * fitness.pace
+            share = max(0.0, min(1.0, TRAINED * clock.left() / full)) if full else 1.0
+            share = job.ranks.agree(trail.once("training", settings.minutes, share))
+            contestants = improve(units, budget, fitness, settings, trail, clock.keeping(share * full), tell)
     best = min(contestants, key=lambda one: one.kl)
     plan = {unit.name: unit.levels[level].option for unit, level in zip(units, best.choice, strict=True)}
-    return Found(plan, best, contestants, trail.steps)
+    return Found(plan, best, contestants, trail.steps, share)
 
 
 def improve(
@@ -193,14 +208,15 @@ def improve(
 
 def in_time(steps: Iterator[T], clock: Clock, seconds: float) -> Iterator[T]:
     """Steps while there is time for one more: what the last one took, or at first so many seconds."""
-    while clock.left() > seconds:
-        started = time.monotonic()
+    left = clock.left()
+    while left > seconds:
         for step in steps:
             yield step
             break
         else:
             return
-        seconds = time.monotonic() - started
+        before, left = left, clock.left()
+        seconds = before - left if math.isfinite(left) else 0.0
 
 
 def _rounds(

@@ -114,7 +114,7 @@ class Fitness:
         self._trial = functools.lru_cache(maxsize=max(kept // largest, len(self.units) // len(source.layers)))(self._made)
         started = time.monotonic()
         self._teacher = self._predicted()
-        self.pace = (time.monotonic() - started) / max(len(self._mine), 1)  # seconds for a sample of one choice, nearly
+        self.pace = ranks.agree((time.monotonic() - started) / self.samples)  # seconds for a sample of one choice, nearly
 
     def __call__(self, choices: Sequence[Choice], samples: Sequence[int]) -> list[float]:
         """The mean KL divergence of each choice over all tokens of some samples, in nats."""

@@ -319,7 +319,7 @@ class TestRotate:
         if family == "phi3" and options.get("residual") is False:
             pytest.skip("its values are written by a fused layer")
         source = ModelSource(tiny(family), CPU)
-        rotated = ModelSource(tiny(family), CPU, rewriting=Rotate(**options).rewriting(source))
+        rotated = ModelSource(tiny(family), CPU, rewritings=[Rotate(**options).rewriting(source)])
         torch.testing.assert_close(logits(rotated), logits(source), **ALIKE)
         name = next(name for name in source.names if name.endswith("o_proj.weight"))
         assert not torch.allclose(rotated.read(name), source.read(name), atol=0.1)
@@ -339,7 +339,7 @@ class TestRotate:
         rewriting = Rotate(residual=False, heads=False, online=True, block=block).rewriting(source)
         assert {name.rpartition(".")[2] for name in rewriting.hadamard} == layers
         assert not block or set(rewriting.hadamard.values()) == {block}
-        torch.testing.assert_close(logits(ModelSource(tiny(family), CPU, rewriting=rewriting)), logits(source), **ALIKE)
+        torch.testing.assert_close(logits(ModelSource(tiny(family), CPU, rewritings=[rewriting])), logits(source), **ALIKE)
 
     def test_turns_activations_of_those_that_are_left(self, tiny):
         source = ModelSource(tiny("qwen3"), CPU)
@@ -354,7 +354,7 @@ class TestRotate:
 
     def test_folds_the_gains_of_norms(self, tiny):
         source = ModelSource(tiny("qwen3"), CPU)
-        rotated = ModelSource(tiny("qwen3"), CPU, rewriting=Rotate().rewriting(source))
+        rotated = ModelSource(tiny("qwen3"), CPU, rewritings=[Rotate().rewriting(source)])
         norms = [name for name in source.names if name.endswith("norm.weight") and "self_attn" not in name]
         assert len(norms) == 5
         assert all(torch.equal(rotated.read(name), torch.ones(128)) for name in norms)

@@ -3,14 +3,17 @@
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError
+from compressor.fitting import shortened
 from compressor.formats.int_group import IntGroup
+from compressor.recipe import make_recipe
 from compressor.search.clock import MEASURING, WRITING, Clock
-from compressor.search.find import in_time
+from compressor.search.find import Trail, in_time
 from compressor.search.levels import Level, Unit
 from compressor.search.measure import affordable
 
@@ -72,8 +75,8 @@ class Counting(Clock):
 
 
 def test_steps_stop_where_one_more_would_be_too_long() -> None:
-    clock = Counting(0.0, 0.0, Ranks(), (10.0, 5.0, 0.0))
-    assert list(in_time(iter(range(9)), clock, 1.0)) == [0, 1]
+    clock = Counting(0.0, 0.0, Ranks(), (10.0, 7.0, 4.0, 1.0))
+    assert list(in_time(iter(range(9)), clock, 1.0)) == [0, 1, 2]
 
 
 def test_not_one_step_without_time_for_it() -> None:
@@ -87,3 +90,17 @@ def test_steps_end_by_themselves_without_a_deadline() -> None:
 def test_what_is_reserved_is_not_left() -> None:
     started = time.monotonic()
     assert 500 < Clock.of(10, started, Ranks()).keeping(90).left() <= 510
+
+
+def test_what_there_was_time_for_is_not_asked_again(tmp_path: Path) -> None:
+    trail = Trail(tmp_path / "search.jsonl")
+    assert trail.once("training", 5.0, 0.25) == 0.25
+    assert Trail(tmp_path / "search.jsonl").once("training", 5.0, 0.75) == 0.25
+    assert trail.once("training", 9.0, 0.75) == 0.75
+
+
+def test_training_is_shortened_or_left_out() -> None:
+    recipe = make_recipe({"passes": [{"pass": "gptq", "options": [{"format": "int_group", "bits": 4}]}, {"pass": "learned"}]})
+    whole = shortened(recipe, 0.5)
+    assert [getattr(step, "steps", None) for step in whole.passes] == [None, 100]
+    assert len(shortened(recipe, 0.05).passes) == 1
