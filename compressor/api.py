@@ -19,7 +19,7 @@ from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.fitting import find_plan, levels_place, shortened
-from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length
+from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
 from compressor.model.source import ModelSource
@@ -29,6 +29,7 @@ from compressor.pipeline import Event, Job, Tell
 from compressor.plan import describe_plan, expected_memory, make_plan, model_formats, output_headers, total_bits
 from compressor.plan_file import offering, read_plan
 from compressor.provenance import fingerprint, fingerprint_plan, finished_report, new_report
+from compressor.pruning.stage import pruned, pruning_place, sketched
 from compressor.recipe import Recipe, load_recipe, make_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
@@ -51,11 +52,12 @@ class Forecast:
     source_size_bytes: int
     bits_per_weight: float  # over the compressed layers: exact, or at most that
     expected_peak_memory_bytes: int
+    certain: bool  # that of the shapes which a pass may choose among there is only one
 
     @property
     def exact(self) -> bool:
         """Whether no pass has yet to choose: else sizes are the largest there may be."""
-        return not any(isinstance(option, OneOf) for option in self.plan.values())
+        return self.certain and not any(isinstance(option, OneOf) for option in self.plan.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -101,8 +103,8 @@ def run(
     given = read_plan(Path(plan)) if plan is not None else None
     recipe = recipe if given is None else offering(recipe, given)
     source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
-    chosen = make_plan(source, recipe.passes, given) if recipe.target is None else {}
-    out = default_out(Path(model), chosen, recipe.target) if out is None else Path(out)
+    expected = make_plan(sketched(source, recipe.passes)[0], recipe.passes, given) if recipe.target is None else {}
+    out = default_out(Path(model), recipe.passes, expected, recipe.target) if out is None else Path(out)
     check_target(out, Path(model), resume=resume, overwrite=overwrite)
     calibration, evaluation = load_data(recipe, source)
     check_shares(calibration, ranks)
@@ -110,10 +112,12 @@ def run(
     report = new_report(recipe, source, out, made_by, calibration)
     if resume and out.exists() and not overwrite:
         return finished_report(out, report)
+    place = pruning_place(out)
+    source, report.pruning = pruned(recipe, source, calibration, ranks, place, made_by, tell)
+    chosen = make_plan(source, recipe.passes, given) if recipe.target is None else {}
     if recipe.target is not None:
-        place = levels_place(out, levels)
         judged = evaluation.tokens if evaluation is not None else 0
-        found = find_plan(recipe, source, calibration, ranks, place, tell, started=started, judged=judged)
+        found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell, started=started, judged=judged)
         if found.training < 1:
             recipe = shortened(recipe, found.training)
             report.warnings.append(f"for want of time only {found.training:.0%} of the training was done that a layer gets")
@@ -122,6 +126,7 @@ def run(
         report.search = found.to_dict()
     check_space(out, shards.total_bytes(shards.layout(output_headers(source, recipe.passes, chosen))))
     job, keep = Job(source, recipe.passes, chosen, ranks), keeping(recipe.calibration.on_disk)
+    calibration = calibration if streams(recipe.passes) else None
     if not ranks.first:
         compress_blocks(job, calibration, keep, None, ranks.agree(NOTHING), report, tell)
         ranks.barrier()
@@ -139,6 +144,7 @@ def run(
         workspace.publish()
     if recipe.target is not None and levels is None:
         shutil.rmtree(levels_place(out, levels))
+    shutil.rmtree(place, ignore_errors=True)
     ranks.barrier()
     return report
 
@@ -237,6 +243,7 @@ def forecast(
     if recipe.target is not None:
         raise RecipeError("--dry-run: what a target comes to is known after a search; `compress search` writes only the plan")
     source = open_model(recipe, Path(model), Ranks.from_environment(device).device, dtype, sizes_only=True)
+    source, certain = sketched(source, recipe.passes)
     chosen = make_plan(source, recipe.passes, given)
     files = shards.layout(output_headers(source, recipe.passes, chosen))
     spec = recipe.calibration
@@ -252,11 +259,12 @@ def forecast(
     )
     bits, weights = total_bits(source, model_formats(source, recipe.passes, chosen))
     return Forecast(
-        out=default_out(Path(model), chosen) if out is None else Path(out),
+        out=default_out(Path(model), recipe.passes, chosen) if out is None else Path(out),
         plan=chosen,
         size_bytes=shards.total_bytes(files),
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
-        bits_per_weight=bits / weights,
+        bits_per_weight=bits / weights if weights else 8 * source.dtype.itemsize,
+        certain=certain,
         expected_peak_memory_bytes=LIBRARIES_BYTES + memory,
     )
 

@@ -11,19 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from compressor import methods
-from compressor.calibration.data import Samples, load_samples, load_tokenizer
+from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
 from compressor.distributed import Ranks
-from compressor.errors import CalibrationError, OutputError, RecipeError
+from compressor.errors import OutputError, RecipeError
 from compressor.inputs import check_shares, load_data, open_model
 from compressor.judging import silent
 from compressor.model import shards
 from compressor.model.architecture import matches
 from compressor.model.journal import replace_text
-from compressor.model.rewritten import Rewrites
+from compressor.model.rewritten import Prunes, Rewrites
 from compressor.model.source import ModelSource
 from compressor.passes._training import Schedule
 from compressor.pipeline import Event, Job, Tell, open_stream
@@ -33,8 +32,9 @@ from compressor.provenance import fingerprint
 from compressor.recipe import Recipe, Search, Target, load_recipe, make_recipe
 from compressor.registry import validate
 from compressor.search.clock import Clock
-from compressor.search.find import HELD_OUT, Found, find
+from compressor.search.find import Found, find
 from compressor.search.levels import Level, LevelDB, Unit
+from compressor.search.text import search_text
 from compressor.types import Format, Pass
 
 OFFSETS = 8  # bytes by which a tensor's offsets in a file's header may be longer than at another size
@@ -195,12 +195,13 @@ def find_plan(
         raise RecipeError("target: levels are measured on text, which no pass of the recipe reads; use `gptq` or `vptq`")
     settings = recipe.search or Search()
     job = Job(source, choosable(recipe.passes), {}, ranks)
-    measured = repr((job.passes, recipe.calibration))
+    before = [step for step in recipe.passes if isinstance(step, Rewrites | Prunes)]
+    measured = repr((before, job.passes, recipe.calibration))
     known = {**fingerprint(recipe, source, calibration), "recipe": hashlib.sha256(measured.encode()).hexdigest()}
     return find(
         job,
         lambda: open_stream(job, calibration, keeping(recipe.calibration.on_disk), tell),
-        search_text(recipe, settings, source, calibration),
+        search_text(recipe, settings.tokens, source, calibration),
         LevelDB(place, known),
         recipe.target,
         settings,
@@ -228,31 +229,12 @@ def choosable(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     if sum(len(step.options) for _, step in found) < 2:
         raise RecipeError("target: the passes offer one option, so there is nothing to choose; name more `options`")
     for number, step in enumerate(passes[: found[-1][0]]):
-        if not step.options and not isinstance(step, Rewrites):
+        if not step.options and not isinstance(step, Rewrites | Prunes):
             raise RecipeError(
                 f"passes.{number}: changes dense weights of blocks, in which levels cannot be tried one by one; leave it "
                 "out, or search without it and apply the plan with it"
             )
     return tuple(step for _, step in found)
-
-
-def search_text(recipe: Recipe, settings: Search, source: ModelSource, calibration: Samples) -> Tensor:
-    """Tokens [N, S] that whole models are compared on: what follows those of calibration in its source.
-
-    Raises:
-        CalibrationError: there are too few.
-    """
-    count, length = calibration.tokens.shape
-    more = -(-settings.tokens // length)
-    more += max(1, more // HELD_OUT)
-    spec = recipe.calibration
-    try:
-        everything = load_samples(
-            spec.source, load_tokenizer(source.path), samples=count + more, seq_len=length, seed=spec.seed
-        )
-    except CalibrationError as error:
-        raise CalibrationError(f"search.tokens {settings.tokens}, besides those of calibration: {error}") from error
-    return everything.tokens[count:]
 
 
 @dataclass(frozen=True)
@@ -281,5 +263,6 @@ class Limit:
 
     def _header(self, unit: Unit, level: Level) -> int:
         """How long its entries in a file's header are, or nearly so."""
+        assert isinstance(level.option, Format)
         block = self.source.block(unit.block, load=False)
         return sum(len(str(level.option.checkpoint_parts(block.shape(layer)))) for layer in unit.layers)

@@ -13,10 +13,11 @@ from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
 from compressor.model.checkpoint import native_dtype
-from compressor.model.rewritten import Progress, silent
+from compressor.model.rewritten import Progress, Prunes, silent
 from compressor.model.source import ModelSource
 from compressor.plan import rewritten
 from compressor.recipe import Recipe
+from compressor.types import Pass
 
 LONGEST = 2048  # tokens of a sample, unless the recipe or the model says otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,8 +51,13 @@ def open_model(
 
 
 def needs_data(recipe: Recipe) -> bool:
-    """Whether a pass of the recipe collects statistics."""
-    return any(step.needs or step.together for step in recipe.passes)
+    """Whether a pass of the recipe reads text."""
+    return streams(recipe.passes) or any(isinstance(step, Prunes) for step in recipe.passes)
+
+
+def streams(passes: Sequence[Pass]) -> bool:
+    """Whether one of them collects statistics on blocks as they are compressed."""
+    return any(step.needs or step.together for step in passes)
 
 
 def sample_length(wanted: int | None, source: ModelSource) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,17 +15,20 @@ from compressor.kv_cache import CacheRounding
 from compressor.model import quantization_config, shards
 from compressor.model.architecture import LinearKind, linear_layers
 from compressor.model.journal import writing
+from compressor.model.rewritten import Prunes
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, copy_other_files
 from compressor.plan import settled, stored_formats, total_bits
 from compressor.plan_file import to_text
 from compressor.recipe import Recipe, Target, to_yaml
 from compressor.report import Report
-from compressor.types import Borrowing, Contextual, Format, Plan
+from compressor.types import Borrowing, Contextual, Format, Pass, Plan
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record
 
 MADE = (MANIFEST, "recipe.yaml", "plan.yaml", "report.json", "report.html")  # by the run, whatever the original has
+
+DENSE = "dense"  # layout of a model whose weights are not packed
 
 
 def write_model(
@@ -44,7 +47,8 @@ def write_model(
         source.hadamard,
     )
     kernels = write_kernels(workspace, layouts_of(formats, source))
-    config = json.dumps({**source.raw_config, "quantization_config": entry, sources.CONFIG_KEY: kernels}, indent=2) + "\n"
+    packed = {"quantization_config": entry, sources.CONFIG_KEY: kernels} if formats else {}
+    config = json.dumps({**source.raw_config, **packed}, indent=2) + "\n"
     workspace.write_text("config.json", config)
     copied = copy_other_files(source.path, workspace.model, workspace.out)
     tensors = {name: known for part in workspace.finished.values() for name, known in part["entries"].items()}
@@ -55,9 +59,9 @@ def write_model(
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("plan.yaml", to_text(settled(plan, source, recipe.passes, formats)))
     bits, weights = total_bits(source, formats)
-    report.layout = entry["quant_method"]
+    report.layout = entry["quant_method"] if formats else DENSE
     report.size_bytes = shards.total_bytes(files)
-    report.bits_per_weight = bits / weights
+    report.bits_per_weight = bits / weights if weights else 8 * source.dtype.itemsize
     state = source.model.state_dict()
     original = source.checkpoint.shard_of  # a tensor that is stored twice only now counts once
     dense = sum(state[name].numel() for name, stored in source.names.items() if stored in original)
@@ -92,11 +96,15 @@ def write_kernels(workspace: Workspace, layouts: Iterable[Layout]) -> dict[str, 
     return digests
 
 
-def default_out(model: Path, plan: Plan, target: Target | None = None) -> Path:
+def default_out(model: Path, passes: Sequence[Pass], plan: Plan, target: Target | None = None) -> Path:
     """The model's name with what is done appended, beside it."""
     model = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the place of a link
+    pruned = "".join(f"-{step.label}" for step in passes if isinstance(step, Prunes) and step.label)
+    model = model.with_name(f"{model.name}{pruned}")
     if target is not None:
         return model.with_name(f"{model.name}-{target.label}")
+    if not plan:
+        return model if pruned else model.with_name(f"{model.name}-copy")
     labels = sorted({option.label for option in plan.values() if not isinstance(option, CacheRounding)})
     cache = "".join({f"-{option.label}" for option in plan.values() if isinstance(option, CacheRounding)})
     return model.with_name(f"{model.name}-{labels[0] if len(labels) == 1 else 'mixed'}{cache}")

@@ -8,7 +8,7 @@ from compressor import registry
 from compressor.errors import RecipeError
 from compressor.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attentions
 from compressor.model.checkpoint import Header
-from compressor.model.rewritten import Progress, Rewrites, silent
+from compressor.model.rewritten import Progress, Prunes, Rewrites, silent
 from compressor.model.source import ModelSource
 from compressor.types import (
     Block,
@@ -83,10 +83,10 @@ def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = 
                     raise RecipeError(f"passes: two of them work on {full}; keep them apart with `layers`")
     if given is not None:
         _check_given(given, plan)
-    if not plan:
+    if not plan and not any(isinstance(step, Prunes) for step in passes):
         known = ", ".join(source.block(0, load=False).layers)
         raise RecipeError(f"passes: their `layers` and `ignore` leave no layer to work on; a block has {known}")
-    if all(isinstance(option, CacheRounding) for option in plan.values()):
+    if plan and all(isinstance(option, CacheRounding) for option in plan.values()):
         raise RecipeError("passes: kv_cache rounds no weight, and nothing else does; put `rtn` or `gptq` before it")
     return plan
 

@@ -43,6 +43,7 @@ class Report:
     samples: list[Mapping[str, str]] = field(default_factory=list)  # prompt, text, reference, model: what each continues with
     speed: Mapping[str, Any] | None = None  # see compressor.runtime.bench
     verification: list[Mapping[str, Any]] = field(default_factory=list)  # see compressor.verification
+    pruning: list[Mapping[str, Any]] = field(default_factory=list)  # what was taken away: see compressor/passes/prune_*.py
     search: Mapping[str, Any] | None = None  # how the plan was found, see compressor.search.find
     plots: Mapping[str, Any] | None = None  # what report.html shows, see compressor.report_html.plots
 

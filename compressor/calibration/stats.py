@@ -54,6 +54,28 @@ class Hessian:
         return mean
 
 
+class Mean:
+    """Mean of each channel of a layer's input."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def update(self, x_TI: Tensor) -> None:
+        """Add the inputs of T tokens."""
+        self.total += x_TI.float().sum(0)
+        self.tokens += len(x_TI)
+
+    def merge(self, ranks: Group) -> None:
+        """Add the tokens of other ranks."""
+        ranks.sum_([self.total, self.tokens])
+
+    @property
+    def value(self) -> Tensor:
+        """fp32 [I]."""
+        return (self.total / self.tokens.clamp(min=1)).float()
+
+
 class Peak:
     """Largest magnitude of each channel of a layer's input."""
 

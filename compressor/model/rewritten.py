@@ -16,6 +16,7 @@ from compressor.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from compressor.model.source import ModelSource
+    from compressor.pruning.stage import Work
 
 
 Progress = Callable[[int, int], None]  # done, total
@@ -58,6 +59,33 @@ class Rewrites(Protocol):
             tell: Called with progress.
             sizes_only: Only names, dtypes and shapes matter; what takes long may be left out.
         """
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a pass that prunes leaves.
+
+    Args:
+        rewriting: The change; None if there is none.
+        report: What was done, plain data.
+    """
+
+    rewriting: Rewriting | None
+    report: Mapping[str, Any]
+
+
+@runtime_checkable
+class Prunes(Protocol):
+    """A pass that makes the model smaller before any block is compressed, for which it reads text."""
+
+    @property
+    def label(self) -> str: ...  # file-name safe; empty if nothing goes
+
+    def sketch(self, source: "ModelSource") -> tuple[Rewriting | None, bool]:
+        """Names, dtypes and shapes as they will be, and whether that is certain; no weight is read."""
+
+    def prune(self, work: "Work") -> Pruned:
+        """What becomes of the model."""
 
 
 class Rewritten(Checkpoint):

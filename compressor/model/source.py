@@ -50,11 +50,11 @@ class ModelSource:
         rewritings: Sequence[Rewriting] = (),
     ) -> None:
         self.path, self.device, self.dtype, self.rewritings = path, device, dtype, rewritings
-        changes = {key: value for rewriting in rewritings for key, value in rewriting.config.items()}
-        self.raw_config = {**read_config(path), **changes}
+        self.config_changes = {key: value for rewriting in rewritings for key, value in rewriting.config.items()}
+        self.raw_config = {**read_config(path), **self.config_changes}
         check_config(self.raw_config, str(path))
         self.checkpoint = functools.reduce(Rewritten, rewritings, Checkpoint(path))
-        self.model = skeleton(path, dtype, changes)
+        self.model = skeleton(path, dtype, self.config_changes)
         self.prefix, self.layers = decoder_blocks(self.model)
         self.packing = PackedLayers(path, self.raw_config, self.checkpoint)
         self.cache = cache_rounding(self.raw_config, str(path))

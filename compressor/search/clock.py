@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from compressor.distributed import Ranks
 
 MEASURING = 0.6  # of the time, at most, goes into levels; a choice among few is improved in less
-WRITING = 1.5  # writing a model takes this many times what one level of all units took: packing, verifying
+WRITING = 2.0  # writing a model takes this many times what one level of all units took: packing, verifying
 JUDGING = 3.0  # judging the result takes this many times what one choice takes on as much text: two models, all of the logits
-TRAINING = 3.0  # a sample trains all blocks in this many times what one choice takes on it: forward, backward, latents
-TRAINED = 0.6  # of what is left for search and training, at most, goes into training
+TRAINING = 4.0  # a sample trains all blocks in this many times what one choice takes on it: forward, backward, latents
+TRAINED = 0.4  # of what is left for search and training, at most, goes into training
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from compressor.search.importance import ALLOCATORS
 from compressor.search.levels import Choice, LevelDB, Unit
 from compressor.search.measure import check_measurable, measure, planned_units
 from compressor.search.successive import Round, successive
+from compressor.search.text import HELD_OUT
 from compressor.types import Plan
 
 SHARE = 0.5  # of the available memory that a resident model may take, and dequantised levels beside it
-HELD_OUT = 8  # the text that only the last word is spoken on is this fraction of what the search sees
 T = TypeVar("T")
 PROGRAMMES, EVOLUTION = "successive programmes", "evolution"
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from compressor.distributed import Ranks
 from compressor.model.source import ModelSource
-from compressor.search.levels import Choice, LevelDB, Unit
+from compressor.search.levels import Choice, Levels, Unit
 from compressor.types import Block, Trial
 
 KEPT = 512  # probabilities of a token
@@ -100,7 +100,7 @@ class Fitness:
         self,
         source: ModelSource,
         model: tuple[Blocks, Head],
-        levels: LevelDB,
+        levels: Levels,
         samples_NS: Tensor,
         ranks: Ranks,
         kept: int = 0,

@@ -9,16 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from torch import Tensor
 
 from compressor import registry
 from compressor.model.journal import Journal
-from compressor.types import Format, QuantizedTensor
+from compressor.pruning.parts import Kept
+from compressor.types import Edits, Format, QuantizedTensor, Stored
 
 REMEDY = "name another directory with --levels"
+DENSE = "dense"  # the only part of a weight that is not packed
 Choice = tuple[int, ...]  # a level of each unit, in the order of the units
 
 
@@ -26,7 +28,7 @@ Choice = tuple[int, ...]  # a level of each unit, in the order of the units
 class Level:
     """What an option makes of a unit."""
 
-    option: Format
+    option: Format | Kept
     bits: int  # stored, counted from its tensors
     error: float  # of the block's output with the rest of the block as it is: squared, relative to that output
     distance: float  # of its weights from the dense ones, squared
@@ -56,8 +58,20 @@ class Unit:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Unit":
         """Inverse of `to_dict`."""
-        levels = tuple(Level(**{**level, "option": registry.build("format", level["option"])}) for level in data["levels"])
+        levels = tuple(Level(**{**level, "option": _option(level["option"])}) for level in data["levels"])
         return cls(**{**data, "layers": tuple(data["layers"]), "levels": levels})
+
+
+def _option(spec: Mapping[str, Any]) -> Format | Kept:
+    return Kept(**spec) if "keep" in spec else registry.build("format", spec)
+
+
+class Levels(Protocol):
+    """What a choice is made among."""
+
+    @property
+    def units(self) -> Sequence[Unit]: ...  # in the order of the model
+    def edits(self, unit: str, level: int) -> Edits: ...  # a level's weights by layer inside the block, on the CPU
 
 
 class LevelDB:
@@ -95,23 +109,29 @@ class LevelDB:
         """In the order of the model."""
         return [Unit.from_dict(line["unit"]) for line in self.journal.finished.values()]
 
-    def add(self, unit: Unit, edits: Sequence[Mapping[str, QuantizedTensor]]) -> None:
+    def add(self, unit: Unit, edits: Sequence[Edits]) -> None:
         """Put a unit on disk; `edits` are its levels' weights, by layer inside the block."""
         tensors: dict[str, Tensor] = {}
-        stored = []
+        stored: list[dict[str, Any]] = []
         for number, edit in enumerate(edits):
-            stored.append({layer: [registry.describe(new.format), new.shape] for layer, new in edit.items()})
+            stored.append({})
             for layer, new in edit.items():
-                tensors |= {f"{number}/{layer}.{part}": tensor for part, tensor in new.parts.items()}
+                stored[-1][layer] = [registry.describe(new.format), new.shape] if isinstance(new, QuantizedTensor) else None
+                parts = new.parts if isinstance(new, QuantizedTensor) else {DENSE: new}
+                tensors |= {f"{number}/{layer}.{part}": tensor for part, tensor in parts.items()}
         self.journal.add(unit.name, tensors, unit=unit.to_dict(), stored=stored)
 
-    def edits(self, unit: str, level: int) -> dict[str, QuantizedTensor]:
-        """A level's packed weights by layer inside the block, on the CPU."""
-        found = {}
+    def edits(self, unit: str, level: int) -> dict[str, Stored]:
+        """A level's weights by layer inside the block, on the CPU."""
+        found: dict[str, Stored] = {}
         with safe_open(self.journal.part(unit), framework="pt") as opened:
             names = list(opened.keys())
-            for layer, (spec, (rows, columns)) in self.journal.finished[unit]["stored"][level].items():
+            for layer, known in self.journal.finished[unit]["stored"][level].items():
                 start = f"{level}/{layer}."
+                if known is None:
+                    found[layer] = opened.get_tensor(f"{start}{DENSE}")
+                    continue
+                spec, (rows, columns) = known
                 parts = {name.removeprefix(start): opened.get_tensor(name) for name in names if name.startswith(start)}
                 found[layer] = QuantizedTensor(registry.build("format", spec), (rows, columns), parts)
         return found

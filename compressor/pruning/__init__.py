@@ -1,0 +1,1 @@
+"""Structured pruning: which channels, heads and blocks go, and what the rest becomes."""

@@ -1,0 +1,100 @@
+"""From a share of the parameters to shapes of a model: the same for every block, so that stock software reads the result."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from compressor.errors import RecipeError, SourceError
+from compressor.model.source import ModelSource, skeleton
+from compressor.pruning.parts import ATTENTION, MLP, Part, find_parts
+
+Of = Literal["model", "blocks", "mlp"]
+MULTIPLES = ((8192, 256), (2048, 128), (1024, 64), (0, 32))  # channels from which on -> their number is a multiple of this
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Units of each part that stay in every block, and what the model then has."""
+
+    keep: Mapping[str, int]
+    config: Mapping[str, Any]  # what differs in config.json
+    parameters: int  # of the whole model
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return ", ".join(f"{count} {UNITS[part]}" for part, count in self.keep.items())
+
+
+UNITS = {ATTENTION: "groups of heads", MLP: "channels"}
+
+
+def parameters(source: ModelSource, of: Of = "model") -> int:
+    """Of the whole model, of its blocks, or of their MLPs."""
+    starts = {"model": ("",), "blocks": (f"{source.prefix}.",), "mlp": (f"{source.prefix}.",)}[of]
+    names = {stored: name for name, stored in source.names.items() if name.startswith(starts)}
+    counted = {stored for stored, name in names.items() if of != "mlp" or f".{MLP}." in name}
+    return sum(math.prod(source.checkpoint.headers[stored].shape) for stored in counted)
+
+
+def shapes(source: ModelSource, ratio: float, of: Of, *, heads: bool, multiple: int | None) -> list[Shape]:
+    """Every split between heads and channels that leaves as much as it may, the most heads first.
+
+    Args:
+        source: The model.
+        ratio: Share of the parameters that has to go.
+        of: What the ratio counts.
+        heads: Whether groups of heads may go.
+        multiple: Of which the number of channels has to be one; None takes what suits their number.
+
+    Raises:
+        RecipeError: no shape is that small, or its model type allows none of them.
+    """
+    blocks = [source.block(index, load=False) for index in range(len(source.layers))]
+    found = [find_parts(source, block) for block in blocks]
+    counts = [{part.name: part.count for part in parts} for parts in found]
+    if any(count != counts[0] for count in counts):
+        raise RecipeError(
+            f"{source.path}: its blocks have different widths; only models whose blocks are alike can be pruned"
+        )
+    attention, mlp = found[0]
+    cost = {part.name: len(blocks) * part.parameters(blocks[0]) for part in (attention, mlp)}
+    step = multiple or next(step for size, step in MULTIPLES if mlp.count >= size)
+    whole, going = parameters(source), math.ceil(ratio * parameters(source, of))
+    allowed, refused, smallest = [], "", 0
+    for groups in range(attention.count, 0, -1) if heads and of != "mlp" else [attention.count]:
+        rest = going - (attention.count - groups) * cost[ATTENTION]
+        channels = mlp.count if rest <= 0 else (mlp.count * cost[MLP] - rest) // cost[MLP] // step * step
+        config = changes(source, attention, groups, max(channels, min(step, mlp.count)))
+        try:
+            skeleton(source.path, torch.float32, {**source.config_changes, **config})
+        except SourceError as error:
+            refused = str(error).rpartition(": ")[2]
+            continue
+        smallest = (attention.count - groups) * cost[ATTENTION] + (mlp.count - min(step, mlp.count)) * cost[MLP]
+        if channels > 0:
+            gone = (attention.count - groups) * cost[ATTENTION] + (mlp.count - channels) * cost[MLP]
+            allowed.append(Shape({ATTENTION: groups, MLP: channels}, config, whole - gone))
+        if rest <= 0:
+            break
+    if not allowed:
+        most = math.floor(1000 * smallest / parameters(source, of)) / 1000
+        raise RecipeError(
+            f"prune_width: ratio {ratio:g} of the parameters of the {of} cannot be taken from width alone, the most is "
+            f"{most}; give a smaller ratio, or take blocks away too with prune_depth"
+            + (f"; `{source.raw_config['model_type']}` takes no other number of heads: {refused}" if refused else "")
+        )
+    return allowed
+
+
+def changes(source: ModelSource, attention: Part, groups: int, channels: int) -> dict[str, Any]:
+    """What config.json says of so many heads and channels."""
+    found = {"intermediate_size": channels} if channels != source.raw_config["intermediate_size"] else {}
+    if groups != attention.count:
+        width = attention.rows[f"{ATTENTION}.k_proj"]
+        repeats = attention.columns // width
+        found |= {"num_attention_heads": groups * repeats, "num_key_value_heads": groups, "head_dim": width}
+    return found

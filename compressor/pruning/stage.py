@@ -1,0 +1,111 @@
+"""The stage before compression in which passes make the model smaller, each the one that the last has left."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compressor.calibration.data import Samples
+from compressor.calibration.hidden import keeping
+from compressor.calibration.stream import CalibrationStream
+from compressor.distributed import Ranks
+from compressor.errors import CalibrationError, RecipeError
+from compressor.model.rewritten import Prunes, Rewrites
+from compressor.model.source import ModelSource
+from compressor.pipeline import Job, Tell, open_stream
+from compressor.recipe import Recipe
+from compressor.search.text import search_text
+from compressor.types import Pass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass that prunes has to work with.
+
+    Args:
+        recipe: All of it.
+        source: The model as the passes before have left it.
+        calibration: Text to make widths on.
+        ranks: Who else works.
+        place: Directory for what is made; it has to stay until the model is written.
+        known: What has to be equal for that to be used again.
+        tell: Called with progress.
+    """
+
+    recipe: Recipe
+    source: ModelSource
+    calibration: Samples
+    ranks: Ranks
+    place: Path
+    known: Mapping[str, str]
+    tell: Tell
+
+    @property
+    def job(self) -> Job:
+        """Of the model alone."""
+        return Job(self.source, (), {}, self.ranks)
+
+    def stream(self) -> CalibrationStream:
+        """The calibration stream before the first block."""
+        return open_stream(self.job, self.calibration, keeping(self.recipe.calibration.on_disk), self.tell)
+
+    def text(self, tokens: int) -> Tensor:
+        """Tokens [N, S], at least so many, that calibration does not read."""
+        return search_text(self.recipe, tokens, self.source, self.calibration)
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Refuse a pass that prunes behind one that changes blocks.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    for number, step in enumerate(passes):
+        if isinstance(step, Prunes) and not all(isinstance(before, Prunes | Rewrites) for before in passes[:number]):
+            raise RecipeError(
+                f"passes.{number}: takes parts of the model away before any block is compressed; put it before the others"
+            )
+
+
+def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, bool]:
+    """The model with the shapes that it will have, and whether these are certain."""
+    check_order(passes)
+    certain = True
+    for step in (step for step in passes if isinstance(step, Prunes)):
+        rewriting, sure = step.sketch(source)
+        source, certain = source if rewriting is None else source.rewritten(rewriting), certain and sure
+    return source, certain
+
+
+def pruned(
+    recipe: Recipe,
+    source: ModelSource,
+    calibration: Samples | None,
+    ranks: Ranks,
+    place: Path,
+    known: Mapping[str, str],
+    tell: Tell,
+) -> tuple[ModelSource, list[Mapping[str, Any]]]:
+    """The model once all passes that prune have done so, and what each did; arguments as of `Work`.
+
+    Raises:
+        RecipeError: it cannot be done.
+    """
+    check_order(recipe.passes)
+    done = []
+    for number, step in enumerate(recipe.passes):
+        if not isinstance(step, Prunes):
+            continue
+        if calibration is None:
+            raise CalibrationError(f"passes.{number}: needs calibration text")
+        found = step.prune(Work(recipe, source, calibration, ranks, place / str(number), known, tell))
+        source = source if found.rewriting is None else source.rewritten(found.rewriting)
+        done.append(found.report)
+    return source, done
+
+
+def pruning_place(out: Path) -> Path:
+    """Where what is made lies until the model is written."""
+    return out.with_name(f"{out.name}.pruning")
