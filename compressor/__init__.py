@@ -2,6 +2,8 @@
 
     import compressor
     compressor.quantize("model/", bits=4, out="model-int4")
+    compressor.prune("model/", ratio=0.25, out="model-prune25")
+    compressor.fit("model/", size="4GB", out="model-4GB")
     compressor.run("recipe.yaml", "model/", "out/")
     compressor.evaluate("out/", reference="model/")
     model = compressor.load("out/")
@@ -15,12 +17,33 @@ from typing import TYPE_CHECKING, Any
 from compressor._on_import import on_import
 
 if TYPE_CHECKING:
-    from compressor.api import Forecast, forecast, quantize, quantize_recipe, run
+    from compressor.api import Forecast, fit, forecast, prune, prune_recipe, quantize, quantize_recipe, run
+    from compressor.fitting import fit_recipe, search_plan
     from compressor.judging import evaluate
     from compressor.runtime.load import generate, load
 
-__all__ = ["Forecast", "evaluate", "forecast", "generate", "load", "quantize", "quantize_recipe", "run"]
-_HOME = {"evaluate": "compressor.judging", "generate": "compressor.runtime.load", "load": "compressor.runtime.load"}
+__all__ = [
+    "Forecast",
+    "evaluate",
+    "fit",
+    "fit_recipe",
+    "forecast",
+    "generate",
+    "load",
+    "prune",
+    "prune_recipe",
+    "quantize",
+    "quantize_recipe",
+    "run",
+    "search_plan",
+]
+_HOME = {
+    "evaluate": "compressor.judging",
+    "fit_recipe": "compressor.fitting",
+    "generate": "compressor.runtime.load",
+    "load": "compressor.runtime.load",
+    "search_plan": "compressor.fitting",
+}
 
 
 def _register() -> None:

@@ -18,7 +18,7 @@ from compressor.card import model_card
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
-from compressor.fitting import find_plan, levels_place, shortened
+from compressor.fitting import find_plan, fit_recipe, levels_place, shortened
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
@@ -219,6 +219,94 @@ def quantize_recipe(
     data = {
         "passes": methods.passes(name, options, ignore, bits),
         "calibration": {"source": calibration or "builtin", "samples": samples, "seq_len": seq_len, "seed": seed},
+        "evaluation": {} if evaluate else None,
+    }
+    return make_recipe(data, changes, "options")
+
+
+def fit(model: str | Path = ".", out: str | Path | None = None, *, tell: Tell = silent, **options: Any) -> Report:
+    """Find and write the best model of a size: `run` with the recipe of `fit_recipe`.
+
+    Args:
+        model: Hugging Face model directory.
+        out: Directory to create; None appends the target to the model's name.
+        tell: Called with progress.
+        options: Of `fit_recipe`, and levels, resume, overwrite, verify, device, dtype of `run`.
+    """
+    keys = ("levels", "resume", "overwrite", "verify", "device", "dtype")
+    of_run = {key: options.pop(key) for key in keys if key in options}
+    return run(fit_recipe(Path(model), **options), model, out, tell=tell, **of_run)
+
+
+def prune(
+    model: str | Path = ".", out: str | Path | None = None, *, ratio: float = 0.25, tell: Tell = silent, **options: Any
+) -> Report:
+    """Take parameters away from a model: `run` with the recipe of `prune_recipe`.
+
+    Args:
+        model: Hugging Face model directory.
+        out: Directory to create; None appends what was done to the model's name.
+        ratio: Share of the parameters that goes.
+        tell: Called with progress.
+        options: Of `prune_recipe`, and resume, overwrite, verify, device, dtype of `run`.
+    """
+    of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
+    return run(prune_recipe(ratio, **options), model, out, tell=tell, **of_run)
+
+
+def prune_recipe(
+    ratio: float,
+    *,
+    of: str = "model",
+    by: str = "width",
+    score: str | None = None,
+    heads: bool = True,
+    multiple: int | None = None,
+    bits: float | None = None,
+    calibration: str = "builtin",
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    evaluate: bool = True,
+    changes: Sequence[str] = (),
+) -> Recipe:
+    """The recipe that `compress prune` runs.
+
+    Args:
+        ratio: Share of the parameters that goes.
+        of: What it counts: `model`, `blocks` or `mlp`.
+        by: `width`: channels and heads; `depth`: blocks.
+        score: Which of them go first: a score of `prune_width`, a way of `prune_depth`. None takes the best.
+        heads: Whether groups of heads may go; of width.
+        multiple: Of which the number of channels stays one; None takes what suits their number.
+        bits: Of a weight, if what is left is to be quantized too.
+        calibration: Where the text comes from.
+        samples: Of calibration.
+        seq_len: Tokens of each; None takes what the model was made for, at most 2048.
+        seed: Of the order of documents.
+        evaluate: Compare the result with the original.
+        changes: `KEY=VALUE` changes to the recipe, as with --set.
+
+    Raises:
+        RecipeError: no recipe comes of it.
+    """
+    if by not in ("width", "depth"):
+        raise RecipeError(f"--by {by}: width or depth")
+    if by == "depth" and (multiple is not None or not heads or of == "mlp"):
+        raise RecipeError("--by depth: takes whole blocks; --multiple, --no-heads and --of mlp are for --by width")
+    step: dict[str, Any] = {"pass": f"prune_{by}", "ratio": ratio, "of": of}
+    step |= {"heads": heads, "multiple": multiple} if by == "width" else {}
+    step |= {} if score is None else {"score" if by == "width" else "by": score}
+    quantized = []
+    if bits is not None:
+        options = methods.formats(
+            methods.INTEGERS, methods.width(methods.INTEGERS, bits), None, symmetric=True, activations=16
+        )
+        name = methods.chosen(None, methods.INTEGERS, bits, calibrated=True)
+        quantized = methods.passes(name, options, ("lm_head",), bits)
+    data = {
+        "passes": [step, *quantized],
+        "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed},
         "evaluation": {} if evaluate else None,
     }
     return make_recipe(data, changes, "options")

@@ -183,6 +183,7 @@ class Trial:
 
     weights: Mapping[str, Tensor]  # dense, as in `Edits`
     rounded: Mapping[str, InputRounding]
+    skips: bool = False  # the whole block, which then changes nothing
 
     @classmethod
     def of(cls, edits: Edits, device: torch.device, dtype: torch.dtype) -> "Trial":
@@ -255,6 +256,8 @@ class Block:
 
     def trying(self, *trials: Trial) -> Callable[[Tensor], Tensor]:
         """`forward` as it would be with new weights installed, which they are not."""
+        if any(trial.skips for trial in trials):
+            return lambda hidden_BSD: hidden_BSD
         weights = {name: new for trial in trials for name, new in trial.weights.items()}
         kept = {name: how for name, how in self.rounded.items() if name not in weights}
         rounded = {name: how for trial in trials for name, how in trial.rounded.items()}

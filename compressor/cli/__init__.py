@@ -16,6 +16,7 @@ from compressor.cli.eval import eval_
 from compressor.cli.fit import fit
 from compressor.cli.generate import generate
 from compressor.cli.inspect import inspect
+from compressor.cli.prune import prune
 from compressor.cli.quantize import quantize
 from compressor.cli.report import report
 from compressor.cli.run import run
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for verb in (quantize, fit, search, run, eval_, compare, report, verify, inspect, bench, generate, demo):
+for verb in (quantize, prune, fit, search, run, eval_, compare, report, verify, inspect, bench, generate, demo):
     app.command(verb.__name__.rstrip("_"))(verb)
 
 

@@ -1,5 +1,5 @@
-"""Narrower blocks: channels of the MLPs and groups of attention heads go, the same number in every block, and what adds up the
-rest is fitted to the model's own outputs.
+"""Narrower blocks: channels of the MLPs and groups of attention heads go, the same number in every block, and what adds up
+the rest is fitted to the model's own outputs.
 
 The result is of the same architecture with smaller numbers in its config, which stock software loads. Which units go, and the
 fit, are in compressor/pruning/order.py; of the shapes that are small enough (compressor/pruning/shapes.py), the one is taken
@@ -7,15 +7,14 @@ with which the model's predictions stay nearest to what they were.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 from compressor.model.memory import available_memory
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
-from compressor.pipeline import Event
 from compressor.pruning.parts import find_parts
 from compressor.pruning.shapes import Of, Shape, parameters, shapes
 from compressor.pruning.stage import Work
@@ -23,7 +22,7 @@ from compressor.pruning.widths import Way, Widths, sweep
 from compressor.registry import node
 from compressor.search.find import SHARE, fits_in_memory
 from compressor.search.fitness import Fitness, opened
-from compressor.search.levels import Choice, LevelDB
+from compressor.search.levels import LevelDB
 from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 
@@ -86,7 +85,7 @@ class PruneWidth:
         """The shapes of the first of those that are small enough, and whether it is the only one."""
         if not self.ratio:
             return None, True
-        found = self._shapes(source)
+        found = shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple)
         new: dict[str, tuple[int, ...]] = {}
         for block in (source.block(index, load=False) for index in range(len(source.layers))):
             for part in find_parts(source, block):
@@ -100,44 +99,44 @@ class PruneWidth:
         return Rewriting({}, config=found[0].config, shapes=new), len(found) == 1
 
     def prune(self, work: Work) -> Pruned:
-        """Narrow the model."""
+        """Narrow the model: first in all shapes that are small enough, then in the best of them by itself."""
         before = parameters(work.source)
         if not self.ratio:
             return Pruned(None, {"pass": "prune_width", "parameters": [before, before]})
-        found = self._shapes(work.source)
+        found = shapes(work.source, self.ratio, self.of, heads=self.heads, multiple=self.multiple)
+        losses = self._losses(work, found) if len(found) > 1 else [0.0]
+        best = found[min(range(len(found)), key=losses.__getitem__)]
+        with self._made(work, [best], "widths") as widths:
+            choice = widths.uniform(best.keep)
+            rewriting = replace(widths.rewriting(choice), config=best.config)
+            tried = [{"keep": dict(shape.keep), "kl": kl} for shape, kl in zip(found, losses, strict=True)]
+            report = {
+                "pass": "prune_width",
+                "parameters": [before, best.parameters],
+                "keep": dict(best.keep),
+                "tried": tried if len(tried) > 1 else [],
+                "parts": widths.describe(choice),
+            }
+            return Pruned(rewriting, report)
+
+    @contextmanager
+    def _made(self, work: Work, found: Sequence[Shape], name: str) -> Iterator[Widths]:
+        """Every part in the widths of some shapes, nobody else writing there."""
         way = Way(self.score, self.refit, self.damp)
         wanted = {part: sorted({shape.keep[part] for shape in found}) for part in found[0].keep}
         known = {**work.known, "widths": hashlib.sha256(repr((way, wanted)).encode()).hexdigest()}
-        levels = LevelDB(work.place, known)
+        levels = LevelDB(work.place / name, known)
         with levels.open() if work.ranks.first else nullcontext():
             sweep(work.job, work.stream, way, wanted, levels, work.tell)
-            widths = Widths(work.source, levels)
-            choices = [widths.uniform(shape.keep) for shape in found]
-            losses = self._losses(work, widths, choices) if len(found) > 1 else [0.0]
-        best = min(range(len(found)), key=losses.__getitem__)
-        tried = [{"keep": dict(shape.keep), "kl": kl} for shape, kl in zip(found, losses, strict=True)]
-        report = {
-            "pass": "prune_width",
-            "parameters": [before, found[best].parameters],
-            "keep": dict(found[best].keep),
-            "tried": tried if len(tried) > 1 else [],
-            "parts": widths.describe(choices[best]),
-        }
-        return Pruned(replace(widths.rewriting(choices[best]), config=found[best].config), report)
+            yield Widths(work.source, levels)
 
-    def _shapes(self, source: ModelSource) -> list[Shape]:
-        return shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple)
-
-    def _losses(self, work: Work, widths: Widths, choices: Sequence[Choice]) -> list[float]:
+    def _losses(self, work: Work, found: Sequence[Shape]) -> list[float]:
         """How far the predictions of each shape are from the model's, in nats per token."""
-        text_NS = work.text(self.tokens)
-        resident = fits_in_memory(work.job)
-        work.tell(Event("shapes", 0, 1))
-        with opened(work.source, resident=resident) as model:
-            kept = int(SHARE * available_memory(work.source.device)) if resident else 0
-            losses = Fitness(work.source, model, widths, text_NS, work.ranks, kept)(choices, range(len(text_NS)))
-        work.tell(Event("shapes", 1, 1))
-        return losses
+        text_NS, resident = work.text(self.tokens), fits_in_memory(work.job)
+        kept = int(SHARE * available_memory(work.source.device)) if resident else 0
+        with self._made(work, found, "shapes") as widths, opened(work.source, resident=resident) as model:
+            fitness = Fitness(work.source, model, widths, text_NS, work.ranks, kept)
+            return fitness([widths.uniform(shape.keep) for shape in found], range(len(text_NS)))
 
 
 EXPORT = PruneWidth

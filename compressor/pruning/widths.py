@@ -27,7 +27,7 @@ from compressor.pruning.order import by_score, greedy
 from compressor.pruning.parts import Kept, Part, find_parts, spread
 from compressor.pruning.scores import SCORES, Seen
 from compressor.search.levels import Choice, Level, LevelDB, Unit
-from compressor.types import Block, Edits, dense
+from compressor.types import Block, Edits, Trial, dense
 
 UNITS = "units"  # the name under which those that stay are kept
 
@@ -160,8 +160,12 @@ class Widths:
         """Units that stay [U]."""
         return dense(self.levels.edits(unit, level)[UNITS]).long()
 
+    def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Trial:
+        """A narrower part, as `Fitness` tries it."""
+        return Trial.of(self.edits(unit, level), device, dtype)
+
     def edits(self, unit: str, level: int) -> Edits:
-        """Weights and biases by their names inside the block."""
+        """Its weights and biases by their names inside the block."""
         found = dict(self.levels.edits(unit, level))
         units, part, prefix = dense(found.pop(UNITS)).long(), self.parts[unit], unit.rpartition(".")[0]
         return found | {

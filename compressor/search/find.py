@@ -154,37 +154,52 @@ def find(
             full = TRAINING * training * fitness.pace
             share = max(0.0, min(1.0, TRAINED * clock.left() / full)) if full else 1.0
             share = job.ranks.agree(trail.once("training", settings.minutes, share))
-            contestants = improve(units, budget, fitness, settings, trail, clock.keeping(share * full), tell)
+            ways, weights = allocations(units, budget), sum(unit.weights for unit in units)
+            contestants = improve(
+                ways, weights, budget, fitness, settings, trail, clock=clock.keeping(share * full), tell=tell
+            )
     best = min(contestants, key=lambda one: one.kl)
     plan = {unit.name: unit.levels[level].option for unit, level in zip(units, best.choice, strict=True)}
     return Found(plan, best, contestants, trail.steps, share)
 
 
 def improve(
-    units: Sequence[Unit],
+    ways: Mapping[str, Choice],
+    weights: int,
     budget: Budget,
     fitness: Fitness,
     settings: Search,
     trail: Trail,
+    *,
     clock: Clock,
     tell: Tell,
 ) -> list[Contestant]:
-    """Every choice on the way to the last one, judged on text that none was made on."""
+    """Every choice on the way to the last one, judged on text that none was made on.
+
+    Args:
+        ways: Choices to begin with, by name.
+        weights: That `bits` of the budget are for.
+        budget: That no choice exceeds.
+        fitness: Of a choice.
+        settings: How to search.
+        trail: The steps so far; gets the others.
+        clock: Says when to end.
+        tell: Called after each step.
+    """
     held_out = max(1, fitness.samples // (HELD_OUT + 1))
     seen, unseen = range(fitness.samples - held_out), range(fitness.samples - held_out, fitness.samples)
     judge = seen[: max(1, len(seen) // 4)]
     table = seen[-min(len(seen), -(-settings.table_tokens // fitness.seq_len)) :]
-    ways = allocations(units, budget)
     if not trail.steps:
         for (name, choice), kl in zip(ways.items(), fitness(list(ways.values()), judge), strict=True):
             trail.add(name, choice, fitness=kl, scored=1, number=0)
-    start = min((step for step in trail.steps if step["stage"] in ALLOCATORS), key=lambda step: float(step["fitness"]))
+    start = min((step for step in trail.steps if step["stage"] in ways), key=lambda step: float(step["fitness"]))
     point: Choice = tuple(start["choice"])
     searching = clock.keeping(fitness.pace * (len(ways) + 2) * held_out)
     for turn in in_time(
         _rounds(point, budget, fitness, settings, table, judge, trail),
         searching,
-        fitness.pace * 2 * max(settings.radii) * len(units) * len(table),
+        fitness.pace * 2 * max(settings.radii) * len(point) * len(table),
     ):
         trail.add(PROGRAMMES, turn.point, fitness=turn.fitness, scored=turn.scored, number=turn.number, moved=turn.moved)
         tell(Event("programme", turn.number, settings.rounds, error=turn.fitness))
@@ -199,7 +214,6 @@ def improve(
         tell(Event("evolve", generation.number, settings.evolve.generations, error=generation.fitness))
     last = {name: tuple(trail.of(name)[-1]["choice"]) for name in (*ways, PROGRAMMES, EVOLUTION) if trail.of(name)}
     after = {name: float(trail.of(name)[-1]["seconds"]) for name in last}
-    weights = sum(unit.weights for unit in units)
     return [
         Contestant(name, choice, budget.used(choice)["bits"] / weights, kl, after[name])
         for (name, choice), kl in zip(last.items(), fitness(list(last.values()), unseen), strict=True)

@@ -160,7 +160,7 @@ class Fitness:
         return new
 
     def _made(self, unit: str, level: int) -> Trial:
-        return Trial.of(self.levels.edits(unit, level), self.source.device, self.source.dtype)
+        return self.levels.trial(unit, level, self.source.device, self.source.dtype)
 
     @torch.no_grad()
     def _predicted(self) -> Teacher:

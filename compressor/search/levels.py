@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from compressor import registry
 from compressor.model.journal import Journal
 from compressor.pruning.parts import Kept
-from compressor.types import Edits, Format, QuantizedTensor, Stored
+from compressor.types import Edits, Format, QuantizedTensor, Stored, Trial
 
 REMEDY = "name another directory with --levels"
 DENSE = "dense"  # the only part of a weight that is not packed
@@ -71,7 +72,7 @@ class Levels(Protocol):
 
     @property
     def units(self) -> Sequence[Unit]: ...  # in the order of the model
-    def edits(self, unit: str, level: int) -> Edits: ...  # a level's weights by layer inside the block, on the CPU
+    def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Trial: ...
 
 
 class LevelDB:
@@ -135,3 +136,7 @@ class LevelDB:
                 parts = {name.removeprefix(start): opened.get_tensor(name) for name in names if name.startswith(start)}
                 found[layer] = QuantizedTensor(registry.build("format", spec), (rows, columns), parts)
         return found
+
+    def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Trial:
+        """The same as it is tried."""
+        return Trial.of(self.edits(unit, level), device, dtype)

@@ -1,0 +1,104 @@
+"""`compress prune`: fewer channels, heads or blocks."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compressor.cli import _arguments as a
+from compressor.cli._compress import compress
+
+
+def prune(
+    model: a.Model = Path(),
+    ratio: Annotated[
+        float, typer.Option(help="Share of the parameters that goes: 0.25 takes a quarter of them away.")
+    ] = 0.25,
+    of: Annotated[
+        str,
+        typer.Option(help="What the ratio counts: model (embeddings included), blocks, or mlp (which alone is then cut)."),
+    ] = "model",
+    by: Annotated[
+        str, typer.Option(help="width (channels and heads, keeps more quality) or depth (blocks, faster at small batches).")
+    ] = "width",
+    score: Annotated[
+        str,
+        typer.Option(
+            help="Which go first. Of width: obs, wanda, flap, cfsp or magnitude; of depth: search, cosine or even. "
+            "[default: obs, search]",
+            show_default=False,
+        ),
+    ] = "",
+    heads: Annotated[
+        bool, typer.Option("--heads/--no-heads", help="Groups of attention heads may go too, with their part of the cache.")
+    ] = True,
+    multiple: Annotated[
+        int | None,
+        typer.Option(help="The number of channels stays a multiple of this. [default: 256 to 32, by their number]"),
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Quantize what is left too, as `compress quantize --bits` does.", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        str, typer.Option(help="builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].")
+    ] = "builtin",
+    samples: Annotated[
+        int, typer.Option(help="Calibration samples; what is compared, is on more text of the same source.")
+    ] = 128,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a sample. [default: the model's maximum, at most 2048]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Order of the calibration documents.")] = 0,
+    evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Compare the result with the original.")] = True,
+    out: a.Out = None,
+    changes: a.Changes = None,
+    resume: a.Resume = False,
+    overwrite: a.Overwrite = False,
+    verify: a.Verify = True,
+    dry_run: a.DryRun = False,
+    print_recipe: Annotated[bool, typer.Option("--print-recipe", help="Print the recipe this stands for, and stop.")] = False,
+    as_json: a.Json = False,
+    device: a.Device = None,
+    dtype: a.Dtype = None,
+) -> None:
+    """Take parameters away from MODEL: what is left is smaller, faster, and of the same architecture.
+
+    Every block keeps the same shape, so the result loads wherever the original does. What remains is fitted to the
+    original's own outputs; nothing is trained.
+
+    Example: `compress prune --ratio 0.25 model/`, or `compress prune --ratio 0.25 --bits 4 model/`
+    """
+    from compressor.api import prune_recipe
+    from compressor.recipe import to_yaml
+
+    recipe = prune_recipe(
+        ratio,
+        of=of,
+        by=by,
+        score=score or None,
+        heads=heads,
+        multiple=multiple,
+        bits=bits,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        evaluate=evaluate,
+        changes=changes or (),
+    )
+    if print_recipe:
+        sys.stdout.write(to_yaml(recipe))
+        return
+    compress(
+        recipe,
+        model,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        verify=verify,
+        dry_run=dry_run,
+        as_json=as_json,
+        device=device,
+        dtype=dtype,
+    )

@@ -1,0 +1,116 @@
+"""Fewer blocks: those go without which the model's predictions stay nearest to what they were.
+
+The result is of the same architecture with fewer blocks, which stock software loads. Which go is searched for (successive
+integer programmes and evolution, compressor/search) from the better of two rules; they can also be taken by themselves.
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from compressor.model.rewritten import Pruned, Rewriting
+from compressor.model.source import ModelSource
+from compressor.pruning.depth import STAYS, Blocks, even, least, number, turns, without
+from compressor.pruning.shapes import Of, parameters
+from compressor.pruning.stage import Work
+from compressor.recipe import Evolve, Search
+from compressor.registry import node
+from compressor.search.allocate import Budget
+from compressor.search.clock import Clock
+from compressor.search.find import Contestant, Trail, fits_in_memory, improve
+from compressor.search.fitness import Fitness, opened
+from compressor.types import Accumulator, Block, Format, Outcome, Stats
+
+
+@node
+class PruneDepth:
+    """Args:
+    ratio: Share of the parameters that goes, at least.
+    of: What it counts: the whole model, embeddings included, or its blocks.
+    by: How the blocks are chosen: `search`; `cosine`, those that turn what passes them least; `even`, evenly spaced.
+    search: How to search; `minutes` is of no effect here.
+    """
+
+    ratio: float
+    of: Of = "model"
+    by: Literal["search", "cosine", "even"] = "search"
+    search: Search = Search(tokens=32768, evolve=Evolve(generations=30, offspring=16, patience=5))
+    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
+    options: ClassVar[tuple[Format, ...]] = ()
+    chooses: ClassVar[bool] = False
+    two_streams: ClassVar[bool] = False
+    together: ClassVar[bool] = False
+    sensitivity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio: {self.ratio} is not from 0 up to, without, 1")
+
+    @property
+    def label(self) -> str:
+        """File-name safe."""
+        return f"shorten{100 * self.ratio:g}" if self.ratio else ""
+
+    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
+        """None: a block that goes is never read."""
+        return {}
+
+    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
+        return Outcome({}, {})
+
+    def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
+        """The first so many blocks."""
+        count = number(source, self.ratio, parameters(source, self.of))
+        return (without(source, even(len(source.layers), count)) if count else None), True
+
+    def prune(self, work: Work) -> Pruned:
+        """Take blocks away."""
+        source, before = work.source, parameters(work.source)
+        count = number(source, self.ratio, parameters(source, self.of))
+        if not count:
+            return Pruned(None, {"pass": "prune_depth", "parameters": [before, before]})
+        blocks = len(source.layers)
+        ways = {"even": even(blocks, count)}
+        if self.by != "even":
+            turned = turns(work.job, work.stream(), work.tell)
+            ways["cosine"] = least(turned, count)
+        contestants = self._searched(work, ways) if self.by == "search" else []
+        choice = min(contestants, key=lambda one: one.kl).choice if contestants else ways[self.by]
+        rewriting = without(source, choice)
+        report = {
+            "pass": "prune_depth",
+            "parameters": [before, parameters(source.rewritten(rewriting))],
+            "blocks": [index for index, level in enumerate(choice) if level != STAYS],
+            "tried": [{"name": one.name, "kl": one.kl} for one in contestants],
+        }
+        return Pruned(rewriting, report)
+
+    def _searched(self, work: Work, ways: Mapping[str, tuple[int, ...]]) -> list[Contestant]:
+        """Everything on the way to the best choice that the search found."""
+        source, levels = work.source, Blocks(work.source)
+        bits = [[level.bits for level in unit.levels] for unit in levels.units]
+        allowed = max(sum(row[level] for row, level in zip(bits, way, strict=True)) for way in ways.values())
+        budget = Budget({"bits": bits}, {"bits": allowed})
+        resident = fits_in_memory(work.job)
+        with opened(source, resident=resident) as model:
+            fitness = Fitness(source, model, levels, work.text(self.search.tokens), work.ranks)
+            clock = Clock.of(None, time.monotonic(), work.ranks)
+            trail = Trail(self._trail(work))
+            trail.steps = work.ranks.agree(trail.steps)
+            weights = sum(unit.weights for unit in levels.units)
+            settings = replace(self.search, radii=(1,))
+            return improve(ways, weights, budget, fitness, settings, trail, clock=clock, tell=work.tell)
+
+    def _trail(self, work: Work) -> Path | None:
+        """Where the steps of the search are put down, so that one that is broken off goes on."""
+        if not work.ranks.first:
+            return None
+        work.place.mkdir(parents=True, exist_ok=True)
+        known = hashlib.sha256(repr((sorted(work.known.items()), self)).encode()).hexdigest()[:12]
+        return work.place / f"search-{known}.jsonl"
+
+
+EXPORT = PruneDepth
