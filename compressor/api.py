@@ -297,8 +297,9 @@ def prune_recipe(
     step: dict[str, Any] = {"pass": f"prune_{by}", "ratio": ratio, "of": of}
     step |= {"heads": heads, "multiple": multiple} if by == "width" else {}
     step |= {} if score is None else {"score" if by == "width" else "by": score}
-    quantized = []
+    quantized: list[dict[str, Any]] = []
     if bits is not None:
+        step |= {"multiple": multiple or methods.GROUP_SIZE} if by == "width" else {}
         options = methods.formats(
             methods.INTEGERS, methods.width(methods.INTEGERS, bits), None, symmetric=True, activations=16
         )

@@ -223,7 +223,7 @@ class TestRuns:
 
     def test_the_directory_is_named_for_it(self, tiny: Tiny) -> None:
         source = ModelSource(tiny("llama"), CPU)
-        assert default_out(Path("/models/tiny"), make_plan(source, recipe("fp8").passes)).name == "tiny-int8g128-kv-fp8"
+        assert default_out(Path("/models/tiny"), (), make_plan(source, recipe("fp8").passes)).name == "tiny-int8g128-kv-fp8"
 
     def test_an_interrupted_run_goes_on_with_the_scales_it_had(
         self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

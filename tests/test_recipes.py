@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import yaml
 from compressor import api
 from compressor.assets import DEMO_MODEL
 from compressor.errors import RecipeError
-from compressor.recipe import load_recipe, make_recipe, to_yaml
+from compressor.recipe import Search, load_recipe, make_recipe, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SEARCH = ["search.tokens=512", "search.table_tokens=64", "search.rounds=1", "search.evolve.generations=1"]
@@ -15,11 +16,15 @@ QUICK = ["calibration.samples=4", "calibration.seq_len=32", "evaluation.samples=
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_runs(path, tmp_path):
-    steps = enumerate(load_recipe(path).passes)
-    trained = [f"passes.{i}.{key}=3" for i, step in steps for key in ("steps", "learn") if getattr(step, key, 0)]
-    searched = SEARCH if load_recipe(path).target is not None else []
-    report = api.run(load_recipe(path, QUICK + trained + searched), DEMO_MODEL, tmp_path / "out", device="cpu")
-    assert len(report.rows) == 4 * 7
+    recipe = load_recipe(path)
+    changes = [*QUICK, *(SEARCH if recipe.target is not None else [])]
+    for i, step in enumerate(recipe.passes):
+        changes += [f"passes.{i}.{key}=3" for key in ("steps", "learn") if getattr(step, key, 0)]
+        changes += [f"passes.{i}.{change}" for change in SEARCH if isinstance(getattr(step, "search", None), Search)]
+    report = api.run(load_recipe(path, changes), DEMO_MODEL, tmp_path / "out", device="cpu")
+    blocks = json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"]
+    assert len(report.rows) == (7 * blocks if any(step.options for step in recipe.passes) else 0)
+    assert blocks == 4 or report.pruning
     assert report.quality["kl"] > 0
     assert [check for check in report.verification if check["outcome"] == "failed"] == []
 

@@ -83,7 +83,7 @@ class PruneDepth:
         report = {
             "pass": "prune_depth",
             "parameters": [before, parameters(source.rewritten(rewriting))],
-            "blocks": [index for index, level in enumerate(choice) if level != STAYS],
+            "gone": [index for index, level in enumerate(choice) if level != STAYS],
             "tried": [{"name": one.name, "kl": one.kl} for one in contestants],
         }
         return Pruned(rewriting, report)

@@ -17,8 +17,7 @@ from compressor.errors import RecipeError
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline import Event, Job, Tell
-from compressor.pruning.parts import Kept
-from compressor.search.levels import Choice, Level, Unit
+from compressor.search.levels import Choice, Kept, Level, Unit
 from compressor.types import Trial
 
 GOES, STAYS = 0, 1  # levels of a block

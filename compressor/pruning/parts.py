@@ -20,24 +20,10 @@ from torch import Tensor
 
 from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
-from compressor.registry import node
 from compressor.types import Block
 
 ATTENTION, MLP = "self_attn", "mlp"
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, SmolLM3 and others of their build"
-
-
-@node
-class Kept:
-    """So many units of a part stay."""
-
-    keep: int
-    of: int
-
-    @property
-    def label(self) -> str:
-        """File-name safe."""
-        return f"keep{self.keep}of{self.of}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,13 @@ from compressor.model.source import ModelSource, skeleton
 from compressor.pruning.parts import ATTENTION, MLP, Part, find_parts
 
 Of = Literal["model", "blocks", "mlp"]
-MULTIPLES = ((8192, 256), (2048, 128), (1024, 64), (0, 32))  # channels from which on -> their number is a multiple of this
+MULTIPLES = (
+    (8192, 256),
+    (4096, 128),
+    (1024, 64),
+    (512, 32),
+    (0, 16),
+)  # channels from which on -> their number is a multiple of this
 
 
 @dataclass(frozen=True)

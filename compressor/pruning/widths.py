@@ -24,9 +24,9 @@ from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline import Event, Job, Tell
 from compressor.pruning.order import by_score, greedy
-from compressor.pruning.parts import Kept, Part, find_parts, spread
+from compressor.pruning.parts import Part, find_parts, spread
 from compressor.pruning.scores import SCORES, Seen
-from compressor.search.levels import Choice, Level, LevelDB, Unit
+from compressor.search.levels import Choice, Kept, Level, LevelDB, Unit
 from compressor.types import Block, Edits, Trial, dense
 
 UNITS = "units"  # the name under which those that stay are kept

@@ -17,12 +17,25 @@ from torch import Tensor
 
 from compressor import registry
 from compressor.model.journal import Journal
-from compressor.pruning.parts import Kept
+from compressor.registry import node
 from compressor.types import Edits, Format, QuantizedTensor, Stored, Trial
 
 REMEDY = "name another directory with --levels"
 DENSE = "dense"  # the only part of a weight that is not packed
 Choice = tuple[int, ...]  # a level of each unit, in the order of the units
+
+
+@node
+class Kept:
+    """So many units of a part stay."""
+
+    keep: int
+    of: int
+
+    @property
+    def label(self) -> str:
+        """File-name safe."""
+        return f"keep{self.keep}of{self.of}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,8 +231,8 @@ def test_the_report_and_inspect_agree_on_a_tied_model(tmp_path):
 def test_the_result_of_a_linked_model_lies_beside_the_link(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
-    assert default_out(tmp_path / "link", {"unit": INT4}) == tmp_path / "link-int4g128"
-    assert default_out(Path("/a/model/"), {"unit": INT4}) == Path("/a/model-int4g128")
+    assert default_out(tmp_path / "link", (), {"unit": INT4}) == tmp_path / "link-int4g128"
+    assert default_out(Path("/a/model/"), (), {"unit": INT4}) == Path("/a/model-int4g128")
 
 
 def test_another_model_below_the_model_is_not_copied(tmp_path):

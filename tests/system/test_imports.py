@@ -25,6 +25,7 @@ FLOORS = (
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
     ("judging", "tuning", "search"),
+    ("pruning", "passes.prune_depth", "passes.prune_width"),  # passes that search for what they take away
     ("fitting",),
     ("api", "comparison"),
     ("cli", "__main__"),
@@ -59,12 +60,14 @@ def imported(file: Path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        found |= {name.split(".")[1] for name in names if name.startswith("compressor.")}
+        found |= {top(name.removeprefix("compressor.")) for name in names if name.startswith("compressor.")}
     return found
 
 
 def top(module: str) -> str:
-    return module.split(".", maxsplit=1)[0]
+    """What of a module's name has a floor: its first part, unless it has one of its own."""
+    own = next((name for name in FLOOR if "." in name and f"{module}.".startswith(f"{name}.")), None)
+    return own or module.split(".", maxsplit=1)[0]
 
 
 def upto(floor: int) -> set[str]:
