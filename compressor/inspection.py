@@ -64,6 +64,7 @@ class Inspection:
     layout: str  # `dense`, or the quant_method
     kv_cache: str | None  # what keys and values are rounded to
     turned: int  # layers whose activations are turned by a Hadamard matrix at run time
+    absent: int  # attentions and MLPs that it does without
     kinds: tuple[Kind, ...]
     tensors: tuple[Parameter, ...]
     runtimes: tuple[Runtime, ...]
@@ -105,6 +106,7 @@ def inspect_model(path: Path) -> Inspection:
         layout=(source.raw_config.get("quantization_config") or {}).get("quant_method", "dense"),
         kv_cache=source.cache.kv_cache if source.cache is not None else None,
         turned=len(source.hadamard),
+        absent=len(source.absent),
         kinds=kinds,
         tensors=tensors,
         runtimes=runtimes(source),

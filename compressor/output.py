@@ -22,7 +22,7 @@ from compressor.plan import settled, stored_formats, total_bits
 from compressor.plan_file import to_text
 from compressor.recipe import Recipe, Target, to_yaml
 from compressor.report import Report
-from compressor.types import Borrowing, Contextual, Format, Pass, Plan
+from compressor.types import GONE, Borrowing, Contextual, Format, Pass, Plan
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record
 
@@ -45,9 +45,11 @@ def write_model(
         [name for name, kind in kinds.items() if type(kind) is not LinearKind],
         next((option for option in plan.values() if isinstance(option, CacheRounding)), None),
         source.hadamard,
+        source.absent,
     )
     kernels = write_kernels(workspace, layouts_of(formats, source))
-    packed = {"quantization_config": entry, sources.CONFIG_KEY: kernels} if formats else {}
+    packed = {"quantization_config": entry} if formats or source.absent else {}
+    packed |= {sources.CONFIG_KEY: kernels} if formats else {}
     config = json.dumps({**source.raw_config, **packed}, indent=2) + "\n"
     workspace.write_text("config.json", config)
     copied = copy_other_files(source.path, workspace.model, workspace.out)
@@ -57,9 +59,10 @@ def write_model(
     manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), others, tensors, probe)
     workspace.write_text(MANIFEST, manifest.text())
     workspace.write_text("recipe.yaml", to_yaml(recipe))
-    workspace.write_text("plan.yaml", to_text(settled(plan, source, recipe.passes, formats)))
+    gone = dict.fromkeys(sorted(source.absent), GONE)
+    workspace.write_text("plan.yaml", to_text({**settled(plan, source, recipe.passes, formats), **gone}))
     bits, weights = total_bits(source, formats)
-    report.layout = entry["quant_method"] if formats else DENSE
+    report.layout = entry["quant_method"] if packed else DENSE
     report.size_bytes = shards.total_bytes(files)
     report.bits_per_weight = bits / weights if weights else 8 * source.dtype.itemsize
     state = source.model.state_dict()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from compressor import registry
@@ -13,6 +14,7 @@ from compressor.model.source import ModelSource
 from compressor.types import (
     Block,
     Format,
+    Kept,
     OneOf,
     Option,
     PairedAccumulator,
@@ -240,13 +242,28 @@ def total_bits(source: ModelSource, formats: Mapping[str, Format]) -> tuple[int,
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """The plan as data; where a pass chooses, all that it may choose."""
-    return {unit: _describe(option) for unit, option in plan.items()}
+    return {unit: describe_option(option) for unit, option in plan.items()}
 
 
-def _describe(option: Option) -> Any:
+def describe_option(option: Option) -> Any:
+    """One option as data."""
     if isinstance(option, CacheRounding):
         return {"kv_cache": option.kv_cache}
+    if isinstance(option, Kept):
+        return asdict(option)
     return registry.describe(option.formats if isinstance(option, OneOf) else option)
+
+
+def read_option(spec: Any) -> Format | Kept:
+    """Inverse of `describe_option`, of a format or what is kept of a part.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    if isinstance(spec, Mapping) and set(spec) == {"keep", "of"}:
+        return Kept(**spec)
+    found: Format = registry.build("format", spec)
+    return found
 
 
 def settled(plan: Plan, source: ModelSource, passes: Sequence[Pass], stored: Mapping[str, Format]) -> Plan:

@@ -7,11 +7,10 @@ from typing import Any
 
 import yaml
 
-from compressor import registry
 from compressor.errors import RecipeError
-from compressor.plan import describe_plan
+from compressor.plan import describe_plan, read_option
 from compressor.recipe import Recipe
-from compressor.types import Format, Pass, Plan
+from compressor.types import Format, Kept, Pass, Plan
 
 
 def to_text(plan: Plan) -> str:
@@ -20,7 +19,7 @@ def to_text(plan: Plan) -> str:
 
 
 def read_plan(path: Path) -> Plan:
-    """The formats of a plan's units; what rounds keys and values is the pass's own affair.
+    """The formats of a plan's units, and the sub-layers that go; what rounds keys and values is the pass's own affair.
 
     Raises:
         RecipeError: not a plan.
@@ -40,21 +39,19 @@ def _is_cache(spec: Any) -> bool:
     return isinstance(spec, Mapping) and set(spec) == {"kv_cache"}
 
 
-def _option(spec: Any, where: str) -> Format:
+def _option(spec: Any, where: str) -> Format | Kept:
     if isinstance(spec, list):
         raise RecipeError(f"{where}: several formats, among which a pass would choose; name one")
     try:
-        option = registry.build("format", spec)
+        return read_option(spec)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
-    assert isinstance(option, Format)
-    return option
 
 
 def offering(recipe: Recipe, plan: Plan) -> Recipe:
     """The recipe with all that a plan asks for on offer: what no pass offers, goes to the first that may take any format."""
     offered = {option for step in recipe.passes for option in step.options}
-    missing = [option for option in dict.fromkeys(plan.values()) if option not in offered]
+    missing = [option for option in dict.fromkeys(plan.values()) if isinstance(option, Format) and option not in offered]
     if not missing:
         return recipe
     place = next((number for number, step in enumerate(recipe.passes) if _takes(step)), None)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from compressor.absent import SUBLAYERS, without
 from compressor.activations import InputRounding, Seen, input_rounding, rounded_inputs
 from compressor.codes import Codes
 from compressor.errors import SourceError
@@ -21,6 +22,22 @@ class Option(Protocol):
 
     @property
     def label(self) -> str: ...  # file-name safe, unique within a recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """So many units of a part stay: channels, groups of heads; of a sub-layer that goes or stays as a whole, 0 or 1."""
+
+    keep: int
+    of: int
+
+    @property
+    def label(self) -> str:
+        """File-name safe."""
+        return f"keep{self.keep}of{self.of}"
+
+
+GONE = Kept(0, 1)
 
 
 class Grid(Protocol):
@@ -183,7 +200,7 @@ class Trial:
 
     weights: Mapping[str, Tensor]  # dense, as in `Edits`
     rounded: Mapping[str, InputRounding]
-    skips: bool = False  # the whole block, which then changes nothing
+    skips: tuple[str, ...] = ()  # sub-layers of the block that it does without (compressor/absent.py)
 
     @classmethod
     def of(cls, edits: Edits, device: torch.device, dtype: torch.dtype) -> "Trial":
@@ -256,13 +273,20 @@ class Block:
 
     def trying(self, *trials: Trial) -> Callable[[Tensor], Tensor]:
         """`forward` as it would be with new weights installed, which they are not."""
-        if any(trial.skips for trial in trials):
+        skipped = {name for trial in trials for name in trial.skips}
+        if skipped == set(SUBLAYERS):
             return lambda hidden_BSD: hidden_BSD
-        weights = {name: new for trial in trials for name, new in trial.weights.items()}
+        given = {name: new for trial in trials for name, new in trial.weights.items()}
+        weights = {name: new for name, new in given.items() if name.partition(".")[0] not in skipped}
         kept = {name: how for name, how in self.rounded.items() if name not in weights}
         rounded = {name: how for trial in trials for name, how in trial.rounded.items()}
         tried = replace(self, rounded={**kept, **rounded})
-        return lambda hidden_BSD: tried.forward(hidden_BSD, weights)
+
+        def forward(hidden_BSD: Tensor) -> Tensor:
+            with without(self.module, skipped):
+                return tried.forward(hidden_BSD, weights)
+
+        return forward
 
     def dense_forward(self, hidden_BSD: Tensor) -> Tensor:
         """What `forward` would return had nothing been packed; what else passes changed, norms say, counts."""

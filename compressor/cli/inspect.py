@@ -36,7 +36,8 @@ def inspect(
     rows.append(("total", f"{found.weights:,}", size(found.size_bytes), "100.0%", f"{found.model_bits_per_weight:.3f}"))
     cache = f", cache in {found.kv_cache}" if found.kv_cache is not None else ""
     turned = f", activations of {found.turned} layers turned" if found.turned else ""
-    title = f"{model}: {found.model_type}, {found.blocks} blocks, {found.layout}{cache}{turned}"
+    absent = f", without {found.absent} attentions and MLPs" if found.absent else ""
+    title = f"{model}: {found.model_type}, {found.blocks} blocks, {found.layout}{cache}{turned}{absent}"
     print_table(title, ("kind", "weights", "size", "share", "bits per weight"), rows)
     if tensors:
         sys.stdout.writelines(_describe(found, tensor) for tensor in found.tensors)

@@ -30,6 +30,7 @@ STATIC = ("static", "weight")  # kinds of activation order that leave nothing to
 COMPRESSED_TENSORS, OWN = "compressed-tensors", "compressor"
 CACHE = "kv_cache_scheme"
 HADAMARD = "hadamard"
+ABSENT = "absent"
 STOCK_NEEDS = {
     COMPRESSED_TENSORS: ("compressed-tensors",),
     GPTQ: ("optimum", "gptqmodel"),
@@ -57,6 +58,7 @@ def write(
     transposed: Iterable[str],
     cache: CacheRounding | None = None,
     hadamard: Blocks = MappingProxyType({}),
+    absent: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """The entry for a model.
 
@@ -66,19 +68,20 @@ def write(
         transposed: Full names of the model's other linear modules (`Conv1D`), which the layouts of others cannot hold.
         cache: How keys and values are rounded, if they are.
         hadamard: Layers whose activations are turned, by full name: transformers passes over what other layouts say of such.
+        absent: Sub-layers that the model does without, by full name, which others know nothing of.
     """
     scheme = None if cache is None else cache.scheme()
     distinct: dict[Format, list[str]] = {}
     for layer, fmt in formats.items():
         distinct.setdefault(fmt, []).append(layer)
-    plain = not hadamard and not set(transposed) & set(formats)
+    plain = not hadamard and not absent and not set(transposed) & set(formats)
     first = next(iter(distinct), None)
     if plain and len(distinct) == 1 and isinstance(first, GptqInt) and first.portable and cache is None:
         return write_gptq(first, formats, linears)
     schemes = {fmt: fmt.compressed_tensors() for fmt in distinct}
     if not plain or None in schemes.values():
         layers = {layer: registry.describe(fmt) for layer, fmt in formats.items()}
-        more = {CACHE: scheme, HADAMARD: dict(hadamard) or None}
+        more = {CACHE: scheme, HADAMARD: dict(hadamard), ABSENT: sorted(absent)}
         return {"quant_method": OWN, "version": 1, "layers": layers, **{key: entry for key, entry in more.items() if entry}}
     groups = {
         f"group_{i}": {
@@ -159,6 +162,20 @@ def turned_layers(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
                     f"{HADAMARD}: {layer} in blocks of {size}, where its input cannot be divided into powers of two"
                 )
     return dict(blocks or {})
+
+
+def absent_sublayers(config: Mapping[str, Any], where: str) -> frozenset[str]:
+    """The sub-layers that the model does without, by full name.
+
+    Raises:
+        SourceError: they are not named so.
+    """
+    quantization = config.get("quantization_config") or {}
+    names = quantization.get(ABSENT, ()) if quantization.get("quant_method") == OWN else ()
+    with _readable(where):
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{ABSENT}: {names!r} is no list of names")
+    return frozenset(names)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ class Rewriting:
         hadamard: Layers whose activations are turned from now on (compressor/hadamard.py), by full name.
         shapes: By name on disk, where they are others.
         removed: Names that are no longer there.
+    absent: Sub-layers that the model does without from now on (compressor/absent.py), by full name.
     """
 
     tensors: Mapping[str, Callable[[Tensor], Tensor]]
@@ -45,6 +46,7 @@ class Rewriting:
     hadamard: Blocks = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     removed: Set[str] = frozenset()
+    absent: Set[str] = frozenset()
 
 
 @runtime_checkable

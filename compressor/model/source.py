@@ -24,6 +24,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from compressor.absent import leave_out
 from compressor.activations import InputRounding, input_rounding, round_inputs
 from compressor.errors import SourceError
 from compressor.hadamard import Blocks, turn_inputs
@@ -32,7 +33,7 @@ from compressor.model.architecture import check_config, decoder_blocks, linear_l
 from compressor.model.checkpoint import Checkpoint, read_config
 from compressor.model.names import checkpoint_names
 from compressor.model.packed import PackedLayers
-from compressor.model.quantization_config import cache_rounding, turned_layers
+from compressor.model.quantization_config import absent_sublayers, cache_rounding, turned_layers
 from compressor.model.rewritten import Rewriting, Rewritten
 from compressor.types import Arguments, Block, Format, QuantizedTensor
 
@@ -55,6 +56,8 @@ class ModelSource:
         check_config(self.raw_config, str(path))
         self.checkpoint = functools.reduce(Rewritten, rewritings, Checkpoint(path))
         self.model = skeleton(path, dtype, self.config_changes)
+        self.absent = absent_sublayers(self.raw_config, str(path)).union(*(rewriting.absent for rewriting in rewritings))
+        leave_out(self.model, self.absent, str(path))
         self.prefix, self.layers = decoder_blocks(self.model)
         self.packing = PackedLayers(path, self.raw_config, self.checkpoint)
         self.cache = cache_rounding(self.raw_config, str(path))

@@ -1,10 +1,12 @@
-"""Fewer blocks: those go without which the model's predictions stay nearest to what they were.
+"""Fewer blocks, or attentions and MLPs: those go without which the model's predictions stay nearest to what they were.
 
-The result is of the same architecture with fewer blocks, which stock software loads. Which go is searched for (successive
-integer programmes and evolution, compressor/search) from the better of two rules; they can also be taken by themselves.
+Without whole blocks the result is of the same architecture, which stock software loads; without single attentions and MLPs it
+loses less, and our loader reads it. Which go is searched for (successive integer programmes and evolution, compressor/search)
+from the better of two rules; they can also be taken by themselves.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +15,7 @@ from typing import ClassVar, Literal
 
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
-from compressor.pruning.depth import STAYS, Blocks, even, least, number, turns, without
+from compressor.pruning.depth import STAYS, Depth, Parts, even, least, turns
 from compressor.pruning.shapes import Of, parameters
 from compressor.pruning.stage import Work
 from compressor.recipe import Evolve, Search
@@ -30,12 +32,14 @@ class PruneDepth:
     """Args:
     ratio: Share of the parameters that goes, at least.
     of: What it counts: the whole model, embeddings included, or its blocks.
-    by: How the blocks are chosen: `search`; `cosine`, those that turn what passes them least; `even`, evenly spaced.
+    parts: What goes as a whole: `blocks`, or `sublayers`: attentions and MLPs one by one, which only our loader reads.
+    by: How they are chosen: `search`; `cosine`, those that turn what passes them least; `even`, evenly spaced.
     search: How to search; `minutes` is of no effect here.
     """
 
     ratio: float
     of: Of = "model"
+    parts: Parts = "blocks"
     by: Literal["search", "cosine", "even"] = "search"
     search: Search = Search(tokens=32768, evolve=Evolve(generations=30, offspring=16, patience=5))
     needs: ClassVar[tuple[type[Accumulator], ...]] = ()
@@ -62,45 +66,51 @@ class PruneDepth:
         return Outcome({}, {})
 
     def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
-        """The first so many blocks."""
-        count = number(source, self.ratio, parameters(source, self.of))
-        return (without(source, even(len(source.layers), count)) if count else None), True
+        """Without the first found that is small enough."""
+        if not self.ratio:
+            return None, True
+        levels = Depth(source, self.parts)
+        choice = levels.enough(self._going(source), lambda count: even(len(levels.units), count))
+        return levels.without(choice), self.parts == "blocks"
+
+    def _going(self, source: ModelSource) -> int:
+        """Parameters that have to go."""
+        return math.ceil(self.ratio * parameters(source, self.of))
 
     def prune(self, work: Work) -> Pruned:
-        """Take blocks away."""
+        """Take blocks, or parts of them, away."""
         source, before = work.source, parameters(work.source)
-        count = number(source, self.ratio, parameters(source, self.of))
-        if not count:
+        if not self.ratio:
             return Pruned(None, {"pass": "prune_depth", "parameters": [before, before]})
-        blocks = len(source.layers)
-        ways = {"even": even(blocks, count)}
+        levels, going = Depth(source, self.parts), self._going(source)
+        ways = {"even": levels.enough(going, lambda count: even(len(levels.units), count))}
         if self.by != "even":
-            turned = turns(work.job, work.stream(), work.tell)
-            ways["cosine"] = least(turned, count)
-        contestants = self._searched(work, ways) if self.by == "search" else []
+            turned = turns(work.job, work.stream(), self.parts, work.tell)
+            ways["cosine"] = levels.enough(going, lambda count: least(turned, count))
+        contestants = self._searched(work, levels, going, ways) if self.by == "search" else []
         choice = min(contestants, key=lambda one: one.kl).choice if contestants else ways[self.by]
-        rewriting = without(source, choice)
+        rewriting = levels.without(choice)
+        gone = [unit for unit, level in zip(levels.units, choice, strict=True) if level != STAYS]
         report = {
             "pass": "prune_depth",
             "parameters": [before, parameters(source.rewritten(rewriting))],
-            "gone": [index for index, level in enumerate(choice) if level != STAYS],
+            "gone": [unit.block if self.parts == "blocks" else unit.name for unit in gone],
             "tried": [{"name": one.name, "kl": one.kl} for one in contestants],
         }
         return Pruned(rewriting, report)
 
-    def _searched(self, work: Work, ways: Mapping[str, tuple[int, ...]]) -> list[Contestant]:
+    def _searched(self, work: Work, levels: Depth, going: int, ways: Mapping[str, tuple[int, ...]]) -> list[Contestant]:
         """Everything on the way to the best choice that the search found."""
-        source, levels = work.source, Blocks(work.source)
-        bits = [[level.bits for level in unit.levels] for unit in levels.units]
-        allowed = max(sum(row[level] for row, level in zip(bits, way, strict=True)) for way in ways.values())
-        budget = Budget({"bits": bits}, {"bits": allowed})
+        source = work.source
+        costs = [[0, unit.weights] for unit in levels.units]
+        weights = sum(unit.weights for unit in levels.units)
+        budget = Budget({"bits": costs}, {"bits": weights - going})
         resident = fits_in_memory(work.job)
         with opened(source, resident=resident) as model:
             fitness = Fitness(source, model, levels, work.text(self.search.tokens), work.ranks)
             clock = Clock.of(None, time.monotonic(), work.ranks)
             trail = Trail(self._trail(work))
             trail.steps = work.ranks.agree(trail.steps)
-            weights = sum(unit.weights for unit in levels.units)
             settings = replace(self.search, radii=(1,))
             return improve(ways, weights, budget, fitness, settings, trail, clock=clock, tell=work.tell)
 

@@ -1,42 +1,124 @@
-"""Blocks that go as a whole, and which: by how far each turns what passes it, evenly spaced, or by search.
+"""Blocks, or their attention and MLP one by one, that go as a whole, and which: by how far each turns what passes it, evenly
+spaced, or by search.
 
 Sources: Men et al., "ShortGPT", ACL 2025 findings, equation 1 (`cosine`); Liu et al., "Accelerating Inference in Large
-Language Models with a Unified Layer Skipping Strategy", 2024 (`even`); the search is that of compressor/search.
+Language Models with a Unified Layer Skipping Strategy", 2024 (`even`); Sieberling et al., "EvoPress", ICML 2025, for
+attention and MLP by themselves; the search is that of compressor/search.
 """
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cosine_similarity
 
+from compressor.absent import SUBLAYERS, substitutes
 from compressor.calibration.stream import CalibrationStream
 from compressor.errors import RecipeError
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline import Event, Job, Tell
-from compressor.search.levels import Choice, Kept, Level, Unit
-from compressor.types import Trial
+from compressor.search.levels import Choice, Level, Unit
+from compressor.types import GONE, Block, Kept, Trial
 
-GOES, STAYS = 0, 1  # levels of a block
-OPTIONS = (Kept(keep=0, of=1), Kept(keep=1, of=1))
+GOES, STAYS = 0, 1  # levels of a unit
+OPTIONS = (GONE, Kept(1, 1))
+Parts = Literal["blocks", "sublayers"]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Blocks, or attentions and MLPs, as levels of a search: each goes or stays.
+
+    Args:
+        source: The model.
+        parts: Which of the two.
+
+    Raises:
+        RecipeError: (by `units`) blocks cannot do without their sub-layers.
+    """
+
+    source: ModelSource
+    parts: Parts = "blocks"
+
+    @cached_property
+    def units(self) -> Sequence[Unit]:
+        """One for each, in the order of computation."""
+        found = []
+        for block in (self.source.block(index, load=False) for index in range(len(self.source.layers))):
+            if self.parts == "blocks":
+                found.append(self._unit(block, block.prefix, ""))
+                continue
+            able = substitutes(block.module)
+            if not able:
+                raise RecipeError(
+                    f"{block.prefix}: this architecture has no attention `self_attn` and MLP `mlp` that could go one by one, "
+                    "or one of them has gone; take whole blocks"
+                )
+            found += [self._unit(block, f"{block.prefix}.{name}", f"{name}.") for name in SUBLAYERS]
+        return found
+
+    def _unit(self, block: Block, name: str, inside: str) -> Unit:
+        names = [own for own, _ in block.module.named_parameters() if own.startswith(inside)]
+        headers = [self.source.checkpoint.headers[self.source.names[f"{block.prefix}.{own}"]] for own in names]
+        weights, bits = sum(math.prod(h.shape) for h in headers), 8 * sum(h.nbytes for h in headers)
+        levels = tuple(Level(option, option.keep * bits, 1.0 - option.keep, 0.0) for option in OPTIONS)
+        return Unit(name, block.index, (), weights, 0.0, 0.0, 0.0, levels)
+
+    def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Trial:
+        """What is passed over, or as it is."""
+        if level == STAYS:
+            return Trial({}, {})
+        return Trial({}, {}, skips=SUBLAYERS if self.parts == "blocks" else (unit.rpartition(".")[2],))
+
+    def enough(self, going: int, way: Callable[[int], Choice]) -> Choice:
+        """The first choice by a number of units that takes so many parameters away.
+
+        Raises:
+            RecipeError: not one unit would stay.
+        """
+        for count in range(len(self.units)):
+            choice = way(count)
+            if sum(unit.weights for unit, level in zip(self.units, choice, strict=True) if level == GOES) >= going:
+                return choice
+        most = sum(unit.weights for unit in self.units) - max(unit.weights for unit in self.units)
+        raise RecipeError(
+            f"prune_depth: {going:,} parameters have to go, more than {self.parts} can without the last of them going too "
+            f"({most:,}); give a smaller ratio, or take from the width too with prune_width"
+        )
+
+    def without(self, choice: Choice) -> Rewriting:
+        """The model without what goes.
+
+        Raises:
+            RecipeError: blocks have different parameters, so that one cannot take the place of another.
+        """
+        if self.parts == "blocks":
+            return fewer_blocks(self.source, choice)
+        gone = frozenset(unit.name for unit, level in zip(self.units, choice, strict=True) if level == GOES)
+        return fewer_sublayers(self.source, gone)
 
 
 @torch.no_grad()
-def turns(job: Job, stream: CalibrationStream, tell: Tell) -> list[float]:
-    """How far each block turns what passes it: 1 - the mean cosine of what enters a token's place and what leaves it."""
-    found = []
+def turns(job: Job, stream: CalibrationStream, parts: Parts, tell: Tell) -> list[float]:
+    """How far each block, attention or MLP turns what passes it: 1 - the mean cosine of what enters and what leaves."""
+    found: list[float] = []
     for index in range(len(job.source.layers)):
         block = job.source.block(index)
-        total = torch.zeros(2, dtype=torch.float64, device=job.ranks.device)
+        inner = [block.trying(Trial({}, {}, skips=(SUBLAYERS[1],)))] if parts == "sublayers" else []
+        total = torch.zeros(len(inner) + 1, 2, dtype=torch.float64, device=job.ranks.device)
         for hidden in stream.hidden:
             x = hidden.to(job.ranks.device)
-            cosine = cosine_similarity(x.float(), block.forward(x).float(), dim=-1)
-            total += torch.stack([cosine.double().sum(), torch.tensor(float(cosine.numel()), device=total.device).double()])
+            states = [x, *(part(x) for part in inner), block.forward(x)]
+            for place, (before, after) in enumerate(itertools.pairwise(states)):
+                cosine = cosine_similarity(before.float(), after.float(), dim=-1).double()
+                total[place] += torch.stack([cosine.sum(), torch.ones_like(cosine).sum()])
         job.ranks.sum_([total])
-        found.append(1 - float(total[0] / total[1]))
+        found += [1 - float(cosines / count) for cosines, count in total]
         if index < len(job.source.layers) - 1:
             stream.advance(block)
         job.source.release(block)
@@ -46,63 +128,27 @@ def turns(job: Job, stream: CalibrationStream, tell: Tell) -> list[float]:
 
 
 def least(turned: Sequence[float], count: int) -> Choice:
-    """Without the blocks that turn least."""
+    """Without those that turn least."""
     going = sorted(range(len(turned)), key=lambda index: (turned[index], index))[:count]
     return tuple(GOES if index in going else STAYS for index in range(len(turned)))
 
 
-def even(blocks: int, count: int) -> Choice:
+def even(units: int, count: int) -> Choice:
     """With the first and the last, and those between at equal distances."""
-    staying = blocks - count
-    kept = {round(i * (blocks - 1) / max(staying - 1, 1)) for i in range(staying)}
-    return tuple(STAYS if index in kept else GOES for index in range(blocks))
+    staying = units - count
+    kept = {round(i * (units - 1) / max(staying - 1, 1)) for i in range(staying)}
+    return tuple(STAYS if index in kept else GOES for index in range(units))
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Whole blocks as levels of a search: each goes or stays."""
-
-    source: ModelSource
-
-    @property
-    def units(self) -> Sequence[Unit]:
-        """One for each block."""
-        found = []
-        for block in (self.source.block(index, load=False) for index in range(len(self.source.layers))):
-            stored = [self.source.names[f"{block.prefix}.{name}"] for name, _ in block.module.named_parameters()]
-            headers = [self.source.checkpoint.headers[name] for name in stored]
-            weights, bits = sum(math.prod(h.shape) for h in headers), 8 * sum(h.nbytes for h in headers)
-            levels = tuple(Level(option, option.keep * bits, 1.0 - option.keep, 0.0) for option in OPTIONS)
-            found.append(Unit(block.prefix, block.index, (), weights, 0.0, 0.0, 0.0, levels))
-        return found
-
-    def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Trial:
-        """A block that is passed over, or as it is."""
-        return Trial({}, {}, skips=level == GOES)
+def fewer_sublayers(source: ModelSource, gone: frozenset[str]) -> Rewriting:
+    """The model without some attentions and MLPs, by full name, which only our loader reads."""
+    starts = tuple(f"{name}." for name in gone)
+    removed = frozenset(stored for name, stored in source.names.items() if starts and name.startswith(starts))
+    return Rewriting({}, removed=removed, absent=gone)
 
 
-def number(source: ModelSource, ratio: float, whole: int) -> int:
-    """Of blocks that have to go for a share of so many parameters.
-
-    Raises:
-        RecipeError: not one would stay.
-    """
-    each, blocks = min(unit.weights for unit in Blocks(source).units), len(source.layers)
-    count = math.ceil(ratio * whole / each)
-    if count >= blocks:
-        raise RecipeError(
-            f"prune_depth: ratio {ratio:g} of {whole:,} parameters takes {count} blocks away and the model has {blocks}; the "
-            f"most is {math.floor(1000 * (blocks - 1) * each / whole) / 1000}, or take from the width too with prune_width"
-        )
-    return count
-
-
-def without(source: ModelSource, choice: Choice) -> Rewriting:
-    """The model without the blocks that go, the others numbered anew; lists in its config with an entry for each block too.
-
-    Raises:
-        RecipeError: blocks have different parameters, so that one cannot take the place of another.
-    """
+def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
+    """The model without the blocks that go, the others numbered anew; lists in its config with an entry for each too."""
     kept = [index for index, level in enumerate(choice) if level == STAYS]
     inside = [_parameters(source, index) for index in range(len(choice))]
     if any(names.keys() != inside[0].keys() for names in inside):

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor import registry
 from compressor.calibration.stats import Hessian, Mean
 from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline import Event, Job, Tell
+from compressor.plan import describe_option
 from compressor.pruning.order import by_score, greedy
 from compressor.pruning.parts import Part, find_parts, spread
 from compressor.pruning.scores import SCORES, Seen
-from compressor.search.levels import Choice, Kept, Level, LevelDB, Unit
-from compressor.types import Block, Edits, Trial, dense
+from compressor.search.levels import Choice, Level, LevelDB, Unit
+from compressor.types import Block, Edits, Kept, Trial, dense
 
 UNITS = "units"  # the name under which those that stay are kept
 
@@ -120,7 +120,7 @@ def _unit(
         off[:, part.columns_of(units)] -= new.double()
         error = float(((off @ h_II) * off).sum() / ((w_OI @ h_II) * w_OI).sum().clamp(min=1e-30))
         bits = 8 * dtype.itemsize * each * len(units)
-        levels.append(Level(Kept(keep=len(units), of=part.count), bits, error, float(off.square().sum())))
+        levels.append(Level(Kept(len(units), part.count), bits, error, float(off.square().sum())))
         edits.append({UNITS: units.int().cpu(), part.writer: new.cpu().contiguous()})
     unit = Unit(
         name=f"{block.prefix}.{part.name}",
@@ -181,7 +181,7 @@ class Widths:
     def describe(self, choice: Choice) -> list[dict[str, Any]]:
         """What stays of each unit, and the error of its output, relative to that: plain data."""
         found = [(unit.name, unit.levels[at]) for unit, at in zip(self.units, choice, strict=True)]
-        return [{"unit": name, **registry.describe(level.option), "error": level.error} for name, level in found]
+        return [{"unit": name, **describe_option(level.option), "error": level.error} for name, level in found]
 
     def rewriting(self, choice: Choice) -> Rewriting:
         """The model with a level of each unit; its config stays."""

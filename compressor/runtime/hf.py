@@ -51,6 +51,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        from compressor.absent import leave_out
         from compressor.kv_cache import attach, attentions
         from compressor.model.source import ModelSource
         from compressor.runtime.linear import StoredLinear, link
@@ -60,6 +61,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             raise SourceError("from_pretrained: packed weights are read from safetensors files; give a model directory")
         source = ModelSource(Path(files[0]).parent, torch.device("cpu"))
         self.quantization_config = PackedConfig.from_dict(source.raw_config["quantization_config"])
+        leave_out(model, source.absent, str(source.path))
         for layer in source.packed():
             bias = getattr(model.get_submodule(layer), "bias", None)
             model.set_submodule(layer, StoredLinear(source.read_packed(layer, meta=True), bias))

@@ -17,25 +17,12 @@ from torch import Tensor
 
 from compressor import registry
 from compressor.model.journal import Journal
-from compressor.registry import node
-from compressor.types import Edits, Format, QuantizedTensor, Stored, Trial
+from compressor.plan import describe_option, read_option
+from compressor.types import Edits, Format, Kept, QuantizedTensor, Stored, Trial
 
 REMEDY = "name another directory with --levels"
 DENSE = "dense"  # the only part of a weight that is not packed
 Choice = tuple[int, ...]  # a level of each unit, in the order of the units
-
-
-@node
-class Kept:
-    """So many units of a part stay."""
-
-    keep: int
-    of: int
-
-    @property
-    def label(self) -> str:
-        """File-name safe."""
-        return f"keep{self.keep}of{self.of}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +53,14 @@ class Unit:
         """Plain data for the journal."""
         return {
             **asdict(self),
-            "levels": [{**asdict(level), "option": registry.describe(level.option)} for level in self.levels],
+            "levels": [{**asdict(level), "option": describe_option(level.option)} for level in self.levels],
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Unit":
         """Inverse of `to_dict`."""
-        levels = tuple(Level(**{**level, "option": _option(level["option"])}) for level in data["levels"])
+        levels = tuple(Level(**{**level, "option": read_option(level["option"])}) for level in data["levels"])
         return cls(**{**data, "layers": tuple(data["layers"]), "levels": levels})
-
-
-def _option(spec: Mapping[str, Any]) -> Format | Kept:
-    return Kept(**spec) if "keep" in spec else registry.build("format", spec)
 
 
 class Levels(Protocol):

@@ -13,6 +13,7 @@ Exit status 1 if ours loses more than a share of what the best of the others los
 
 import argparse
 import json
+import math
 import platform
 import tempfile
 import time
@@ -28,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from compressor.absent import SUBLAYERS
 from compressor.api import prune_recipe, run
 from compressor.calibration.data import Samples, load_samples, load_tokenizer
 from compressor.calibration.hidden import keeping
@@ -36,7 +38,7 @@ from compressor.cli._quiet import quiet
 from compressor.distributed import Ranks
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, open_stream
-from compressor.pruning.depth import GOES, least, number, turns
+from compressor.pruning.depth import Depth, least, turns
 from compressor.pruning.parts import ATTENTION, MLP, Part, find_parts
 from compressor.pruning.scores import SCORES, Seen
 from compressor.pruning.shapes import parameters
@@ -101,7 +103,7 @@ def observe(job: Job, calibration: Samples) -> Observed:
             some.append(one)
         stream.advance(block)
         job.source.release(block)
-    turned = turns(job, open_stream(job, calibration, keeping(None), lambda event: None), lambda event: None)
+    turned = turns(job, open_stream(job, calibration, keeping(None), lambda event: None), "blocks", lambda event: None)
     return Observed(found[0], found[1], found[2], found[3], found[4], turned)
 
 
@@ -186,7 +188,7 @@ def written(model: Path, source: ModelSource, report: Any) -> list[Trial]:
     gone = {index for step in report.pruning for index in step.get("gone", ())}
     stays = [index for index in range(len(source.layers)) if index not in gone]
     return [
-        Trial({}, {}, skips=True) if index in gone else Trial(_weights(new.block(stays.index(index))), {})
+        Trial({}, {}, skips=SUBLAYERS) if index in gone else Trial(_weights(new.block(stays.index(index))), {})
         for index in range(len(source.layers))
     ]
 
@@ -213,8 +215,11 @@ def contestants(
     made: dict[str, Sequence[Trial]] = {
         name: narrowed(source, seen, keep(), bias=name == "FLAP") for name, keep in others.items()
     }
-    count = number(source, going, parameters(source, "blocks"))
-    made["cosine, blocks"] = [Trial({}, {}, skips=level == GOES) for level in least(seen.turned, count)]
+    depth = Depth(source)
+    away = depth.enough(math.ceil(going * parameters(source, "blocks")), lambda count: least(seen.turned, count))
+    made["cosine, blocks"] = [
+        depth.trial(unit.name, level, source.device, source.dtype) for unit, level in zip(depth.units, away, strict=True)
+    ]
     seconds = {}
     for by in OURS:
         out, started = place / f"{by}{going}", time.monotonic()
