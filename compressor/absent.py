@@ -6,7 +6,7 @@ in the cache all the same, in one number a token: others ask the first block for
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -39,13 +39,13 @@ class NoMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-def substitutes(block: nn.Module) -> Mapping[str, nn.Module]:
-    """What can stand in the place of each sub-layer of a block that it may do without; none if it is built otherwise."""
+def substitutes(block: nn.Module) -> dict[str, nn.Module]:
+    """What can stand in the place of each sub-layer that a block has and may do without."""
+    found: dict[str, nn.Module] = {}
     attention, mlp = (getattr(block, name, None) for name in SUBLAYERS)
-    if not hasattr(attention, "o_proj") or not hasattr(mlp, "down_proj"):
-        return {}
-    index = getattr(attention, "layer_idx", None)
-    return {ATTENTION: NoAttention(index), MLP: NoMLP()} if isinstance(index, int) else {}
+    if hasattr(attention, "o_proj") and isinstance(index := getattr(attention, "layer_idx", None), int):
+        found[ATTENTION] = NoAttention(index)
+    return found | ({MLP: NoMLP()} if hasattr(mlp, "down_proj") else {})
 
 
 def leave_out(model: nn.Module, names: Collection[str], where: str) -> None:

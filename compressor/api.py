@@ -18,7 +18,7 @@ from compressor.card import model_card
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
-from compressor.fitting import find_plan, fit_recipe, levels_place, shortened
+from compressor.fitting import find_plan, fit_recipe, levels_place, settle, shortened
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
@@ -103,6 +103,7 @@ def run(
     given = read_plan(Path(plan)) if plan is not None else None
     recipe = recipe if given is None else offering(recipe, given)
     source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
+    source, given = (source, None) if given is None else settle(source, given)
     expected = make_plan(sketched(source, recipe.passes)[0], recipe.passes, given) if recipe.target is None else {}
     out = default_out(Path(model), recipe.passes, expected, recipe.target) if out is None else Path(out)
     check_target(out, Path(model), resume=resume, overwrite=overwrite)
@@ -121,7 +122,8 @@ def run(
         if found.training < 1:
             recipe = shortened(recipe, found.training)
             report.warnings.append(f"for want of time only {found.training:.0%} of the training was done that a layer gets")
-        chosen = make_plan(source, recipe.passes, found.plan)
+        source, kept = settle(source, found.plan)
+        chosen = make_plan(source, recipe.passes, kept)
         report.fingerprint = made_by = made_by | fingerprint_plan(found.plan) | {"training": f"{found.training:.4f}"}
         report.search = found.to_dict()
     check_space(out, shards.total_bytes(shards.layout(output_headers(source, recipe.passes, chosen))))
@@ -275,7 +277,7 @@ def prune_recipe(
     Args:
         ratio: Share of the parameters that goes.
         of: What it counts: `model`, `blocks` or `mlp`.
-        by: `width`: channels and heads; `depth`: blocks.
+        by: `width`: channels and heads; `depth`: blocks; `sublayers`: attentions and MLPs.
         score: Which of them go first: a score of `prune_width`, a way of `prune_depth`. None takes the best.
         heads: Whether groups of heads may go; of width.
         multiple: Of which the number of channels stays one; None takes what suits their number.
@@ -290,12 +292,12 @@ def prune_recipe(
     Raises:
         RecipeError: no recipe comes of it.
     """
-    if by not in ("width", "depth"):
-        raise RecipeError(f"--by {by}: width or depth")
-    if by == "depth" and (multiple is not None or not heads or of == "mlp"):
-        raise RecipeError("--by depth: takes whole blocks; --multiple, --no-heads and --of mlp are for --by width")
-    step: dict[str, Any] = {"pass": f"prune_{by}", "ratio": ratio, "of": of}
-    step |= {"heads": heads, "multiple": multiple} if by == "width" else {}
+    if by not in ("width", "depth", "sublayers"):
+        raise RecipeError(f"--by {by}: width, depth or sublayers")
+    if by != "width" and (multiple is not None or not heads or of == "mlp"):
+        raise RecipeError(f"--by {by}: what goes, goes as a whole; --multiple, --no-heads and --of mlp are for --by width")
+    step: dict[str, Any] = {"pass": "prune_width" if by == "width" else "prune_depth", "ratio": ratio, "of": of}
+    step |= {"heads": heads, "multiple": multiple} if by == "width" else {"parts": "blocks" if by == "depth" else by}
     step |= {} if score is None else {"score" if by == "width" else "by": score}
     quantized: list[dict[str, Any]] = []
     if bits is not None:
@@ -332,6 +334,7 @@ def forecast(
     if recipe.target is not None:
         raise RecipeError("--dry-run: what a target comes to is known after a search; `compress search` writes only the plan")
     source = open_model(recipe, Path(model), Ranks.from_environment(device).device, dtype, sizes_only=True)
+    source, given = (source, None) if given is None else settle(source, given)
     source, certain = sketched(source, recipe.passes)
     chosen = make_plan(source, recipe.passes, given)
     files = shards.layout(output_headers(source, recipe.passes, chosen))

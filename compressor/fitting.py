@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from compressor import methods
+from compressor.absent import substitutes
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
 from compressor.distributed import Ranks
@@ -29,16 +30,18 @@ from compressor.pipeline import Event, Job, Tell, open_stream
 from compressor.plan import make_plan, output_headers
 from compressor.plan_file import to_text
 from compressor.provenance import fingerprint
+from compressor.pruning.depth import fewer_sublayers
 from compressor.recipe import Recipe, Search, Target, load_recipe, make_recipe
 from compressor.registry import validate
 from compressor.search.clock import Clock
 from compressor.search.find import Found, find
 from compressor.search.levels import Level, LevelDB, Unit
 from compressor.search.text import search_text
-from compressor.types import Format, Pass
+from compressor.types import GONE, Format, Pass, Plan
 
 OFFSETS = 8  # bytes by which a tensor's offsets in a file's header may be longer than at another size
 PADDING = 64  # bytes of a file
+DROP = "prune"  # what lets attentions and MLPs go, among numbers to mix
 FEWEST = 20  # steps of training that are worth while
 
 
@@ -65,7 +68,7 @@ def fit_recipe(
         size: Of the weight files.
         bits: Of a weight of the compressed layers.
         ratio: Share of the original's size to save.
-        using: Numbers to mix: `int`, `fp4`, `vq`.
+        using: Numbers to mix: `int`, `fp4`, `vq`; with `prune` attentions and MLPs may go altogether.
         time: That everything may take: 90s, 30m, 2h.
         calibration: Where the text comes from.
         samples: Of calibration.
@@ -78,14 +81,20 @@ def fit_recipe(
     Raises:
         RecipeError: no recipe comes of it.
     """
+    numbers = [kind for kind in using if kind != DROP]
+    if DROP in using and (bits is not None or not numbers):
+        raise RecipeError(
+            f"--using {','.join(using)}: an attention or MLP that goes has no bits; give --size or --ratio, and numbers for "
+            "the rest, or take some away alone with `compress prune --by sublayers`"
+        )
     given = {key: value for key, value in (("size", size), ("bits", bits), ("ratio", ratio)) if value is not None}
     target = validate(Target, given, "target")
     data = {
-        "passes": methods.ladder(using, mean_bits(target, model, ignore), ignore),
+        "passes": methods.ladder(numbers, mean_bits(target, model, ignore), ignore),
         "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed},
         "evaluation": {} if evaluate else None,
         "target": given,
-        "search": {"seed": seed, **({} if time is None else {"minutes": minutes(time)})},
+        "search": {"seed": seed, "drop": DROP in using, **({} if time is None else {"minutes": minutes(time)})},
     }
     return make_recipe(data, changes, "options")
 
@@ -211,6 +220,20 @@ def find_plan(
         training=0 if judged is None else sum(p.steps * p.batch for p in recipe.passes if isinstance(p, Schedule)),
         tell=tell,
     )
+
+
+def settle(source: ModelSource, plan: Plan) -> tuple[ModelSource, Plan]:
+    """The model without the sub-layers that a plan has go, and what it says of the rest.
+
+    Raises:
+        RecipeError: there is no such sub-layer.
+    """
+    gone = frozenset(name for name, option in plan.items() if option == GONE)
+    known = [f"{source.prefix}.{i}.{name}" for i, block in enumerate(source.layers) for name in substitutes(block)]
+    if gone - set(known):
+        raise RecipeError(f"plan: has {min(gone - set(known))} go, which is no attention or MLP of this model")
+    rest = {name: option for name, option in plan.items() if option != GONE}
+    return (source.rewritten(fewer_sublayers(source, gone)), rest) if gone else (source, rest)
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:

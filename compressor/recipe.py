@@ -146,6 +146,7 @@ class Search:
         radii: Levels that one of their proposals may lie from the point at hand.
         table_tokens: That their losses are taken on.
         evolve: Evolutionary search after them.
+    drop: An attention or an MLP may go altogether; only our loader reads what is left.
         minutes: That all may take, from start to written model; null takes what it takes.
         resident: Hold the model in memory; null does so if it takes less than half of what is available.
         seed: Of all that is drawn.
@@ -156,6 +157,7 @@ class Search:
     radii: tuple[int, ...] = (1, 2, 3)
     table_tokens: int = 8192
     evolve: Evolve = Evolve()
+    drop: bool = False
     minutes: float | None = None
     resident: bool | None = None
     seed: int = 0

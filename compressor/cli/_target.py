@@ -19,7 +19,11 @@ Bits = Annotated[
 ]
 Ratio = Annotated[float | None, typer.Option(help="Share of the original's size to save, at least: 0.8 leaves a fifth.")]
 Using = Annotated[
-    str, typer.Option(help="Numbers to mix, with commas between them: int, fp4, vq (this only compressor.load reads).")
+    str,
+    typer.Option(
+        help="Numbers to mix, with commas between them: int, fp4, vq. With prune attentions and MLPs may go. What has "
+        "vq or prune only compressor.load reads."
+    ),
 ]
 Time = Annotated[
     str | None, typer.Option(help="That all of it may take: 90s, 30m, 2h. Less is tried. [default: what it takes]")

@@ -20,7 +20,11 @@ def prune(
         typer.Option(help="What the ratio counts: model (embeddings included), blocks, or mlp (which alone is then cut)."),
     ] = "model",
     by: Annotated[
-        str, typer.Option(help="width (channels and heads, keeps more quality) or depth (blocks, faster at small batches).")
+        str,
+        typer.Option(
+            help="width (channels and heads, keeps more quality), depth (blocks, faster at small batches) or sublayers "
+            "(attentions and MLPs one by one, keeps more than depth; only compressor.load reads the result)."
+        ),
     ] = "width",
     score: Annotated[
         str,

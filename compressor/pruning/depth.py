@@ -53,13 +53,12 @@ class Depth:
             if self.parts == "blocks":
                 found.append(self._unit(block, block.prefix, ""))
                 continue
-            able = substitutes(block.module)
-            if not able:
-                raise RecipeError(
-                    f"{block.prefix}: this architecture has no attention `self_attn` and MLP `mlp` that could go one by one, "
-                    "or one of them has gone; take whole blocks"
-                )
-            found += [self._unit(block, f"{block.prefix}.{name}", f"{name}.") for name in SUBLAYERS]
+            found += [self._unit(block, f"{block.prefix}.{name}", f"{name}.") for name in substitutes(block.module)]
+        if not found:
+            raise RecipeError(
+                f"{self.source.path}: this architecture has no attention `self_attn` and MLP `mlp` that could go one by one; "
+                "take whole blocks (parts: blocks, --by depth)"
+            )
         return found
 
     def _unit(self, block: Block, name: str, inside: str) -> Unit:

@@ -28,7 +28,8 @@ from compressor.search.clock import JUDGING, TRAINED, TRAINING, WRITING, Clock
 from compressor.search.evolve import Generation, evolve
 from compressor.search.fitness import Fitness, opened
 from compressor.search.importance import ALLOCATORS
-from compressor.search.levels import Choice, LevelDB, Unit
+from compressor.search.joined import Joined
+from compressor.search.levels import Choice, LevelDB, Levels, Unit
 from compressor.search.measure import check_measurable, measure, planned_units
 from compressor.search.successive import Round, successive
 from compressor.search.text import HELD_OUT
@@ -135,11 +136,13 @@ def find(
     check_measurable(job.passes)
     planned = planned_units(job)
     wanted = limit(planned)
-    check(planned, wanted, target)
+    if not settings.drop:
+        check(planned, wanted, target)
     with levels.open() if job.ranks.first else nullcontext():
-        measure(job, stream, levels, tell, clock, wanted / sum(unit.weights for unit in planned))
-        units = levels.units
-        budget = Budget({"bits": [[level.bits for level in unit.levels] for unit in units]}, {"bits": limit(units)})
+        measure(job, stream, levels, tell, clock, wanted / sum(unit.weights for unit in planned), drop=settings.drop)
+        among: Levels = Joined(levels) if settings.drop else levels
+        units, writing = among.units, WRITING * sum(unit.seconds / len(unit.levels) for unit in levels.units)
+        budget = Budget({"bits": [[level.bits for level in unit.levels] for unit in units]}, {"bits": limit(levels.units)})
         name = hashlib.sha256(
             repr((target, replace(settings, minutes=None), budget.limits, text_NS.shape)).encode()
         ).hexdigest()[:12]
@@ -148,8 +151,7 @@ def find(
         resident = fits_in_memory(job) if settings.resident is None else settings.resident
         with opened(job.source, resident=resident) as model:
             kept = int(SHARE * available_memory(job.source.device)) if resident else 0
-            fitness = Fitness(job.source, model, levels, text_NS, job.ranks, kept)
-            writing = WRITING * sum(unit.seconds / len(unit.levels) for unit in units)
+            fitness = Fitness(job.source, model, among, text_NS, job.ranks, kept)
             clock = clock.keeping(writing + JUDGING * judged / fitness.seq_len * fitness.pace)
             full = TRAINING * training * fitness.pace
             share = max(0.0, min(1.0, TRAINED * clock.left() / full)) if full else 1.0
@@ -159,7 +161,7 @@ def find(
                 ways, weights, budget, fitness, settings, trail, clock=clock.keeping(share * full), tell=tell
             )
     best = min(contestants, key=lambda one: one.kl)
-    plan = {unit.name: unit.levels[level].option for unit, level in zip(units, best.choice, strict=True)}
+    plan = {name: option for unit, at in zip(units, best.choice, strict=True) for name, option in unit.chosen(at).items()}
     return Found(plan, best, contestants, trail.steps, share)
 
 

@@ -9,7 +9,7 @@ of a layer's input in the place of the Hessian of the loss.
 from collections.abc import Callable, Mapping, Sequence
 
 from compressor.search.allocate import Budget, Table, by_order, milp
-from compressor.search.levels import Choice, Unit
+from compressor.search.levels import Choice, Level, Together, Unit
 
 GOLDEN = 0.6180339887  # multiples of it, modulo 1, are spread evenly
 
@@ -45,14 +45,18 @@ def errors(units: Sequence[Unit]) -> Table:
 
 
 def ladder(units: Sequence[Unit]) -> list[list[int | None]]:
-    """Options from the fewest bits a weight up, and the level that each is for each unit."""
+    """Options from the fewest bits a weight up, and the level that each is for each unit; mixtures inside a unit are none."""
+    at = [{level.option.label: j for j, level in enumerate(unit.levels) if _single(level)} for unit in units]
     sizes: dict[str, list[float]] = {}
-    for unit in units:
-        for level in unit.levels:
-            sizes.setdefault(level.option.label, []).append(level.bits / unit.weights)
+    for unit, levels in zip(units, at, strict=True):
+        for label, j in levels.items():
+            sizes.setdefault(label, []).append(unit.levels[j].bits / unit.weights)
     rungs = sorted(sizes, key=lambda label: (sum(sizes[label]) / len(sizes[label]), label))
-    at = [{level.option.label: j for j, level in enumerate(unit.levels)} for unit in units]
     return [[levels.get(label) for levels in at] for label in rungs]
+
+
+def _single(level: Level) -> bool:
+    return not isinstance(level.option, Together) or level.option.alike is not None
 
 
 def _sorted(units: Sequence[int], key: Callable[[int], float]) -> list[int]:

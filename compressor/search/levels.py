@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor import registry
 from compressor.model.journal import Journal
 from compressor.plan import describe_option, read_option
-from compressor.types import Edits, Format, Kept, QuantizedTensor, Stored, Trial
+from compressor.types import Edits, Format, Kept, Option, QuantizedTensor, Stored, Trial
 
 REMEDY = "name another directory with --levels"
 DENSE = "dense"  # the only part of a weight that is not packed
@@ -26,10 +26,28 @@ Choice = tuple[int, ...]  # a level of each unit, in the order of the units
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """Options of several units that are chosen as one."""
+
+    options: tuple[tuple[str, Option], ...]  # by the name of the unit
+
+    @property
+    def alike(self) -> Option | None:
+        """The option, if all have the same."""
+        found = {option for _, option in self.options}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.alike.label if self.alike is not None else "+".join(option.label for _, option in self.options)
+
+
+@dataclass(frozen=True, slots=True)
 class Level:
     """What an option makes of a unit."""
 
-    option: Format | Kept
+    option: Format | Kept | Together
     bits: int  # stored, counted from its tensors
     error: float  # of the block's output with the rest of the block as it is: squared, relative to that output
     distance: float  # of its weights from the dense ones, squared
@@ -55,6 +73,11 @@ class Unit:
             **asdict(self),
             "levels": [{**asdict(level), "option": describe_option(level.option)} for level in self.levels],
         }
+
+    def chosen(self, level: int) -> Mapping[str, Option]:
+        """What a level says of every unit that it is about, by full name."""
+        option = self.levels[level].option
+        return dict(option.options) if isinstance(option, Together) else {self.name: option}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Unit":
@@ -104,6 +127,14 @@ class LevelDB:
     @property
     def units(self) -> list[Unit]:
         """In the order of the model."""
+        return [unit for unit in self._measured() if unit.layers]
+
+    @property
+    def parts(self) -> list[Unit]:
+        """Sub-layers that may go, with that as their only level; in the order of the model."""
+        return [unit for unit in self._measured() if not unit.layers]
+
+    def _measured(self) -> list[Unit]:
         return [Unit.from_dict(line["unit"]) for line in self.journal.finished.values()]
 
     def add(self, unit: Unit, edits: Sequence[Edits]) -> None:

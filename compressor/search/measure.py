@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from compressor.absent import substitutes
 from compressor.calibration.stats import Hessian
 from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.errors import RecipeError
@@ -21,7 +22,7 @@ from compressor.pipeline import Event, Job, Tell
 from compressor.plan import fits
 from compressor.search.clock import MEASURING, WRITING, Clock
 from compressor.search.levels import Level, LevelDB, Unit
-from compressor.types import Block, Format, Pass, QuantizedTensor, Trial, dense, stored_bits
+from compressor.types import GONE, Block, Format, Pass, QuantizedTensor, Trial, dense, stored_bits
 
 JUDGED = 8192  # tokens that errors of a block's output are taken from
 
@@ -41,6 +42,8 @@ def measure(
     tell: Tell,
     clock: Clock | None = None,
     wanted: float = math.inf,
+    *,
+    drop: bool = False,
 ) -> None:
     """Add every unit of the model that is not there yet.
 
@@ -51,6 +54,7 @@ def measure(
         tell: Called after each option of each block, and after each block.
         clock: Says how long everything may take; None lets it take what it takes.
         wanted: Bits of a weight, on average, that the choice among levels may come to.
+        drop: Add every attention and MLP too, with what is lost if it goes.
 
     Raises:
         RecipeError: a pass cannot be measured option by option, or there is no time for two options.
@@ -58,7 +62,7 @@ def measure(
     check_measurable(job.passes)
     total = len(job.source.layers)
     known = job.ranks.agree(frozenset(levels.journal.finished))
-    missing = [index for index in range(total) if not units_of(job, job.source.block(index, load=False)) <= known]
+    missing = [index for index in range(total) if not units_of(job, job.source.block(index, load=False), drop) <= known]
     stream = open_stream() if missing else None
     kept: Collection[str] | None = None  # None: all
     for index in range(max(missing, default=-1) + 1):
@@ -67,7 +71,7 @@ def measure(
         block = job.source.block(index)
         seconds: dict[str, float] = {}
         if index in missing:
-            for unit, edits in _measured(job, stream, block, tell, kept, seconds):
+            for unit, edits in _measured(job, stream, block, tell, kept, seconds, drop=drop):
                 if job.ranks.first and unit.name not in known:
                     levels.add(unit, edits)
         if index < max(missing):
@@ -162,9 +166,10 @@ def affordable(
     return frozenset(kept if blocks else order)
 
 
-def units_of(job: Job, block: Block) -> set[str]:
-    """The full names of a block's units."""
-    return {f"{block.prefix}.{unit}" for step in job.passes for unit in step.units(block)}
+def units_of(job: Job, block: Block, drop: bool = False) -> set[str]:
+    """The full names of a block's units, and of its sub-layers if they may go."""
+    units = [*(unit for step in job.passes for unit in step.units(block)), *(substitutes(block.module) if drop else ())]
+    return {f"{block.prefix}.{unit}" for unit in units}
 
 
 def _measured(
@@ -174,6 +179,8 @@ def _measured(
     tell: Tell,
     kept: Collection[str] | None,
     seconds: dict[str, float],
+    *,
+    drop: bool,
 ) -> Iterator[tuple[Unit, list[dict[str, QuantizedTensor]]]]:
     """Every unit of a block, with the weights of its levels; `seconds` gets what each option took."""
     began = time.monotonic()
@@ -201,6 +208,8 @@ def _measured(
                     found.setdefault(unit, []).append((_level(job, block, seen, option, own), own))
             seconds[option.label] = seconds.get(option.label, 0.0) + time.monotonic() - started
             tell(Event("measure", block.index, len(job.source.layers), f"{block.prefix}: {option.label}"))
+    for part in substitutes(block.module) if drop else ():
+        yield _dropped(job, block, seen, shift, part), [{}]
     spent = (time.monotonic() - began) / max(len(found), 1)
     for unit, levels in found.items():
         levels.sort(key=lambda pair: (pair[0].bits, pair[0].error))
@@ -259,17 +268,32 @@ def _shift(seen: _Seen, job: Job) -> float:
     return 1 - float(total[0] / total[1])
 
 
+def _dropped(job: Job, block: Block, seen: _Seen, shift: float, part: str) -> Unit:
+    """An attention or MLP, with what is lost if it goes."""
+    layers = [name for name in block.layers if name.startswith(f"{part}.")]
+    distance = sum(float(block.weight(name).float().square().sum()) for name in layers)
+    level = Level(GONE, 0, _missed(job, seen, block.trying(Trial({}, {}, skips=(part,)))), distance)
+    weights = sum(block.weight(name).numel() for name in layers)
+    return Unit(f"{block.prefix}.{part}", block.index, (), weights, shift, 0.0, 0.0, (level,))
+
+
 @torch.no_grad()
 def _level(job: Job, block: Block, seen: _Seen, option: Format, edits: Mapping[str, QuantizedTensor]) -> Level:
     """What an option made of a unit, judged by the block's output."""
-    trial = block.trying(Trial.of(edits, job.source.device, job.source.dtype))
+    missed = _missed(job, seen, block.trying(Trial.of(edits, job.source.device, job.source.dtype)))
+    distance = sum(float((dense(new) - block.weight(name).float()).square().sum()) for name, new in edits.items())
+    return Level(option, sum(map(stored_bits, edits.values())), missed, distance)
+
+
+@torch.no_grad()
+def _missed(job: Job, seen: _Seen, trial: Callable[[Tensor], Tensor]) -> float:
+    """The squared error of a block's output, relative to that output."""
     total = torch.zeros(2, dtype=torch.float64, device=job.ranks.device)
     for x, y in zip(seen.inputs, seen.outputs, strict=True):
         missed = trial(x).float() - y.float()
         total += torch.stack([part.square().sum().double() for part in (missed, y.float())])
     job.ranks.sum_([total])
-    distance = sum(float((dense(new) - block.weight(name).float()).square().sum()) for name, new in edits.items())
-    return Level(option, sum(map(stored_bits, edits.values())), float(total[0] / total[1]), distance)
+    return float(total[0] / total[1])
 
 
 def _outliers(weights: Sequence[Tensor]) -> float:

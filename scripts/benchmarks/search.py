@@ -43,7 +43,7 @@ from compressor.passes.prune_depth import PruneDepth
 from compressor.pipeline import Event, Job, open_stream
 from compressor.provenance import fingerprint
 from compressor.pruning.depth import GOES, STAYS, Depth, least, turns
-from compressor.recipe import Recipe, Search, make_recipe
+from compressor.recipe import Evolve, Recipe, Search, make_recipe
 from compressor.search.allocate import Budget, BudgetError, by_order
 from compressor.search.clock import Clock
 from compressor.search.find import EVOLUTION, PROGRAMMES, Contestant, Trail, allocations, improve
@@ -58,6 +58,9 @@ ROUGH_BITS, LOSSLESS = 2.5, 4.0  # from here on no gain is asked for
 NEAR = 0.005  # of a size
 AWAY, SHALLOW = 0.25, 0.7  # of attentions and MLPs; the most that the search may lose of what the cosine does
 SIZES = (2.2, 2.4, 2.7, 3.0, 3.4, 3.9, 4.5, 5.3, 6.4, 7.8)  # bits
+SETTINGS = Search(  # for a core in minutes: a quarter of the usual work
+    tokens=65536, table_tokens=4096, evolve=Evolve(generations=30, offspring=16, stages=((4, 2048), (1, 16384)), patience=8)
+)
 QUICK = ("search.rounds=1", "search.tokens=8192", "search.evolve.generations=5", "search.table_tokens=2048")
 PACES = {"choices": (1, 4, 16, 64), "tokens": (2048, 8192, 32768), "blocks": (4, 8, 16)}
 
@@ -102,7 +105,7 @@ def searched(
     units = levels.units
     weights = sum(unit.weights for unit in units)
     budget = Budget({"bits": [[level.bits for level in unit.levels] for unit in units]}, {"bits": int(bits * weights)})
-    settings, trail = replace(Search(), **({} if options.seed is None else {"seed": options.seed})), Trail(None)
+    settings, trail = replace(SETTINGS, **({} if options.seed is None else {"seed": options.seed})), Trail(None)
     alike = uniforms(units, budget)
     ways = allocations(units, budget)
     contestants: Sequence[Contestant] = improve(
@@ -139,7 +142,7 @@ def quality(options: argparse.Namespace, place: Path, note: Any) -> tuple[list[d
     with levels.open():
         measure(job, lambda: open_stream(job, calibration, keeping(None), silent), levels, note)
         measured = time.monotonic() - started
-        text_NS = search_text(recipe, Search().tokens, source, calibration)
+        text_NS = search_text(recipe, SETTINGS.tokens, source, calibration)
         with opened(source, resident=True) as model:
             fitness = Fitness(source, model, levels, text_NS, ranks, 2**30)
             judge = Fitness(source, model, levels, torch.cat(held_out), ranks, 2**30)
