@@ -64,11 +64,12 @@ def write_model(
     bits, weights = total_bits(source, formats)
     report.layout = entry["quant_method"] if packed else DENSE
     report.size_bytes = shards.total_bytes(files)
-    report.bits_per_weight = bits / weights if weights else 8 * source.dtype.itemsize
+    report.bits_per_weight = bits / weights if weights else 0.0
     state = source.model.state_dict()
     original = source.checkpoint.shard_of  # a tensor that is stored twice only now counts once
     dense = sum(state[name].numel() for name, stored in source.names.items() if stored in original)
     report.model_bits_per_weight = 8 * sum(shard.data_bytes for shard in files) / dense
+    report.bits_per_weight = report.bits_per_weight or report.model_bits_per_weight  # nothing was rounded
 
 
 def layouts_of(formats: Mapping[str, Format], source: ModelSource) -> list[Layout]:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from compressor.report import Report
 
 
+UNITS = {"self_attn": "groups of heads", "mlp": "channels"}  # what a part of a block is narrowed by
+
+
 class Clock:
     """Turns events into a line: block n of N, layer, error, tokens/s, memory, time left."""
 
@@ -156,6 +159,7 @@ def print_report(report: "Report", out: str) -> None:
         ("size", f"{size(report.size_bytes)} of {size(report.source_size_bytes)}"),
         ("bits per weight, compressed layers", f"{report.bits_per_weight:.3f}"),
         ("bits per weight, whole model", f"{report.model_bits_per_weight:.3f}"),
+        *pruned(report.pruning),
         *quality_fields(report.quality),
         ("passes", chain(report.recipe["passes"])),
         *searched(report.search),
@@ -168,6 +172,21 @@ def print_report(report: "Report", out: str) -> None:
     print_table(out, ("", ""), rows)
     for warning in report.warnings:
         sys.stderr.write(f"warning: {warning}\n")
+
+
+def pruned(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """What went, and how many parameters are left."""
+    done = [step for step in steps if step["parameters"][0] > step["parameters"][1]]
+    if not done:
+        return []
+    before, after = done[0]["parameters"][0], done[-1]["parameters"][1]
+    went = [
+        ", ".join(f"{count} {UNITS[part]} stay in each block" for part, count in step["keep"].items())
+        if "keep" in step
+        else "without " + ", ".join(f"block {one}" if isinstance(one, int) else one for one in step["gone"])
+        for step in done
+    ]
+    return [("parameters", f"{after:,} of {before:,} (-{1 - after / before:.1%})"), ("pruned", "; ".join(went))]
 
 
 def searched(search: Mapping[str, Any] | None) -> list[tuple[str, str]]:

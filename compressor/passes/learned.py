@@ -47,6 +47,8 @@ class Learned(Schedule):
         return {name: (name,) for name in block.layers if isinstance(block.installed.get(name), QuantizedTensor)}
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
+        if not block.layers:  # a block whose attention and MLP are gone
+            return Outcome({}, {})
         start = {name: packed(block, name) for name in self.units(block)}
         if not start:
             raise RecipeError(f"{block.prefix}: no earlier pass has rounded a layer; put `gptq` or `rtn` before `learned`")

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.absent import ATTENTION, MLP
 from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
 from compressor.types import Block
 
-ATTENTION, MLP = "self_attn", "mlp"
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, SmolLM3 and others of their build"
 
 

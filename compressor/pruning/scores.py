@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from compressor.absent import MLP
 from compressor.calibration.stats import Hessian, Mean
 from compressor.errors import RecipeError
-from compressor.pruning.parts import MLP, Part, values
+from compressor.pruning.parts import Part, values
 from compressor.types import Block, Stats
 
 

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 
+from compressor.absent import ATTENTION, MLP
 from compressor.errors import RecipeError, SourceError
 from compressor.model.source import ModelSource, skeleton
-from compressor.pruning.parts import ATTENTION, MLP, Part, find_parts
+from compressor.pruning.parts import Part, find_parts
 
 Of = Literal["model", "blocks", "mlp"]
 MULTIPLES = (
@@ -28,14 +29,6 @@ class Shape:
     keep: Mapping[str, int]
     config: Mapping[str, Any]  # what differs in config.json
     parameters: int  # of the whole model
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        return ", ".join(f"{count} {UNITS[part]}" for part, count in self.keep.items())
-
-
-UNITS = {ATTENTION: "groups of heads", MLP: "channels"}
 
 
 def parameters(source: ModelSource, of: Of = "model") -> int:

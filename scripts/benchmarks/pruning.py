@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from compressor.absent import SUBLAYERS
+from compressor.absent import ATTENTION, MLP, SUBLAYERS
 from compressor.api import prune_recipe, run
 from compressor.calibration.data import Samples, load_samples, load_tokenizer
 from compressor.calibration.hidden import keeping
@@ -39,7 +39,7 @@ from compressor.distributed import Ranks
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, open_stream
 from compressor.pruning.depth import Depth, least, turns
-from compressor.pruning.parts import ATTENTION, MLP, Part, find_parts
+from compressor.pruning.parts import Part, find_parts
 from compressor.pruning.scores import SCORES, Seen
 from compressor.pruning.shapes import parameters
 from compressor.search.fitness import Fitness, opened
