@@ -41,7 +41,11 @@ class PruneDepth:
     of: Of = "model"
     parts: Parts = "blocks"
     by: Literal["search", "cosine", "even"] = "search"
-    search: Search = Search(tokens=32768, evolve=Evolve(generations=30, offspring=16, patience=5))
+    search: Search = Search(
+        tokens=16384,
+        table_tokens=4096,
+        evolve=Evolve(generations=30, offspring=16, stages=((4, 2048), (1, 8192)), patience=5),
+    )
     needs: ClassVar[tuple[type[Accumulator], ...]] = ()
     options: ClassVar[tuple[Format, ...]] = ()
     chooses: ClassVar[bool] = False
