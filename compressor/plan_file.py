@@ -49,7 +49,11 @@ def _option(spec: Any, where: str) -> Format | Kept:
 
 
 def offering(recipe: Recipe, plan: Plan) -> Recipe:
-    """The recipe with all that a plan asks for on offer: what no pass offers, goes to the first that may take any format."""
+    """The recipe for a plan: without a target, which the plan meets, and with all that it asks for on offer.
+
+    What no pass offers, goes to the first that may take any format.
+    """
+    recipe = replace(recipe, target=None)
     offered = {option for step in recipe.passes for option in step.options}
     missing = [option for option in dict.fromkeys(plan.values()) if isinstance(option, Format) and option not in offered]
     if not missing:
@@ -61,7 +65,7 @@ def offering(recipe: Recipe, plan: Plan) -> Recipe:
     passes: Sequence[Pass] = [
         replace(step, options=(*used, *missing)) if number == place else step for number, step in enumerate(recipe.passes)
     ]
-    return replace(recipe, passes=tuple(passes), target=None)
+    return replace(recipe, passes=tuple(passes))
 
 
 def _takes(step: Pass) -> bool:

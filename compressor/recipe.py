@@ -146,6 +146,8 @@ class Search:
         radii: Levels that one of their proposals may lie from the point at hand.
         table_tokens: That their losses are taken on.
         evolve: Evolutionary search after them.
+    rebuilds: How often levels are made again, only those near to the choice, on what the layers before it then give; and
+        searched among.
     drop: An attention or an MLP may go altogether; only our loader reads what is left.
         minutes: That all may take, from start to written model; null takes what it takes.
         resident: Hold the model in memory; null does so if it takes less than half of what is available.
@@ -157,6 +159,7 @@ class Search:
     radii: tuple[int, ...] = (1, 2, 3)
     table_tokens: int = 8192
     evolve: Evolve = Evolve()
+    rebuilds: int = 0
     drop: bool = False
     minutes: float | None = None
     resident: bool | None = None
@@ -164,8 +167,8 @@ class Search:
 
     def __post_init__(self) -> None:
         _positive(tokens=self.tokens, table_tokens=self.table_tokens)
-        if self.rounds < 0:
-            raise ValueError(f"rounds: {self.rounds} is negative")
+        if min(self.rounds, self.rebuilds) < 0:
+            raise ValueError(f"rounds: {self.rounds}, rebuilds: {self.rebuilds}; neither may be negative")
         if not self.radii or min(self.radii) < 1:
             raise ValueError(f"radii: {self.radii}; name positive numbers")
         if self.minutes is not None and self.minutes <= 0:

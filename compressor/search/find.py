@@ -33,11 +33,13 @@ from compressor.search.levels import Choice, LevelDB, Levels, Unit
 from compressor.search.measure import check_measurable, measure, planned_units
 from compressor.search.successive import Round, successive
 from compressor.search.text import HELD_OUT
-from compressor.types import Plan
+from compressor.types import GONE, Option, Plan
 
 SHARE = 0.5  # of the available memory that a resident model may take, and dequantised levels beside it
 T = TypeVar("T")
 PROGRAMMES, EVOLUTION = "successive programmes", "evolution"
+BEFORE, AGAIN = "before", ", levels made again"  # the choice that levels are made again around; of the names of contestants
+NEXT = 2  # levels on each side of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,31 +140,97 @@ def find(
     wanted = limit(planned)
     if not settings.drop:
         check(planned, wanted, target)
+    ground = Ground(job, text_NS, target, settings, limit, clock, judged, training, tell)
     with levels.open() if job.ranks.first else nullcontext():
         measure(job, stream, levels, tell, clock, wanted / sum(unit.weights for unit in planned), drop=settings.drop)
+        found = ground.search(levels)
+    for number in range(settings.rebuilds):
+        near = around(levels.units, found.plan)
+        again = LevelDB(
+            levels.journal.directory / f"around-{_short((target, settings, number))}",
+            {**levels.journal.fingerprint, "around": _short(near)},
+        )
+        with again.open() if job.ranks.first else nullcontext():
+            measure(job, stream, again, tell, near=near, drop=settings.drop)
+            found = ground.search(again, found)
+        levels = again
+    return found
+
+
+def _short(thing: object) -> str:
+    return hashlib.sha256(repr(thing).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a search knows besides its levels; arguments as of `find`."""
+
+    job: Job
+    text_NS: Tensor
+    target: Target
+    settings: Search
+    limit: Callable[[Sequence[Unit]], int]
+    clock: Clock
+    judged: int
+    training: int
+    tell: Tell
+
+    def search(self, levels: LevelDB, before: Found | None = None) -> Found:
+        """The best plan among levels, with the one found before; what is put down in their directory is not done again."""
+        job, settings, ranks = self.job, self.settings, self.job.ranks
         among: Levels = Joined(levels) if settings.drop else levels
         units, writing = among.units, WRITING * sum(unit.seconds / len(unit.levels) for unit in levels.units)
-        budget = Budget({"bits": [[level.bits for level in unit.levels] for unit in units]}, {"bits": limit(levels.units)})
-        name = hashlib.sha256(
-            repr((target, replace(settings, minutes=None), budget.limits, text_NS.shape)).encode()
-        ).hexdigest()[:12]
-        trail = Trail(levels.journal.directory / f"search-{name}.jsonl" if job.ranks.first else None)
-        trail.steps = job.ranks.agree(trail.steps)
+        budget = Budget(
+            {"bits": [[level.bits for level in unit.levels] for unit in units]}, {"bits": self.limit(levels.units)}
+        )
+        name = _short((self.target, replace(settings, minutes=None), budget.limits, self.text_NS.shape))
+        trail = Trail(levels.journal.directory / f"search-{name}.jsonl" if ranks.first else None)
+        trail.steps = ranks.agree(trail.steps)
         resident = fits_in_memory(job) if settings.resident is None else settings.resident
         with opened(job.source, resident=resident) as model:
             kept = int(SHARE * available_memory(job.source.device)) if resident else 0
-            fitness = Fitness(job.source, model, among, text_NS, job.ranks, kept)
-            clock = clock.keeping(writing + JUDGING * judged / fitness.seq_len * fitness.pace)
-            full = TRAINING * training * fitness.pace
+            fitness = Fitness(job.source, model, among, self.text_NS, ranks, kept)
+            clock = self.clock.keeping(writing + JUDGING * self.judged / fitness.seq_len * fitness.pace)
+            full = TRAINING * self.training * fitness.pace
             share = max(0.0, min(1.0, TRAINED * clock.left() / full)) if full else 1.0
-            share = job.ranks.agree(trail.once("training", settings.minutes, share))
-            ways, weights = allocations(units, budget), sum(unit.weights for unit in units)
+            share = ranks.agree(trail.once("training", settings.minutes, share)) if before is None else before.training
+            ways = allocations(units, budget) if before is None else {BEFORE: _as_choice(units, before.plan)}
             contestants = improve(
-                ways, weights, budget, fitness, settings, trail, clock=clock.keeping(share * full), tell=tell
+                ways,
+                sum(unit.weights for unit in units),
+                budget,
+                fitness,
+                settings,
+                trail,
+                clock=clock.keeping(share * full),
+                tell=self.tell,
             )
-    best = min(contestants, key=lambda one: one.kl)
-    plan = {name: option for unit, at in zip(units, best.choice, strict=True) for name, option in unit.chosen(at).items()}
-    return Found(plan, best, contestants, trail.steps, share)
+        best = min(contestants, key=lambda one: one.kl)
+        plan = {name: option for unit, at in zip(units, best.choice, strict=True) for name, option in unit.chosen(at).items()}
+        earlier = before or Found({}, best, (), (), share)
+        turn = sum(one.name.startswith(BEFORE) for one in earlier.contestants) + 1
+        rebuilt = [replace(one, name=f"{one.name}{AGAIN} ({turn})") if before else one for one in contestants]
+        best = rebuilt[contestants.index(best)]
+        return Found(plan, best, (*earlier.contestants, *rebuilt), (*earlier.steps, *trail.steps), share)
+
+
+def around(units: Sequence[Unit], plan: Plan) -> dict[str, tuple[Option, ...]]:
+    """Options of each unit near that of a plan, that one first; of a unit that goes with its sub-layer, the smallest."""
+    gone = tuple(f"{name}." for name, option in plan.items() if option == GONE)
+    found: dict[str, tuple[Option, ...]] = {}
+    for unit in units:
+        options = [level.option for level in unit.levels]
+        if gone and unit.name.startswith(gone):
+            found[unit.name] = (GONE, *options[:NEXT])
+            continue
+        at = options.index(plan[unit.name])  # type: ignore[arg-type]
+        found[unit.name] = (options[at], *options[max(0, at - NEXT) : at], *options[at + 1 : at + 1 + NEXT])
+    return found
+
+
+def _as_choice(units: Sequence[Unit], plan: Plan) -> Choice:
+    """The levels that a plan names."""
+    return tuple(next(at for at in range(len(unit.levels)) if unit.chosen(at).items() <= plan.items()) for unit in units)
 
 
 def improve(

@@ -1,19 +1,21 @@
 """Fill a level database: one sweep over the blocks, in which every pass is applied with every option it has.
 
 Blocks stay dense: all levels of a unit saw the same inputs. Where time is short, the first block tells what options take, and
-the others get only those nearest to what is wanted.
+the others get only those nearest to what is wanted. Around a choice, units get only options near to it, and what is chosen is
+what blocks further on see.
 """
 
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from compressor.absent import substitutes
+from compressor.absent import substitutes, without
 from compressor.calibration.stats import Hessian
 from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.errors import RecipeError
@@ -22,7 +24,7 @@ from compressor.pipeline import Event, Job, Tell
 from compressor.plan import fits
 from compressor.search.clock import MEASURING, WRITING, Clock
 from compressor.search.levels import Level, LevelDB, Unit
-from compressor.types import GONE, Block, Format, Pass, QuantizedTensor, Trial, dense, stored_bits
+from compressor.types import GONE, Block, Format, Option, Pass, QuantizedTensor, Stored, Trial, dense, stored_bits
 
 JUDGED = 8192  # tokens that errors of a block's output are taken from
 
@@ -44,6 +46,7 @@ def measure(
     wanted: float = math.inf,
     *,
     drop: bool = False,
+    near: Mapping[str, Sequence[Option]] | None = None,
 ) -> None:
     """Add every unit of the model that is not there yet.
 
@@ -55,6 +58,7 @@ def measure(
         clock: Says how long everything may take; None lets it take what it takes.
         wanted: Bits of a weight, on average, that the choice among levels may come to.
         drop: Add every attention and MLP too, with what is lost if it goes.
+        near: The options of each unit that count, the chosen one first; None: all, and none is chosen.
 
     Raises:
         RecipeError: a pass cannot be measured option by option, or there is no time for two options.
@@ -71,11 +75,12 @@ def measure(
         block = job.source.block(index)
         seconds: dict[str, float] = {}
         if index in missing:
-            for unit, edits in _measured(job, stream, block, tell, kept, seconds, drop=drop):
+            for unit, edits in _measured(job, stream, block, tell, kept, seconds, drop=drop, near=near):
                 if job.ranks.first and unit.name not in known:
                     levels.add(unit, edits)
         if index < max(missing):
-            stream.advance(block)
+            with _chosen(job, block, levels, near or {}):
+                stream.advance(block)
         job.source.release(block)
         return_freed_memory()
         tell(Event("measure", index + 1, total))
@@ -85,6 +90,21 @@ def measure(
     job.ranks.barrier()
     if not job.ranks.first:
         levels.reread()
+
+
+@contextmanager
+def _chosen(job: Job, block: Block, levels: LevelDB, near: Mapping[str, Sequence[Option]]) -> Iterator[None]:
+    """While it is open, a block as the choice has it."""
+    chosen = {name: options[0] for name, options in near.items() if name.startswith(f"{block.prefix}.")}
+    units = {unit.name: unit for unit in levels.units} if job.ranks.first else {}
+    found: dict[str, Stored] = {}
+    for name, option in chosen.items() if job.ranks.first else ():
+        at = next((j for j, level in enumerate(units[name].levels) if level.option == option), None)
+        found |= {} if at is None else levels.edits(name, at)
+    block.install(job.ranks.agree(found))
+    gone = {name.removeprefix(f"{block.prefix}.").partition(".")[0] for name, option in chosen.items() if option == GONE}
+    with without(block.module, gone):
+        yield
 
 
 def check_measurable(passes: Sequence[Pass]) -> None:
@@ -181,6 +201,7 @@ def _measured(
     seconds: dict[str, float],
     *,
     drop: bool,
+    near: Mapping[str, Sequence[Option]] | None,
 ) -> Iterator[tuple[Unit, list[dict[str, QuantizedTensor]]]]:
     """Every unit of a block, with the weights of its levels; `seconds` gets what each option took."""
     began = time.monotonic()
@@ -194,6 +215,8 @@ def _measured(
         layers = [name for names in units.values() for name in names]
         stats = stream.collect(block, layers, step.needs)
         able = {unit: _able(step, block, names, kept) for unit, names in units.items()}
+        if near is not None:
+            able = {unit: [o for o in options if o in near[f"{block.prefix}.{unit}"]] for unit, options in able.items()}
         for unit, names in units.items():
             layers_of[unit] = names
             traces[unit] = float(stats[names[0], Hessian].value.diagonal().mean()) if Hessian in step.needs else 0.0

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from harness import TEXT, CommandLine, Fate, Fork, Result, contents, dies_at_call, dies_at_rename, on_ranks
 
 from compressor.fitting import minutes
+from compressor.model.source import ModelSource
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 SMALL = (
@@ -91,6 +93,7 @@ def test_a_searched_plan_applied_gives_what_fit_gives(tiny: Path, tmp_path: Path
     assert compress("fit", tiny, "--bits", 3, *options, *UNTRAINED, *QUICK[-2:], "--out", tmp_path / "fitted").code == 0
     result = compress("run", recipe, tiny, "--plan", plan, "--no-verify", "--out", tmp_path / "planned")
     assert result.code == 0, result.err
+    assert "measure" not in result.err  # the plan is what was found: nothing is searched for
     fitted, planned = (contents(tmp_path / name, (*REPORTS, "recipe.yaml")) for name in ("fitted", "planned"))
     assert fitted == planned
     assert (tmp_path / "fitted" / "plan.yaml").read_text() == plan.read_text()
@@ -122,6 +125,50 @@ def test_integers_floats_and_vectors_are_mixed(tiny: Path, out: Path, compress: 
     offered = {level["option"]["format"] for line in lines for level in line["unit"]["levels"]}
     assert offered == {"int_group", "mxfp4", "nvfp4", "vq"}
     assert json.loads((out / "report.json").read_text())["bits_per_weight"] <= 3.4
+
+
+def test_attentions_and_mlps_go_where_a_size_asks_for_it(
+    tiny: Path, tmp_path: Path, out: Path, compress: Callable[..., Result]
+) -> None:
+    """Half of what two bits for all take: something has to go; the plan alone makes the same model again."""
+    two_bits = "passes.0.options=[{format: int_group, bits: 2, group_size: 32}, {format: int_group, bits: 4, group_size: 32}]"
+    source = ModelSource(tiny, torch.device("cpu"))
+    blocks = [source.block(index, load=False) for index in range(len(source.layers))]
+    weights = sum(block.weight(name).numel() for block in blocks for name in block.layers)
+    size = weight_bytes(tiny) - 4 * weights + weights * 2.5 / 8 / 2  # fp32
+    options = ("--using", "int,prune", "--size", int(size) + 20000, "--set", two_bits, *SMALL, *UNREFINED, *UNTRAINED)
+    result = compress("fit", tiny, *options, "--no-eval", "--out", out)
+    assert result.code == 0, result.err
+    assert 0.9 * size < weight_bytes(out) <= int(size) + 20000
+    gone = ModelSource(out, torch.device("cpu")).absent
+    assert gone
+    assert "without 0" not in compress("inspect", out).out
+    recipe = tmp_path / "fit.yaml"
+    recipe.write_text(compress("fit", tiny, *options, "--no-eval", "--print-recipe").out)
+    again = compress("run", recipe, tiny, "--plan", out / "plan.yaml", "--no-verify", "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert contents(tmp_path / "again", (*REPORTS, "recipe.yaml")) == contents(out, (*REPORTS, "recipe.yaml"))
+
+
+def test_levels_are_made_again_around_a_choice(tiny: Path, tmp_path: Path, compress: Callable[..., Result]) -> None:
+    options = (*SMALL, *UNREFINED, "--set", INTS, "--set", "search.rebuilds=1", "--levels", tmp_path / "levels")
+    first = compress("search", tiny, "--bits", 3, *options, "--out", tmp_path / "plan.yaml", "--json")
+    names = [row["name"] for row in first.json["contestants"]]
+    assert "uniform" in names
+    assert "before, levels made again (1)" in names
+    assert all(row["bits_per_weight"] <= 3 for row in first.json["contestants"])
+    (again,) = (tmp_path / "levels").glob("around-*")
+    units = [json.loads(line)["unit"] for line in (again / "journal.jsonl").read_text().splitlines()[1:]]
+    whole = [json.loads(line)["unit"] for line in (tmp_path / "levels" / "journal.jsonl").read_text().splitlines()[1:]]
+    assert [unit["name"] for unit in units] == [unit["name"] for unit in whole]
+    assert any(len(a["levels"]) < len(b["levels"]) for a, b in zip(units, whole, strict=True))
+    first_block = [unit for unit in units if unit["block"] == 0]
+    for new, old in zip(first_block, whole, strict=False):  # nothing comes before: they are what they were
+        errors = {str(level["option"]): level["error"] for level in old["levels"]}
+        assert all(level["error"] == errors[str(level["option"])] for level in new["levels"])
+    repeated = compress("search", tiny, "--bits", 3, *options, "--out", tmp_path / "again.yaml")
+    assert "measure" not in repeated.err
+    assert (tmp_path / "again.yaml").read_text() == (tmp_path / "plan.yaml").read_text()
 
 
 def test_levels_that_are_kept_serve_another_target(tiny: Path, tmp_path: Path, compress: Callable[..., Result]) -> None:
@@ -210,6 +257,9 @@ class TestBadInput:
             (("--ratio", 1.2), "ratio: 1.2 is not between 0 and 1"),
             (("--bits", -1), "bits: -1.0 is not a positive number"),
             (("--bits", 3, "--using", "int,bf16"), "--using bf16: no such numbers"),
+            (("--bits", 3, "--using", "int,prune"), "give --size or --ratio"),
+            (("--ratio", 0.5, "--using", "prune"), "and numbers for the rest"),
+            (("--bits", 3, "--set", "search.rebuilds=-1"), "rebuilds: -1"),
             (("--bits", 2, "--using", "fp4"), "none of these numbers has options near 2.00 bits"),
             (("--bits", 3, "--time", "soon"), "--time soon: not a time"),
             (("--bits", 3, "--set", "search.evolve.offspring=0"), "offspring: 0 is not a positive number"),
