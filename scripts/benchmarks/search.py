@@ -66,7 +66,10 @@ SETTINGS = Search(  # for one core in minutes: a tenth of the usual work
     evolve=Evolve(generations=12, offspring=16, stages=((4, 1024), (1, 8192)), patience=6),
 )
 LIKELY = 3  # uniform choices that are judged on all of the text, of those that lose least on a part
-QUICK = ("search.rounds=1", "search.tokens=8192", "search.evolve.generations=5", "search.table_tokens=2048")
+QUICK = (
+    *("calibration.samples=16", "search.rounds=1", "search.tokens=4096", "search.table_tokens=512"),
+    "search.evolve={generations: 2, offspring: 4, stages: [[1, 1024]]}",
+)
 PACES = {"choices": (1, 4, 16, 64), "tokens": (2048, 8192, 32768), "blocks": (4, 8, 16)}
 
 
