@@ -264,6 +264,7 @@ def prune_recipe(
     score: str | None = None,
     heads: bool = True,
     multiple: int | None = None,
+    recover: int = 0,
     bits: float | None = None,
     calibration: str = "builtin",
     samples: int = 128,
@@ -281,6 +282,7 @@ def prune_recipe(
         score: Which of them go first: a score of `prune_width`, a way of `prune_depth`. None takes the best.
         heads: Whether groups of heads may go; of width.
         multiple: Of which the number of channels stays one; None takes what suits their number.
+        recover: Steps of training towards the original's predictions; 0 trains nothing.
         bits: Of a weight, if what is left is to be quantized too.
         calibration: Where the text comes from.
         samples: Of calibration.
@@ -307,8 +309,9 @@ def prune_recipe(
         )
         name = methods.chosen(None, methods.INTEGERS, bits, calibrated=True)
         quantized = methods.passes(name, options, ("lm_head",), bits)
+    trained = [{"pass": "recover", "steps": recover, "seed": seed}] if recover else []
     data = {
-        "passes": [step, *quantized],
+        "passes": [step, *trained, *quantized],
         "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed},
         "evaluation": {} if evaluate else None,
     }

@@ -41,6 +41,12 @@ def prune(
         int | None,
         typer.Option(help="The number of channels stays a multiple of this. [default: 256 to 32, by their number]"),
     ] = None,
+    recover: Annotated[
+        int,
+        typer.Option(
+            help="Steps of training what is left towards the original's predictions, such as 300; 0 trains nothing."
+        ),
+    ] = 0,
     bits: Annotated[
         float | None, typer.Option(help="Quantize what is left too, as `compress quantize --bits` does.", show_default=False)
     ] = None,
@@ -69,9 +75,9 @@ def prune(
     """Take parameters away from MODEL: what is left is smaller, faster, and of the same architecture.
 
     Every block keeps the same shape, so the result loads wherever the original does. What remains is fitted to the
-    original's own outputs; nothing is trained.
+    original's own outputs; --recover trains it too.
 
-    Example: `compress prune --ratio 0.25 model/`, or `compress prune --ratio 0.25 --bits 4 model/`
+    Example: `compress prune --ratio 0.25 model/`, or `compress prune --ratio 0.25 --recover 300 --bits 4 model/`
     """
     from compressor.api import prune_recipe
     from compressor.recipe import to_yaml
@@ -83,6 +89,7 @@ def prune(
         score=score or None,
         heads=heads,
         multiple=multiple,
+        recover=recover,
         bits=bits,
         calibration=calibration,
         samples=samples,

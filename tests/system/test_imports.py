@@ -26,7 +26,7 @@ FLOORS = (
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
     ("judging", "tuning", "search"),
-    ("pruning", "passes.prune_depth", "passes.prune_width"),  # passes that search for what they take away
+    ("pruning", "passes.prune_depth", "passes.prune_width", "passes.recover"),  # passes that search for what they take away
     ("fitting",),
     ("api", "comparison"),
     ("cli", "__main__"),
