@@ -5,8 +5,12 @@ Sources: Frantar and Alistarh, "SPDY", ICML 2022; Bercovich et al., "Puzzle", IC
 Huang et al., "MC-MoE", ICLR 2025.
 """
 
+import contextlib
+import ctypes
 import functools
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +106,14 @@ def milp(scores: Table, budget: Budget) -> Choice:
             limit = budget.limits[name]
             row = np.array([costs[unit][level] for unit, level in at]) / max(limit, 1)
             rules.append(LinearConstraint(row, ub=1 - margin))
-        found = solve(
-            value / scale,
-            integrality=np.ones(len(at)),
-            bounds=Bounds(0, 1),
-            constraints=rules,
-            options={"mip_rel_gap": 0, "time_limit": PATIENCE},
-        )
+        with _aside():
+            found = solve(
+                value / scale,
+                integrality=np.ones(len(at)),
+                bounds=Bounds(0, 1),
+                constraints=rules,
+                options={"mip_rel_gap": 0, "time_limit": PATIENCE},
+            )
         if found.status == TIMED_OUT:
             return _better(found.x, at, scores, budget)
         if found.x is None:
@@ -117,6 +122,21 @@ def milp(scores: Table, budget: Budget) -> Choice:
         if budget.fits(choice):
             return choice
         margin = 2 * margin or ROUNDING
+
+
+@contextlib.contextmanager
+def _aside() -> Iterator[None]:
+    """While it is open, what is written to standard output goes to standard error: HiGHS leaves lines there that it means for
+    its developers, among the results of a command."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # of C, which keeps them until the end of the process where no terminal listens
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _taken(x: "np.ndarray[Any, Any]", at: Sequence[tuple[int, int]]) -> Choice:

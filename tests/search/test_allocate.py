@@ -1,10 +1,13 @@
 """Allocation under a budget, against brute force."""
 
+import ctypes
 import itertools
 import random
+from typing import Any
 
 import pytest
 
+from compressor.search import allocate
 from compressor.search.allocate import Budget, BudgetError, Table, by_order, greedy, milp
 from compressor.search.levels import Choice
 
@@ -105,3 +108,21 @@ def test_by_order_lowers_the_first_units_and_no_more_than_needed() -> None:
     assert by_order([2, 1, 0], ladder, budget) == (2, 2, 0)
     with pytest.raises(BudgetError):
         by_order([0, 1, 2], ladder, Budget(budget.costs, {"bits": 5}))
+
+
+def test_what_the_solver_says_is_no_result(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS writes to standard output itself now and then."""
+    solve = allocate.solve
+
+    def talking(*args: Any, **options: Any) -> Any:
+        ctypes.CDLL(None).puts(b"HighsMipSolverData")
+        return solve(*args, **options)
+
+    monkeypatch.setattr(allocate, "solve", talking)
+    scores, budget = instance(0)
+    print("before")
+    milp(scores, budget)
+    print("after")
+    out, err = capfd.readouterr()
+    assert out == "before\nafter\n"
+    assert "HighsMipSolverData" in err
