@@ -70,7 +70,7 @@ QUICK = (
     *("calibration.samples=16", "search.rounds=1", "search.tokens=4096", "search.table_tokens=512"),
     "search.evolve={generations: 2, offspring: 4, stages: [[1, 1024]]}",
 )
-PACES = {"choices": (1, 4, 16, 64), "tokens": (2048, 8192, 32768), "blocks": (4, 8, 16)}
+PACES = {"choices": (1, 4, 16, 64), "tokens": (512, 2048, 8192), "blocks": (4, 8, 16)}
 
 
 def silent(event: Event) -> None:
@@ -243,7 +243,7 @@ def pace(options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
     """Choices that are scored in a minute, one thing varied at a time."""
     base = json.loads((options.model / "config.json").read_text())
     rows = []
-    usual = {"choices": 16, "tokens": 8192, "blocks": 8}
+    usual = {"choices": 16, "tokens": 2048, "blocks": 8}
     for axis, values in PACES.items():
         for value in values:
             case = {**usual, axis: value}

@@ -96,9 +96,9 @@ def test_levels_that_may_not_be_chosen_are_not() -> None:
 
 def test_an_impossible_budget_says_what_the_smallest_choice_takes() -> None:
     budget = Budget({"bits": [[3, 4], [5, 9]]}, {"bits": 7})
-    for allocate in (milp, greedy):
+    for way in (milp, greedy):
         with pytest.raises(BudgetError, match="bits: 7 allowed, the smallest choice takes 8"):
-            allocate([{0: 1.0, 1: 0.0}] * 2, budget)
+            way([{0: 1.0, 1: 0.0}] * 2, budget)
 
 
 def test_by_order_lowers_the_first_units_and_no_more_than_needed() -> None:
