@@ -39,6 +39,7 @@ SHARE = 0.5  # of the available memory that a resident model may take, and dequa
 T = TypeVar("T")
 PROGRAMMES, EVOLUTION = "successive programmes", "evolution"
 BEFORE, AGAIN = "before", ", levels made again"  # the choice that levels are made again around; of the names of contestants
+REBUILDING = 4.0  # making levels again, and writing the model after it, takes at most this many times what levels took
 NEXT = 2  # levels on each side of it
 
 
@@ -145,6 +146,8 @@ def find(
         measure(job, stream, levels, tell, clock, wanted / sum(unit.weights for unit in planned), drop=settings.drop)
         found = ground.search(levels)
     for number in range(settings.rebuilds):
+        if clock.left() < REBUILDING * sum(unit.seconds for unit in levels.units):
+            break
         near = around(levels.units, found.plan)
         again = LevelDB(
             levels.journal.directory / f"around-{_short((target, settings, number))}",
