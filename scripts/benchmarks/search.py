@@ -146,12 +146,12 @@ def quality(options: argparse.Namespace, place: Path, note: Any) -> tuple[list[d
     held_out = [
         load_samples(str(e), tokenizer, samples=options.judged, seq_len=options.seq_len, seed=0).tokens for e in options.eval
     ]
-    job, started = Job(source, choosable(recipe.passes), {}, ranks), time.monotonic()
+    job = Job(source, choosable(recipe.passes), {}, ranks)
     levels = LevelDB(place, {**fingerprint(recipe, source, calibration), "recipe": repr(job.passes)})
     rows, trails = [], {}
     with levels.open():
         measure(job, lambda: open_stream(job, calibration, keeping(None), silent), levels, note)
-        measured = time.monotonic() - started
+        measured = sum(unit.seconds for unit in levels.units)
         text_NS = search_text(recipe, SETTINGS.tokens, source, calibration)
         with opened(source, resident=True) as model:
             fitness = Fitness(source, model, levels, text_NS, ranks, 2**30)
