@@ -7,6 +7,7 @@ from html import escape
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 520, 70, 30, 40, 50  # pixels
 COLOURS = ("#1b6ca8", "#c0504d", "#4f8f3a", "#8064a2", "#a8791b")
 RADIUS, LETTERS = 5, 11
+STEPS, MOST_TICKS = (0.25, 0.5, *(digit * 10.0**power for power in range(9) for digit in (1, 2, 5))), 14
 
 Point = tuple[float, float, str]  # size, loss, name
 
@@ -55,8 +56,9 @@ def scatter(series: Mapping[str, Sequence[Point]], title: str, across: str, up: 
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Multiples of a quarter."""
-    return [n / 4 for n in range(math.ceil(4 * low), math.floor(4 * high) + 1)]
+    """Multiples of a quarter, or of the first larger step with which they are few."""
+    step = next(step for step in STEPS if (high - low) / step <= MOST_TICKS)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _round_numbers(low: float, high: float) -> list[float]:

@@ -65,6 +65,7 @@ SETTINGS = Search(  # for one core in minutes: a tenth of the usual work
     table_tokens=2048,
     evolve=Evolve(generations=12, offspring=16, stages=((4, 1024), (1, 8192)), patience=6),
 )
+STARTS = 2  # steps of a search that are allocators' choices and named in the plot
 LIKELY = 3  # uniform choices that are judged on all of the text, of those that lose least on a part
 QUICK = (
     *("calibration.samples=16", "search.rounds=1", "search.tokens=4096", "search.table_tokens=512"),
@@ -306,10 +307,11 @@ def trajectory(steps: Mapping[str, Sequence[Mapping[str, Any]]], title: str) -> 
     """A plot of all searches over time."""
     series: dict[str, list[Point]] = {}
     for target, trail in steps.items():
-        kept = [step for step in trail if step["stage"] in (PROGRAMMES, EVOLUTION)]
+        kept = [step for step in trail if step["stage"] in ("uniform", "block errors", PROGRAMMES, EVOLUTION)]
         last = len(kept) - 1
         series[f"{target} bits"] = [
-            (step["seconds"] / 60, step["fitness"], f"{target} bits" if n == last else "") for n, step in enumerate(kept)
+            (step["seconds"] / 60, step["fitness"], f"{target} bits" if n == last else step["stage"] if n < STARTS else "")
+            for n, step in enumerate(kept)
         ]
     return scatter(series, title, "minutes of search", "KL divergence on the samples of the step, nats")
 
