@@ -103,7 +103,7 @@ def run(
     given = read_plan(Path(plan)) if plan is not None else None
     recipe = recipe if given is None else offering(recipe, given)
     source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
-    source, given = (source, None) if given is None else settle(source, given)
+    source, given, gone = settle(source, given)
     expected = make_plan(sketched(source, recipe.passes)[0], recipe.passes, given) if recipe.target is None else {}
     out = default_out(Path(model), recipe.passes, expected, recipe.target) if out is None else Path(out)
     check_target(out, Path(model), resume=resume, overwrite=overwrite)
@@ -122,7 +122,7 @@ def run(
         if found.training < 1:
             recipe = shortened(recipe, found.training)
             report.warnings.append(f"for want of time only {found.training:.0%} of the training was done that a layer gets")
-        source, kept = settle(source, found.plan)
+        source, kept, gone = settle(source, found.plan)
         chosen = make_plan(source, recipe.passes, kept)
         report.fingerprint = made_by = made_by | fingerprint_plan(found.plan) | {"training": f"{found.training:.4f}"}
         report.search = found.to_dict()
@@ -137,7 +137,7 @@ def run(
         done = ranks.agree(tuple(workspace.finished))
         probe = compress_blocks(job, calibration, keep, workspace, done, report, tell)
         tell(Event("write", 0, 1, str(out)))
-        write_model(recipe, source, chosen, workspace, report, probe)
+        write_model(recipe, source, {**chosen, **gone}, workspace, report, probe)
         if evaluation is not None and recipe.evaluation is not None:
             judge_result(workspace.model, source, evaluation, recipe.evaluation.generate, report, tell)
         if verify:
@@ -337,7 +337,7 @@ def forecast(
     if recipe.target is not None:
         raise RecipeError("--dry-run: what a target comes to is known after a search; `compress search` writes only the plan")
     source = open_model(recipe, Path(model), Ranks.from_environment(device).device, dtype, sizes_only=True)
-    source, given = (source, None) if given is None else settle(source, given)
+    source, given, _ = settle(source, given)
     source, certain = sketched(source, recipe.passes)
     chosen = make_plan(source, recipe.passes, given)
     files = shards.layout(output_headers(source, recipe.passes, chosen))

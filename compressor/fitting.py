@@ -154,6 +154,11 @@ def search_plan(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     if recipe.target is None:
         raise RecipeError("target: none given; a search needs the size or the bits that the result may take")
+    if any(isinstance(step, Prunes) for step in recipe.passes):
+        raise RecipeError(
+            "passes: a plan is for a model of the shape that it has, and the recipe prunes it; let `compress run` do both, "
+            "or prune first and search for the result"
+        )
     out, ranks = Path(out), Ranks.from_environment(device)
     if out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already; give --overwrite to replace it or choose another --out")
@@ -203,6 +208,10 @@ def find_plan(
     if calibration is None:
         raise RecipeError("target: levels are measured on text, which no pass of the recipe reads; use `gptq` or `vptq`")
     settings = recipe.search or Search()
+    if settings.drop and source.hadamard:
+        raise RecipeError(
+            "search.drop: activations are turned (rotate: online), which needs every layer; leave out one of the two"
+        )
     job = Job(source, choosable(recipe.passes), {}, ranks)
     before = [step for step in recipe.passes if isinstance(step, Rewrites | Prunes)]
     measured = repr((before, job.passes, recipe.calibration))
@@ -222,18 +231,19 @@ def find_plan(
     )
 
 
-def settle(source: ModelSource, plan: Plan) -> tuple[ModelSource, Plan]:
-    """The model without the sub-layers that a plan has go, and what it says of the rest.
+def settle(source: ModelSource, plan: Plan | None) -> tuple[ModelSource, Plan | None, Plan]:
+    """The model without the sub-layers that a plan has go, what it says of the rest, and those; without a plan, as it is.
 
     Raises:
         RecipeError: there is no such sub-layer.
     """
-    gone = frozenset(name for name, option in plan.items() if option == GONE)
+    gone = {name: option for name, option in (plan or {}).items() if option == GONE}
     known = [f"{source.prefix}.{i}.{name}" for i, block in enumerate(source.layers) for name in substitutes(block)]
-    if gone - set(known):
-        raise RecipeError(f"plan: has {min(gone - set(known))} go, which is no attention or MLP of this model")
-    rest = {name: option for name, option in plan.items() if option != GONE}
-    return (source.rewritten(fewer_sublayers(source, gone)), rest) if gone else (source, rest)
+    going = gone.keys() - source.absent
+    if going - set(known):
+        raise RecipeError(f"plan: has {min(going - set(known))} go, which is no attention or MLP of this model")
+    rest = None if plan is None else {name: option for name, option in plan.items() if name not in gone}
+    return (source.rewritten(fewer_sublayers(source, frozenset(going))) if going else source), rest, gone
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:

@@ -22,7 +22,7 @@ from compressor.plan import settled, stored_formats, total_bits
 from compressor.plan_file import to_text
 from compressor.recipe import Recipe, Target, to_yaml
 from compressor.report import Report
-from compressor.types import GONE, Borrowing, Contextual, Format, Pass, Plan
+from compressor.types import Borrowing, Contextual, Format, Pass, Plan
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record
 
@@ -48,7 +48,7 @@ def write_model(
         source.absent,
     )
     kernels = write_kernels(workspace, layouts_of(formats, source))
-    packed = {"quantization_config": entry} if formats or source.absent else {}
+    packed = {"quantization_config": entry} if formats or source.absent or source.hadamard else {}
     packed |= {sources.CONFIG_KEY: kernels} if formats else {}
     config = json.dumps({**source.raw_config, **packed}, indent=2) + "\n"
     workspace.write_text("config.json", config)
@@ -59,8 +59,7 @@ def write_model(
     manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), others, tensors, probe)
     workspace.write_text(MANIFEST, manifest.text())
     workspace.write_text("recipe.yaml", to_yaml(recipe))
-    gone = dict.fromkeys(sorted(source.absent), GONE)
-    workspace.write_text("plan.yaml", to_text({**settled(plan, source, recipe.passes, formats), **gone}))
+    workspace.write_text("plan.yaml", to_text(settled(plan, source, recipe.passes, formats)))
     bits, weights = total_bits(source, formats)
     report.layout = entry["quant_method"] if packed else DENSE
     report.size_bytes = shards.total_bytes(files)

@@ -299,12 +299,12 @@ def expected_memory(
 
 def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int, on_disk: bool) -> int:
     """Peak of what comes before the comparison, in the dtype of computation."""
-    block, size = source.block(0, load=False), source.dtype.itemsize
+    block, size = _largest_block(source), source.dtype.itemsize
     shapes = {name: block.shape(name) for name in block.layers}
     read_first = {layers[0] for step in passes if step.needs for layers in step.units(block).values()}
     hessians = [shapes[layer][1] ** 2 for layer in read_first]
     solved = max(hessians, default=0)
-    largest = max(rows * columns for rows, columns in shapes.values())
+    largest = max((rows * columns for rows, columns in shapes.values()), default=0)
     outside = max((source.checkpoint.headers[name].nbytes for name in rest_names(source)), default=0)
     two_streams = any(step.two_streams for step in passes)
     paired = any(issubclass(kind, PairedAccumulator) for step in passes for kind in step.needs)
@@ -343,14 +343,19 @@ def _tuning(source: ModelSource, passes: Sequence[Pass], beside: int) -> int:
 
 def _judging(source: ModelSource, tokens: int, batch: int) -> int:
     """Peak of the comparison: hidden states of both models in fp32, with a block, or with both heads and their logits."""
-    block, once = source.block(0, load=False), min(tokens, batch)
+    block, once = _largest_block(source), min(tokens, batch)
     head = source.vocab_size * (_hidden_size(source) + once)
     return 2 * tokens * _hidden_size(source) * 4 + max(4 * _parameters(block) + _activations(block, once, 4), 2 * 4 * head)
 
 
 def _activations(block: Block, tokens: int, size: int) -> int:
     """Bytes while tokens go through a gated MLP: three times its width, and once in fp32 for a statistic."""
-    return tokens * max(max(block.shape(name)) for name in block.layers) * (3 * size + 4)
+    return tokens * max((max(block.shape(name)) for name in block.layers), default=0) * (3 * size + 4)
+
+
+def _largest_block(source: ModelSource) -> Block:
+    """Blocks may do without an attention or an MLP."""
+    return max((source.block(index, load=False) for index in range(len(source.layers))), key=_parameters)
 
 
 def _parameters(block: Block) -> int:

@@ -10,7 +10,7 @@ import yaml
 from compressor.errors import RecipeError
 from compressor.plan import describe_plan, read_option
 from compressor.recipe import Recipe
-from compressor.types import Format, Kept, Pass, Plan
+from compressor.types import GONE, Format, Kept, Pass, Plan
 
 
 def to_text(plan: Plan) -> str:
@@ -43,9 +43,12 @@ def _option(spec: Any, where: str) -> Format | Kept:
     if isinstance(spec, list):
         raise RecipeError(f"{where}: several formats, among which a pass would choose; name one")
     try:
-        return read_option(spec)
+        found = read_option(spec)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from error
+    if isinstance(found, Kept) and found != GONE:
+        raise RecipeError(f"{where}: keeps {found.keep!r} of {found.of!r}; an attention or MLP that goes has keep: 0, of: 1")
+    return found
 
 
 def offering(recipe: Recipe, plan: Plan) -> Recipe:

@@ -195,6 +195,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.passes:
             raise ValueError("passes: empty; name at least one pass")
+        if self.search is not None and self.search.drop and self.target is not None and self.target.bits is not None:
+            raise ValueError("search.drop: an attention or MLP that goes has no bits; give a target of size or ratio")
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from compressor.absent import SUBLAYERS, without
+from compressor.absent import without
 from compressor.activations import InputRounding, Seen, input_rounding, rounded_inputs
 from compressor.codes import Codes
 from compressor.errors import SourceError
@@ -201,6 +201,7 @@ class Trial:
     weights: Mapping[str, Tensor]  # dense, as in `Edits`
     rounded: Mapping[str, InputRounding]
     skips: tuple[str, ...] = ()  # sub-layers of the block that it does without (compressor/absent.py)
+    whole: bool = False  # the block is passed over
 
     @classmethod
     def of(cls, edits: Edits, device: torch.device, dtype: torch.dtype) -> "Trial":
@@ -274,7 +275,7 @@ class Block:
     def trying(self, *trials: Trial) -> Callable[[Tensor], Tensor]:
         """`forward` as it would be with new weights installed, which they are not."""
         skipped = {name for trial in trials for name in trial.skips}
-        if skipped == set(SUBLAYERS):
+        if any(trial.whole for trial in trials):
             return lambda hidden_BSD: hidden_BSD
         given = {name: new for trial in trials for name, new in trial.weights.items()}
         weights = {name: new for name, new in given.items() if name.partition(".")[0] not in skipped}

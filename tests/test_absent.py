@@ -14,6 +14,7 @@ from compressor import api
 from compressor.absent import NoAttention, NoMLP
 from compressor.errors import RecipeError, SourceError
 from compressor.model.source import ModelSource
+from compressor.plan_file import read_plan
 from compressor.pruning.depth import Depth
 from compressor.recipe import make_recipe
 from compressor.types import Trial
@@ -134,6 +135,42 @@ def test_a_config_that_names_nonsense_is_refused(absent: object, tiny_copy: Call
     change_config(path, quantization_config={"quant_method": "compressor", "version": 1, "layers": {}, "absent": absent})
     with pytest.raises(SourceError, match=r"left out|no list of names"):
         ModelSource(path, CPU)
+
+
+@pytest.mark.parametrize("entry", ["{keep: 1, of: 1}", "{keep: x, of: [1]}", "{keep: 5, of: 9}"])
+def test_a_plan_that_keeps_something_else_is_refused(entry: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(f"model.layers.0.mlp: {entry}\n")
+    with pytest.raises(RecipeError, match="an attention or MLP that goes has keep: 0, of: 1"):
+        read_plan(tmp_path / "plan.yaml")
+
+
+def test_a_model_without_some_can_be_quantized_and_its_plan_applied_again(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    gone = ("model.layers.0.self_attn", "model.layers.0.mlp")
+    calibration = {"source": "builtin", "samples": 2, "seq_len": 32}
+    rounding = {"pass": "rtn", "options": [{"format": "int_group", "bits": 8, "group_size": 32}]}
+    recipe = make_recipe({"passes": [rounding], "evaluation": None, "calibration": calibration})
+    source = ModelSource(tiny("llama"), CPU)
+    dense = tmp_path / "dense"
+    plan = tmp_path / "gone.yaml"
+    units = [f"model.layers.1.{unit}" for unit in _units(source.block(1, load=False).layers)]
+    lines = [f"{name}: {{keep: 0, of: 1}}" for name in gone]
+    lines += [f"{unit}: {{format: int_group, bits: 8, group_size: 32}}" for unit in units]
+    plan.write_text("\n".join(lines))
+    assert api.forecast(recipe, tiny("llama"), plan=plan).size_bytes > 0
+    sub = make_recipe(
+        {
+            "passes": [{"pass": "prune_depth", "ratio": 0.1, "parts": "sublayers", "by": "even"}],
+            "evaluation": None,
+            "calibration": calibration,
+        }
+    )
+    api.run(sub, tiny("llama"), dense, verify=False)
+    assert ModelSource(dense, CPU).absent
+    api.run(recipe, dense, tmp_path / "packed")
+    api.run(recipe, dense, tmp_path / "again", plan=tmp_path / "packed" / "plan.yaml")
+    one, two = tensors(tmp_path / "packed"), tensors(tmp_path / "again")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_plan_that_names_nonsense_is_refused(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def prune(
     ] = True,
     multiple: Annotated[
         int | None,
-        typer.Option(help="The number of channels stays a multiple of this. [default: 256 to 32, by their number]"),
+        typer.Option(
+            help="The number of channels stays a multiple of this. [default: 256 to 16, by their number; 128 with --bits]"
+        ),
     ] = None,
     recover: Annotated[
         int,
@@ -72,10 +74,10 @@ def prune(
     device: a.Device = None,
     dtype: a.Dtype = None,
 ) -> None:
-    """Take parameters away from MODEL: what is left is smaller, faster, and of the same architecture.
+    """Take parameters away from MODEL: what is left is smaller and faster.
 
-    Every block keeps the same shape, so the result loads wherever the original does. What remains is fitted to the
-    original's own outputs; --recover trains it too.
+    Every block keeps the same shape, so the result loads wherever the original does, but for --by sublayers. What remains
+    is fitted to the original's own outputs; --recover trains it too.
 
     Example: `compress prune --ratio 0.25 model/`, or `compress prune --ratio 0.25 --recover 300 --bits 4 model/`
     """

@@ -430,9 +430,9 @@ def return_freed_memory() -> None:
 def skeleton(path: Path, dtype: torch.dtype, changes: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedModel:
     """The model that transformers builds from a directory's configs, changed: parameters on the meta device, buffers real."""
     try:
-        config, unknown = AutoConfig.from_pretrained(path, local_files_only=True, return_unused_kwargs=True, **changes)
-        for key, value in unknown.items():  # what a class has no field for it still reads from config.json: head_dim of Qwen2
-            setattr(config, key, value)
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        if changes:  # as they will be read from config.json: validated, and with keys that the class has no field for
+            config = type(config).from_dict({**read_config(path), **changes})
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):

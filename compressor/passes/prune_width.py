@@ -32,7 +32,7 @@ class PruneWidth:
     ratio: Share of the parameters that goes.
     of: What it counts: the whole model, embeddings included, its blocks, or their MLPs, which alone are then pruned.
     heads: Take away groups of heads too, where that loses less; their part of the key-value cache goes with them.
-    multiple: Of which the number of channels stays one; null takes 256 for wide models, down to 32 for small ones.
+    multiple: Of which the number of channels stays one; null takes 256 for wide models, down to 16 for small ones.
     score: Which units go first: `obs` what they cost once the rest is fitted; wanda, flap, cfsp and magnitude look at each
         by itself.
     refit: Fit the rest to the model's own outputs; false only with scores.

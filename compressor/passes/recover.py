@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
 from compressor.errors import RecipeError
-from compressor.model.journal import save, writing
+from compressor.model.journal import save, sync, writing
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event
@@ -102,7 +102,7 @@ class Recover:
         if work.ranks.first:
             work.place.mkdir(parents=True, exist_ok=True)
         if not work.ranks.agree(file.exists()):
-            trained = self._trained(work, file.with_suffix(".unfinished"))
+            trained = self._trained(work, file.with_suffix(".training"))
             if work.ranks.first:
                 save(file, trained)
         work.ranks.barrier()
@@ -141,6 +141,10 @@ class Recover:
                 for parameter in trained:
                     parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 ranks.sum_([loss, *(p.grad for p in trained if p.grad is not None)])
+                if not torch.isfinite(loss):
+                    raise RecipeError(
+                        f"recover: the loss of step {step + 1} is {float(loss)}; lower lr, which is {self.lr:g}"
+                    )
                 training.step(float(loss))
                 work.tell(Event("recover", step + 1, self.steps, error=float(loss)))
         merged = model.merge_and_unload().state_dict()
@@ -188,7 +192,10 @@ class _Training:
         """What an interrupted training has left; nothing at the start."""
         if self.file is None or not self.file.exists():
             return {}
-        found: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
+        try:
+            found: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
+        except Exception:  # whatever torch's reader makes of it: the machine went down before all of it was on the disk
+            return {}
         return found
 
     def resume(self, kept: Mapping[str, Any]) -> None:
@@ -218,6 +225,7 @@ class _Training:
             new = self.file.with_suffix(".new")
             with writing(new):
                 torch.save(state, new)
+                sync(new)
                 new.rename(self.file)
 
 
@@ -237,8 +245,8 @@ def _pieces(samples: Sequence[int], length: int) -> Iterator[list[int]]:
 
 
 def _precision(source: ModelSource) -> AbstractContextManager[Any]:
-    """Products in the dtype that the run computes in; weights stay in float32."""
-    return torch.autocast(source.device.type, source.dtype, enabled=source.dtype != torch.float32)
+    """Products in bfloat16 unless the run computes in float32: gradients may be too small for float16. Weights stay."""
+    return torch.autocast(source.device.type, torch.bfloat16, enabled=source.dtype != torch.float32)
 
 
 def _stored(file: Path, name: str, old: Tensor) -> Tensor:

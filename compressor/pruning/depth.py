@@ -72,7 +72,8 @@ class Depth:
         """What is passed over, or as it is."""
         if level == STAYS:
             return Trial({}, {})
-        return Trial({}, {}, skips=SUBLAYERS if self.parts == "blocks" else (unit.rpartition(".")[2],))
+        whole = self.parts == "blocks"
+        return Trial({}, {}, skips=() if whole else (unit.rpartition(".")[2],), whole=whole)
 
     def enough(self, going: int, way: Callable[[int], Choice]) -> Choice:
         """The first choice by a number of units that takes so many parameters away.
@@ -154,10 +155,16 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
         raise RecipeError(f"{source.path}: its blocks have different parameters, none can take the place of another")
     copies = {inside[new][name]: inside[old][name] for new, old in enumerate(kept) for name in inside[old] if new != old}
     removed = {stored for names in inside[len(kept) :] for stored in names.values()}
+    if "num_hidden_layers" not in source.raw_config:
+        raise RecipeError(
+            f"{source.path}: config.json has the number of blocks elsewhere than in `num_hidden_layers`; only attentions and "
+            "MLPs can go (parts: sublayers, --by sublayers)"
+        )
+    lists = {**source.model.config.to_dict(), **source.raw_config}  # also what is derived from the number of a block
     config: dict[str, Any] = {
         key: [entry[index] for index in kept]
-        for key, entry in source.raw_config.items()
-        if isinstance(entry, list) and len(entry) == len(choice)
+        for key, entry in lists.items()
+        if isinstance(entry, list) and len(entry) == len(choice) and key != "architectures" and "token" not in key
     }
     return Rewriting({}, copies, {"num_hidden_layers": len(kept), **config}, removed=frozenset(removed))
 

@@ -56,12 +56,17 @@ class Work:
         return search_text(self.recipe, tokens, self.source, self.calibration)
 
 
-def check_order(passes: Sequence[Pass]) -> None:
-    """Refuse a pass that prunes behind one that changes blocks.
+def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
+    """Refuse a pass that prunes behind one that changes blocks, or where layers are given turned activations.
 
     Raises:
         RecipeError: there is one.
     """
+    if source.hadamard and any(isinstance(step, Prunes) for step in passes):
+        raise RecipeError(
+            f"passes: activations of {len(source.hadamard)} layers are turned (rotate: online), which pruning does not take "
+            "into account; leave out online: true, or prune without rotating"
+        )
     for number, step in enumerate(passes):
         if isinstance(step, Prunes) and not all(isinstance(before, Prunes | Rewrites) for before in passes[:number]):
             raise RecipeError(
@@ -71,7 +76,7 @@ def check_order(passes: Sequence[Pass]) -> None:
 
 def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, bool]:
     """The model with the shapes that it will have, and whether these are certain."""
-    check_order(passes)
+    check_order(source, passes)
     certain = True
     for step in (step for step in passes if isinstance(step, Prunes)):
         rewriting, sure = step.sketch(source)
@@ -93,7 +98,7 @@ def pruned(
     Raises:
         RecipeError: it cannot be done.
     """
-    check_order(recipe.passes)
+    check_order(source, recipe.passes)
     done = []
     for number, step in enumerate(recipe.passes):
         if not isinstance(step, Prunes):

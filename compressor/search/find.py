@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from compressor.absent import substitutes
 from compressor.calibration.stream import CalibrationStream
 from compressor.errors import RecipeError
 from compressor.model.journal import read_journal, replace_text
@@ -139,8 +140,9 @@ def find(
     check_measurable(job.passes)
     planned = planned_units(job)
     wanted = limit(planned)
-    if not settings.drop:
-        check(planned, wanted, target)
+    blocks = [job.source.block(index, load=False) for index in range(len(job.source.layers))]
+    free = [f"{block.prefix}.{name}." for block in blocks for name in substitutes(block.module)] if settings.drop else []
+    check(planned, wanted, target, tuple(free))
     ground = Ground(job, text_NS, target, settings, limit, clock, judged, training, tell)
     with levels.open() if job.ranks.first else nullcontext():
         measure(job, stream, levels, tell, clock, wanted / sum(unit.weights for unit in planned), drop=settings.drop)
@@ -150,7 +152,7 @@ def find(
             break
         near = around(levels.units, found.plan)
         again = LevelDB(
-            levels.journal.directory / f"around-{_short((target, settings, number))}",
+            levels.journal.directory / f"around-{_short((target, replace(settings, minutes=None), number, near))}",
             {**levels.journal.fingerprint, "around": _short(near)},
         )
         with again.open() if job.ranks.first else nullcontext():
@@ -181,7 +183,7 @@ class Ground:
     def search(self, levels: LevelDB, before: Found | None = None) -> Found:
         """The best plan among levels, with the one found before; what is put down in their directory is not done again."""
         job, settings, ranks = self.job, self.settings, self.job.ranks
-        among: Levels = Joined(levels) if settings.drop else levels
+        among: Levels = Joined(levels, before.plan if before is not None else {}) if settings.drop else levels
         units, writing = among.units, WRITING * sum(unit.seconds / len(unit.levels) for unit in levels.units)
         budget = Budget(
             {"bits": [[level.bits for level in unit.levels] for unit in units]}, {"bits": self.limit(levels.units)}
@@ -347,16 +349,20 @@ def allocations(units: Sequence[Unit], budget: Budget) -> dict[str, Choice]:
     return found
 
 
-def check(units: Sequence[Unit], limit: int, target: Target) -> None:
-    """Refuse a target that the smallest levels do not meet.
+def check(units: Sequence[Unit], limit: int, target: Target, free: tuple[str, ...] = ()) -> None:
+    """Refuse a target that the smallest levels do not meet; units whose names begin with some of `free` may go.
 
     Raises:
         RecipeError: with what they come to.
     """
-    least, weights = sum(min(level.bits for level in unit.levels) for unit in units), sum(unit.weights for unit in units)
+    weights, needed = (
+        sum(unit.weights for unit in units),
+        [unit for unit in units if not free or not unit.name.startswith(free)],
+    )
+    least = sum(min(level.bits for level in unit.levels) for unit in needed)
     if least <= limit:
         return
-    labels = sorted({min(unit.levels, key=lambda level: level.bits).option.label for unit in units})
+    labels = sorted({min(unit.levels, key=lambda level: level.bits).option.label for unit in needed}) or ["none at all"]
     short = -(-(least - limit) // 8)
     reach = f"bits {math.ceil(1000 * least / weights) / 1000}" if target.bits is not None else f"{short:,} bytes more"
     if target.size is not None:

@@ -6,11 +6,12 @@ size and in the sum of errors: what an integer programme would ever take.
 
 import itertools
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 
 import torch
 
 from compressor.search.levels import Choice, Level, LevelDB, Together, Unit
-from compressor.types import GONE, Trial
+from compressor.types import GONE, Plan, Trial
 
 
 class Joined:
@@ -18,13 +19,14 @@ class Joined:
 
     Args:
         levels: With every sub-layer that may go.
+        kept: A plan whose combinations are kept, whatever they lose.
     """
 
-    def __init__(self, levels: LevelDB) -> None:
+    def __init__(self, levels: LevelDB, kept: Plan = MappingProxyType({})) -> None:
         self.levels = levels
         inside = {part.name: [u for u in levels.units if u.name.startswith(f"{part.name}.")] for part in levels.parts}
         self._members = {name: [unit.name for unit in units] for name, units in inside.items() if units}
-        made = [_joined(part, inside[part.name]) for part in levels.parts if part.name in self._members]
+        made = [_joined(part, inside[part.name], kept) for part in levels.parts if part.name in self._members]
         self._choices = {unit.name: choices for unit, choices in made}
         joined = {name for names in self._members.values() for name in names}
         loose = [unit for unit in levels.units if unit.name not in joined]
@@ -44,7 +46,7 @@ class Joined:
         )
 
 
-def _joined(part: Unit, members: Sequence[Unit]) -> tuple[Unit, list[Choice | None]]:
+def _joined(part: Unit, members: Sequence[Unit], kept_plan: Plan) -> tuple[Unit, list[Choice | None]]:
     """A sub-layer with its levels, the smallest first, and the levels inside that each is; None: it goes."""
     weights = sum(unit.weights for unit in members)
     found: list[tuple[Level, Choice | None]] = [(part.levels[0], None)]
@@ -53,7 +55,7 @@ def _joined(part: Unit, members: Sequence[Unit]) -> tuple[Unit, list[Choice | No
         options = tuple((unit.name, level.option) for unit, level in zip(members, inside, strict=True))
         sums = (sum(level.error for level in inside), sum(level.distance for level in inside))
         found.append((Level(Together(options), sum(level.bits for level in inside), *sums), choice))
-    kept = list(_best(sorted(found, key=lambda one: (one[0].bits, one[0].error))))
+    kept = list(_best(sorted(found, key=lambda one: (one[0].bits, one[0].error)), kept_plan))
     unit = Unit(
         name=part.name,
         block=part.block,
@@ -68,11 +70,12 @@ def _joined(part: Unit, members: Sequence[Unit]) -> tuple[Unit, list[Choice | No
     return unit, [choice for _, choice in kept]
 
 
-def _best(levels: Iterable[tuple[Level, Choice | None]]) -> Iterable[tuple[Level, Choice | None]]:
-    """Of levels by size, those that lose less than every smaller one, and those of one option for all."""
+def _best(levels: Iterable[tuple[Level, Choice | None]], kept: Plan) -> Iterable[tuple[Level, Choice | None]]:
+    """Of levels by size, those that lose less than every smaller one, those of one option for all, and those of a plan."""
     least = float("inf")
     for level, choice in levels:
-        alike = isinstance(level.option, Together) and level.option.alike is not None
-        if level.option == GONE or level.error < least or alike:
+        option = level.option
+        special = isinstance(option, Together) and (option.alike is not None or set(option.options) <= set(kept.items()))
+        if option == GONE or level.error < least or special:
             least = min(least, level.error)
             yield level, choice

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from compressor.absent import ATTENTION, MLP, SUBLAYERS
+from compressor.absent import ATTENTION, MLP
 from compressor.api import prune_recipe, run
 from compressor.calibration.data import Samples, load_samples, load_tokenizer
 from compressor.calibration.hidden import keeping
@@ -188,7 +188,7 @@ def written(model: Path, source: ModelSource, report: Any) -> list[Trial]:
     gone = {index for step in report.pruning for index in step.get("gone", ())}
     stays = [index for index in range(len(source.layers)) if index not in gone]
     return [
-        Trial({}, {}, skips=SUBLAYERS) if index in gone else Trial(_weights(new.block(stays.index(index))), {})
+        Trial({}, {}, whole=True) if index in gone else Trial(_weights(new.block(stays.index(index))), {})
         for index in range(len(source.layers))
     ]
 

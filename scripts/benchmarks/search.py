@@ -237,7 +237,7 @@ class Computed(Depth):
     """Blocks that are all computed, whatever the level."""
 
     def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Any:
-        return replace(super().trial(unit, level, device, dtype), skips=())
+        return replace(super().trial(unit, level, device, dtype), whole=False)
 
 
 def pace(options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:

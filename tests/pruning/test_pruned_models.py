@@ -130,6 +130,32 @@ def test_a_shortened_model_generates_with_a_cache_what_it_does_without(
     )
 
 
+def test_what_a_config_derives_from_the_number_of_a_block_stays_with_the_block(
+    tiny_copy: Callable[..., Path], tmp_path: Path, data: Data
+) -> None:
+    model = tiny_copy("gemma3")
+    config = json.loads((model / "config.json").read_text())
+    assert config.pop("layer_types") == ["sliding_attention", "sliding_attention", "full_attention"]
+    (model / "config.json").write_text(json.dumps({**config, "sliding_window_pattern": 3}))
+    step = {"pass": "prune_depth", "ratio": 0.3, "of": "blocks", "by": "even"}
+    (report,) = api.run(data.recipe(step), model, tmp_path / "out", verify=False).pruning
+    assert report["gone"] == [1]
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.layer_types
+    assert made == ["sliding_attention", "full_attention"]
+
+
+def test_numbers_of_heads_that_an_architecture_does_not_take_are_no_shapes(tiny: Callable[..., Path]) -> None:
+    """Six heads of 16 in a width of 128, which Llama's config refuses, and Qwen3's does not."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    kept = {}
+    for family in ("llama", "qwen3"):
+        found = shapes(ModelSource(tiny(family, **heads), CPU), 0.2, "blocks", heads=True, multiple=1)
+        kept[family] = [shape.keep["self_attn"] for shape in found]
+    assert 3 in kept["qwen3"]
+    assert 3 not in kept["llama"]
+    assert 2 in kept["llama"]
+
+
 @pytest.mark.parametrize("name", ["prune_width", "prune_depth"])
 def test_a_ratio_of_nothing_changes_no_bit(name: str, tiny: Callable[..., Path], tmp_path: Path, data: Data) -> None:
     api.run(data.recipe({"pass": name, "ratio": 0}), tiny("llama"), tmp_path / "out")
@@ -180,12 +206,13 @@ def test_a_turned_model_can_be_narrowed(tiny: Callable[..., Path], tmp_path: Pat
     ("passes", "said"),
     [
         ([{"pass": "prune_width", "ratio": 0.99}], "cannot be taken from width alone, the most is 0."),
-        ([{"pass": "prune_depth", "ratio": 0.9}], "blocks away and the model has 2; the most is 0."),
+        ([{"pass": "prune_depth", "ratio": 0.9}], "more than blocks can without the last of them going too"),
         ([{"pass": "prune_width", "ratio": 0.2, "score": "cfsp"}], "set heads: false"),
         (
             [{"pass": "rtn", "options": [{"format": "int_group", "bits": 8}]}, {"pass": "prune_width", "ratio": 0.1}],
             "put it before",
         ),
+        ([{"pass": "rotate", "online": True}, {"pass": "prune_depth", "ratio": 0.1}], "leave out online: true"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

@@ -91,6 +91,11 @@ def test_a_training_that_is_broken_off_goes_on_as_it_would_have(tmp_path: Path) 
     assert whole[1] == resumed[1]
 
 
+def test_a_file_that_is_not_whole_counts_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "state").write_bytes(b"half of a file")
+    assert _Training(Recover(), [torch.nn.Parameter(torch.zeros(1))], tmp_path / "state").kept() == {}
+
+
 def test_two_runs_are_equal(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:

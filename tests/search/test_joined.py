@@ -99,6 +99,14 @@ def test_a_level_says_what_each_unit_inside_gets_and_tries_just_that(levels: Lev
             assert torch.equal(trial.weights[layer], weight)
 
 
+def test_what_a_plan_says_stays_though_others_are_better(levels: LevelDB) -> None:
+    plan = {"b.self_attn.qkv": OPTIONS[3], "b.self_attn.o": OPTIONS[0]}  # larger, and worse than others of that size
+    attention = {kept: Joined(levels, plan if kept else {}).units for kept in (True, False)}
+    said = {kept: [u.chosen(at) for u in units for at in range(len(u.levels))] for kept, units in attention.items()}
+    assert plan in said[True]
+    assert plan not in said[False]
+
+
 def test_uniform_is_one_option_for_all_though_units_are_joined(levels: LevelDB) -> None:
     joined = Joined(levels)
     limit = 3 * sum(one.weights for one in levels.units)

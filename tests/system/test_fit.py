@@ -259,6 +259,7 @@ class TestBadInput:
             (("--bits", 3, "--using", "int,bf16"), "--using bf16: no such numbers"),
             (("--bits", 3, "--using", "int,prune"), "give --size or --ratio"),
             (("--ratio", 0.5, "--using", "prune"), "and numbers for the rest"),
+            (("--bits", 3, "--set", "search.drop=true"), "give a target of size or ratio"),
             (("--bits", 3, "--set", "search.rebuilds=-1"), "rebuilds: -1"),
             (("--bits", 2, "--using", "fp4"), "none of these numbers has options near 2.00 bits"),
             (("--bits", 3, "--time", "soon"), "--time soon: not a time"),
@@ -270,6 +271,21 @@ class TestBadInput:
         self, tiny: Path, out: Path, compress: Callable[..., Result], flags: tuple[object, ...], said: str
     ) -> None:
         assert said in compress("fit", tiny, *flags, "--out", out).error
+
+    def test_a_size_that_is_too_small_though_everything_may_go(
+        self, tiny: Path, out: Path, compress: Callable[..., Result]
+    ) -> None:
+        error = compress("fit", tiny, "--size", "10KB", "--using", "int,prune", "--out", out, *QUICK).error
+        assert "the smallest options (none at all) take 0.000; allow size" in error
+
+    def test_a_plan_for_a_recipe_that_prunes(self, tiny: Path, tmp_path: Path, compress: Callable[..., Result]) -> None:
+        recipe = tmp_path / "r.yaml"
+        steps = [
+            {"pass": "prune_depth", "ratio": 0.1},
+            {"pass": "gptq", "options": [{"format": "int_group", "bits": b} for b in (4, 8)]},
+        ]
+        recipe.write_text(yaml.safe_dump({"passes": steps, "target": {"bits": 5}}))
+        assert "the recipe prunes it" in compress("search", tiny, "--recipe", recipe, "--out", tmp_path / "plan.yaml").error
 
     def test_too_little_text_to_search_on(self, tiny: Path, out: Path, compress: Callable[..., Result]) -> None:
         greedy = compress("fit", tiny, "--bits", 3, "--out", out, *SMALL, "--set", "search.tokens=9000000")
