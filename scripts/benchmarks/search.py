@@ -70,6 +70,7 @@ LIKELY = 3  # uniform choices that are judged on all of the text, of those that 
 QUICK = (
     *("calibration.samples=16", "search.rounds=1", "search.tokens=4096", "search.table_tokens=512"),
     "search.evolve={generations: 2, offspring: 4, stages: [[1, 1024]]}",
+    *("passes.0.refine=0", "passes.0.search=false"),  # sizes do not hang on how well weights are rounded
 )
 PACES = {"choices": (1, 4, 16, 64), "tokens": (512, 2048, 8192), "blocks": (4, 8, 16)}
 
@@ -185,7 +186,7 @@ def sizes(options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
             evaluate=False,
             changes=QUICK,
         )
-        recipe = replace(recipe, passes=recipe.passes[:1])  # sizes do not hang on training
+        recipe = replace(recipe, passes=recipe.passes[:1])  # nor on training
         out = place / f"size{bits}"
         report = run(recipe, options.model, out, verify=False)
         got = sum(file.stat().st_size for file in out.glob("*.safetensors*"))
