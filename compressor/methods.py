@@ -208,6 +208,8 @@ def formats(
 
 KINDS = (INTEGERS, "fp4", VECTORS)  # that a search may mix
 NEAR = 1.5  # bits above and below the mean that units may get
+WIDTHS = (2, 3, 4, 5, 6, 8)  # of integers, in a search
+LOWEST, HIGHEST = 3.5, 6  # bits up to which, and from which on, there are always options to choose among
 SEVERAL_GROUPS = 4  # bits of integers, and fewer, that come in groups of several sizes
 
 
@@ -222,7 +224,8 @@ def ladder(kinds: Sequence[str], bits: float, ignore: Sequence[str]) -> list[dic
             raise RecipeError(f"--using {kind}: no such numbers to mix; {suggestion(kind, list(KINDS))}")
     found: list[dict[str, Any]] = []
     if INTEGERS in kinds:
-        near = [n for n in (2, 3, 4, 5, 6, 8) if bits - NEAR <= n <= max(bits + NEAR, 3.5) or n == 8 < bits + NEAR]
+        above = min((n for n in WIDTHS if n >= bits), default=max(WIDTHS))  # without it the mean would stay below
+        near = [n for n in WIDTHS if min(bits - NEAR, HIGHEST) <= n <= max(bits + NEAR, LOWEST) or n == above]
         sizes = {n: (128, 64, 32) if n <= SEVERAL_GROUPS else (128,) for n in near}
         options = [{"format": "int_group", "bits": n, "group_size": size} for n in near for size in sizes[n]]
         found.append({"pass": "gptq", "options": options})

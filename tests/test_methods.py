@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from compressor import api
+from compressor import api, methods, registry
 from compressor.errors import RecipeError
 from compressor.methods import METHODS
 from compressor.registry import describe
@@ -204,3 +204,14 @@ def test_one_that_reads_text_is_refused_where_none_may_be_read(method: str) -> N
 def test_a_misspelt_one_is_suggested() -> None:
     with pytest.raises(RecipeError, match="did you mean `learned`"):
         api.quantize_recipe(4, method="learnd")
+
+
+@pytest.mark.parametrize("bits", [n / 10 for n in range(22, 81)])
+def test_a_search_among_integers_has_options_on_both_sides(bits: float) -> None:
+    """Else a mean of so many bits could not be come near to."""
+    options = [
+        registry.build("format", spec) for step in methods.ladder(["int"], bits, []) for spec in step.get("options", ())
+    ]
+    sizes = [option.stored_bits((1024, 1024)) / 1024**2 for option in options]
+    assert min(sizes) <= bits <= max(sizes)
+    assert len({option.bits for option in options}) > 1
