@@ -72,7 +72,7 @@ QUICK = (
     "search.evolve={generations: 2, offspring: 4, stages: [[1, 1024]]}",
     *("passes.0.refine=0", "passes.0.search=false"),  # sizes do not hang on how well weights are rounded
 )
-PACES = {"choices": (1, 4, 16, 64), "tokens": (512, 2048, 8192), "blocks": (4, 8, 16)}
+PACES = {"choices": (1, 4, 16), "tokens": (512, 1024, 4096), "blocks": (4, 16)}
 
 
 def silent(event: Event) -> None:
@@ -245,7 +245,7 @@ def pace(options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
     """Choices that are scored in a minute, one thing varied at a time."""
     base = json.loads((options.model / "config.json").read_text())
     rows = []
-    usual = {"choices": 16, "tokens": 2048, "blocks": 8}
+    usual = {"choices": 16, "tokens": 1024, "blocks": 8}
     for axis, values in PACES.items():
         for value in values:
             case = {**usual, axis: value}
