@@ -41,6 +41,8 @@ T = TypeVar("T")
 PROGRAMMES, EVOLUTION = "successive programmes", "evolution"
 BEFORE, AGAIN = "before", ", levels made again"  # the choice that levels are made again around; of the names of contestants
 REBUILDING = 4.0  # making levels again, and writing the model after it, takes at most this many times what levels took
+TEXT = 0.1  # of the time that is left, at most, goes into what the dense model says of the text
+FEW = 4  # samples at least, for each process
 NEXT = 2  # levels on each side of it
 
 
@@ -194,7 +196,12 @@ class Ground:
         resident = fits_in_memory(job) if settings.resident is None else settings.resident
         with opened(job.source, resident=resident) as model:
             kept = int(SHARE * available_memory(job.source.device)) if resident else 0
-            fitness = Fitness(job.source, model, among, self.text_NS, ranks, kept)
+            text_NS = self.text_NS
+            if math.isfinite(self.clock.left()):  # what the dense model says of all of it may take longer than there is time
+                few = Fitness(job.source, model, among, text_NS[: FEW * ranks.world], ranks)
+                able = max(FEW * ranks.world, TEXT * self.clock.left() / few.pace)
+                text_NS = text_NS[: int(ranks.agree(trail.once("samples", settings.minutes, able)))]
+            fitness = Fitness(job.source, model, among, text_NS, ranks, kept)
             clock = self.clock.keeping(writing + JUDGING * self.judged / fitness.seq_len * fitness.pace)
             full = TRAINING * self.training * fitness.pace
             share = max(0.0, min(1.0, TRAINED * clock.left() / full)) if full else 1.0
