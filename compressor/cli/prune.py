@@ -23,7 +23,7 @@ def prune(
         str,
         typer.Option(
             help="width (channels and heads, keeps more quality), depth (blocks, faster at small batches) or sublayers "
-            "(attentions and MLPs one by one, keeps more than depth; only compressor.load reads the result)."
+            "(attentions and MLPs one by one: more to choose among, but only compressor.load reads the result)."
         ),
     ] = "width",
     score: Annotated[

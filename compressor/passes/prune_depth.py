@@ -1,8 +1,8 @@
 """Fewer blocks, or attentions and MLPs: those go without which the model's predictions stay nearest to what they were.
 
-Without whole blocks the result is of the same architecture, which stock software loads; without single attentions and MLPs it
-loses less, and our loader reads it. Which go is searched for (successive integer programmes and evolution, compressor/search)
-from the better of two rules; they can also be taken by themselves.
+Without whole blocks the result is of the same architecture, which stock software loads; what does without single attentions
+and MLPs, which are more to choose among, only our loader reads. Which go is searched for (successive integer programmes and
+evolution, compressor/search) from the better of two rules; they can also be taken by themselves.
 """
 
 import hashlib
@@ -11,24 +11,23 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.depth import STAYS, Depth, Parts, even, least, turns
 from compressor.pruning.shapes import Of, parameters
-from compressor.pruning.stage import Work
+from compressor.pruning.stage import PruningPass, Work
 from compressor.recipe import Evolve, Search
 from compressor.registry import node
 from compressor.search.allocate import Budget
 from compressor.search.clock import Clock
 from compressor.search.find import Contestant, Trail, fits_in_memory, improve
 from compressor.search.fitness import Fitness, opened
-from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 
 @node
-class PruneDepth:
+class PruneDepth(PruningPass):
     """Args:
     ratio: Share of the parameters that goes, at least.
     of: What it counts: the whole model, embeddings included, or its blocks.
@@ -46,12 +45,6 @@ class PruneDepth:
         table_tokens=4096,
         evolve=Evolve(generations=30, offspring=16, stages=((4, 2048), (1, 8192)), patience=5),
     )
-    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
-    options: ClassVar[tuple[Format, ...]] = ()
-    chooses: ClassVar[bool] = False
-    two_streams: ClassVar[bool] = False
-    together: ClassVar[bool] = False
-    sensitivity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -61,13 +54,6 @@ class PruneDepth:
     def label(self) -> str:
         """File-name safe."""
         return f"shorten{100 * self.ratio:g}" if self.ratio else ""
-
-    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """None: a block that goes is never read."""
-        return {}
-
-    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        return Outcome({}, {})
 
     def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
         """Without the first found that is small enough."""

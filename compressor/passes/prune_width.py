@@ -7,27 +7,26 @@ with which the model's predictions stay nearest to what they were.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from compressor.model.memory import available_memory
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.parts import find_parts
 from compressor.pruning.shapes import Of, Shape, parameters, shapes
-from compressor.pruning.stage import Work
+from compressor.pruning.stage import PruningPass, Work
 from compressor.pruning.widths import Way, Widths, sweep
 from compressor.registry import node
 from compressor.search.find import SHARE, fits_in_memory
 from compressor.search.fitness import Fitness, opened
 from compressor.search.levels import LevelDB
-from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 
 @node
-class PruneWidth:
+class PruneWidth(PruningPass):
     """Args:
     ratio: Share of the parameters that goes.
     of: What it counts: the whole model, embeddings included, its blocks, or their MLPs, which alone are then pruned.
@@ -48,12 +47,6 @@ class PruneWidth:
     refit: bool = True
     damp: float = 0.01
     tokens: int = 16384
-    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
-    options: ClassVar[tuple[Format, ...]] = ()
-    chooses: ClassVar[bool] = False
-    two_streams: ClassVar[bool] = False
-    together: ClassVar[bool] = False
-    sensitivity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -73,13 +66,6 @@ class PruneWidth:
     def label(self) -> str:
         """File-name safe."""
         return f"prune{100 * self.ratio:g}" if self.ratio else ""
-
-    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """None: a block is narrower already when it is read."""
-        return {}
-
-    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        return Outcome({}, {})
 
     def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
         """The shapes of the first of those that are small enough, and whether it is the only one."""

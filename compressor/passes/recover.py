@@ -32,9 +32,8 @@ from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event
 from compressor.pruning.shapes import parameters
-from compressor.pruning.stage import Work
+from compressor.pruning.stage import PruningPass, Work
 from compressor.registry import node
-from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 WARM = 0.05  # of the steps, in which the learning rate rises
 OFTEN = 20  # steps after which a training is put down, so that one that is broken off goes on from there
@@ -43,7 +42,7 @@ LOSSES = "losses"  # of all steps, beside the tensors
 
 
 @node
-class Recover:
+class Recover(PruningPass):
     """Put it behind what prunes. It needs the pruned model in memory, in float32.
 
     Args:
@@ -62,12 +61,6 @@ class Recover:
     norms: bool = True
     seed: int = 0
     label: ClassVar[str] = ""
-    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
-    options: ClassVar[tuple[Format, ...]] = ()
-    chooses: ClassVar[bool] = False
-    two_streams: ClassVar[bool] = False
-    together: ClassVar[bool] = False
-    sensitivity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "rank"):
@@ -75,13 +68,6 @@ class Recover:
                 raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
         if not 0 < self.lr <= 1:
             raise ValueError(f"lr: {self.lr} is not above 0 and at most 1")
-
-    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """None: nothing is done to blocks as they are compressed."""
-        return {}
-
-    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        return Outcome({}, {})
 
     def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
         """No shape changes."""

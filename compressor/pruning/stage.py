@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,8 +16,9 @@ from compressor.model.rewritten import Prunes, Rewrites
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, Tell, open_stream
 from compressor.recipe import Recipe
+from compressor.registry import node
 from compressor.search.text import search_text
-from compressor.types import Pass
+from compressor.types import Accumulator, Block, Format, Outcome, Pass, Stats
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,26 @@ class Work:
     def text(self, tokens: int) -> Tensor:
         """Tokens [N, S], at least so many, that calibration does not read."""
         return search_text(self.recipe, tokens, self.source, self.calibration)
+
+
+@node
+class PruningPass:
+    """What passes have in common that work in this stage: nothing is left for them to do on single blocks."""
+
+    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
+    options: ClassVar[tuple[Format, ...]] = ()
+    chooses: ClassVar[bool] = False
+    two_streams: ClassVar[bool] = False
+    together: ClassVar[bool] = False
+    sensitivity: ClassVar[bool] = False
+
+    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
+        """None: the block is read as this stage has left it."""
+        return {}
+
+    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
+        """Nothing."""
+        return Outcome({}, {})
 
 
 def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:

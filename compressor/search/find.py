@@ -235,7 +235,7 @@ def around(units: Sequence[Unit], plan: Plan) -> dict[str, tuple[Option, ...]]:
         if gone and unit.name.startswith(gone):
             found[unit.name] = (GONE, *options[:NEXT])
             continue
-        at = options.index(plan[unit.name])  # type: ignore[arg-type]
+        at = next(at for at, option in enumerate(options) if option == plan[unit.name])
         found[unit.name] = (options[at], *options[max(0, at - NEXT) : at], *options[at + 1 : at + 1 + NEXT])
     return found
 
