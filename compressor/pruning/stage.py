@@ -1,10 +1,14 @@
 """The stage before compression in which passes make the model smaller, each the one that the last has left."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compressor.calibration.data import Samples
@@ -12,7 +16,8 @@ from compressor.calibration.hidden import keeping
 from compressor.calibration.stream import CalibrationStream
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError, RecipeError
-from compressor.model.rewritten import Prunes, Rewrites
+from compressor.model.journal import save
+from compressor.model.rewritten import Prunes, Rewrites, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, Tell, open_stream
 from compressor.recipe import Recipe
@@ -52,9 +57,44 @@ class Work:
         """The calibration stream before the first block."""
         return open_stream(self.job, self.calibration, keeping(self.recipe.calibration.on_disk), self.tell)
 
+    def once(self, name: str, settings: object, make: Callable[[Path], Mapping[str, Tensor]]) -> Path:
+        """A file of tensors that is made unless an interrupted run has left it.
+
+        Args:
+            name: What is in it.
+            settings: Of the pass, by which one of other settings is not taken for it.
+            make: Called on all ranks with a place for what it wants to put down on the way; the first rank's is kept.
+        """
+        known = hashlib.sha256(repr((sorted(self.known.items()), settings)).encode()).hexdigest()[:12]
+        file = self.place / f"{name}-{known}.safetensors"
+        if self.ranks.first:
+            self.place.mkdir(parents=True, exist_ok=True)
+        if not self.ranks.agree(file.exists()):
+            made = make(file.with_suffix(".training"))
+            if self.ranks.first:
+                save(file, made)
+        self.ranks.barrier()
+        return file
+
     def text(self, tokens: int) -> Tensor:
         """Tokens [N, S], at least so many, that calibration does not read."""
         return search_text(self.recipe, tokens, self.source, self.calibration)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file that `Work.once` made."""
+    return dict(load_file(file))
+
+
+def stored(file: Path, names: Iterable[str], **others: Any) -> Rewriting:
+    """The change to tensors, by name on disk, that lie in such a file; `others` are fields of `Rewriting`."""
+    return Rewriting({name: partial(_read, file, name) for name in names}, **others)
+
+
+def _read(file: Path, name: str, old: Tensor) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        new: Tensor = opened.get_tensor(name)
+    return new.to(old.dtype)
 
 
 @node

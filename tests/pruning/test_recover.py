@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor import api
 from compressor.errors import RecipeError
-from compressor.passes.recover import Recover, _Training
+from compressor.pruning.training import Schedule, Training
 from compressor.recipe import make_recipe
 
 NARROW = {"pass": "prune_width", "ratio": 0.5, "of": "mlp", "multiple": 32}
@@ -72,11 +72,11 @@ def test_the_first_loss_is_that_of_the_pruned_model(tiny: Callable[..., Path], t
 
 
 def test_a_training_that_is_broken_off_goes_on_as_it_would_have(tmp_path: Path) -> None:
-    settings = Recover(steps=60, lr=0.1)
+    schedule = Schedule(steps=60, batch=8, lr=0.1, seed=0)
 
     def trained(file: Path | None, until: int) -> tuple[torch.Tensor, list[float]]:
         weight = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
-        training = _Training(settings, [weight], file)
+        training = Training(schedule, [weight], file)
         training.resume(training.kept())
         for _ in range(training.done, until):
             loss = (weight - torch.tensor([1.0, 1.0])).square().sum()
@@ -93,7 +93,7 @@ def test_a_training_that_is_broken_off_goes_on_as_it_would_have(tmp_path: Path) 
 
 def test_a_file_that_is_not_whole_counts_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"half of a file")
-    assert _Training(Recover(), [torch.nn.Parameter(torch.zeros(1))], tmp_path / "state").kept() == {}
+    assert Training(Schedule(60, 8, 0.1, 0), [torch.nn.Parameter(torch.zeros(1))], tmp_path / "state").kept() == {}
 
 
 def test_two_runs_are_equal(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:

@@ -1,0 +1,233 @@
+"""Training what pruning has left, or while it prunes, towards the original's predictions: KL(original || model) over the
+calibration text, and whatever a pass adds to that.
+
+Forward KL alone as in Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation", NeurIPS 2024,
+section 3. Gradients of a step are summed over ranks, so what comes out does not depend on their number but for rounding.
+A training is put down now and then, and goes on from there.
+
+Shape suffixes: N samples, B some of them, S sequence, D hidden, V vocabulary.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from compressor.errors import RecipeError
+from compressor.model.journal import sync, writing
+from compressor.model.source import ModelSource
+from compressor.pipeline import Event
+from compressor.pruning.stage import Work
+
+WARM = 0.05  # of the steps, in which the learning rate rises
+OFTEN = 20  # steps after which a training is put down
+TOGETHER = 2048  # tokens that go through the model together
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of AdamW.
+
+    Args:
+        steps: How many.
+        batch: Samples in each.
+        lr: Highest learning rate; it rises to that and falls to zero with a cosine.
+        seed: Of the order of samples.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"lr: {self.lr} is not above 0 and at most 1")
+
+
+class Training:
+    """Parameters on their way.
+
+    Args:
+        schedule: How many steps, how fast.
+        trained: What changes: parameters, or groups of them with learning rates of their own, as AdamW takes them.
+        file: Where it is put down; None does not.
+    """
+
+    def __init__(
+        self, schedule: Schedule, trained: Sequence[nn.Parameter] | Sequence[dict[str, Any]], file: Path | None
+    ) -> None:
+        self.schedule, self.file = schedule, file
+        self.optimizer = torch.optim.AdamW(trained, lr=schedule.lr, weight_decay=0.0)
+        self.losses: list[float] = []
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """All that changes."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return len(self.losses)
+
+    def kept(self) -> dict[str, Any]:
+        """What an interrupted training has left; nothing at the start."""
+        if self.file is None or not self.file.exists():
+            return {}
+        try:
+            found: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
+        except Exception:  # whatever torch's reader makes of it: the machine went down before all of it was on the disk
+            return {}
+        return found
+
+    def resume(self, kept: Mapping[str, Any]) -> None:
+        """Go on from there, with the learning rate as it was to become."""
+        if kept:
+            self.losses = list(kept["losses"])
+            self.optimizer.load_state_dict(kept["optimizer"])
+            with torch.no_grad():
+                for parameter, value in zip(self.trained, kept["trained"], strict=True):
+                    parameter.copy_(value)
+        steps = self.schedule.steps
+        warm = max(1, round(WARM * steps))
+        self.rates = get_cosine_schedule_with_warmup(self.optimizer, warm, steps, last_epoch=self.done - 1)
+
+    def step(self, loss: float) -> None:
+        """Follow the gradients, which are all there."""
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.rates.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss)
+        if self.file is not None and self.done % OFTEN == 0 and self.done < self.schedule.steps:
+            state = {
+                "losses": self.losses,
+                "optimizer": self.optimizer.state_dict(),
+                "trained": [p.detach() for p in self.trained],
+            }
+            new = self.file.with_suffix(".new")
+            with writing(new):
+                torch.save(state, new)
+                sync(new)
+                new.rename(self.file)
+
+
+class Lesson:
+    """The calibration text with what the original makes of it, as much of it as is this rank's.
+
+    Args:
+        work: The text, and where to compute.
+        head: Makes logits of hidden states.
+        targets: Hidden states [1, S, D] that leave the original's last block, by sample.
+    """
+
+    def __init__(self, work: Work, head: Callable[[Tensor], Tensor], targets: Mapping[int, Tensor]) -> None:
+        self.work, self.head, self.targets = work, head, targets
+        self.tokens_NS = work.calibration.tokens
+
+    @classmethod
+    @contextmanager
+    def opened(cls, work: Work) -> Iterator["Lesson"]:
+        """With the original's last hidden states made, and its head in memory while it is open."""
+        ranks, source, tokens_NS = work.ranks, work.source, work.calibration.tokens
+        mine = range(ranks.rank, len(tokens_NS), ranks.world)
+        original = ModelSource(source.path, source.device, source.dtype)
+        targets = dict(zip(mine, _finished(original, [tokens_NS[i : i + 1] for i in mine]), strict=True))
+        with original.head() as head:
+            yield cls(work, head, targets)
+
+    def backward(self, model: Callable[..., Any], step: int, schedule: Schedule) -> Tensor:
+        """Add the gradients of a step, of this rank's samples; the loss, fp64.
+
+        Args:
+            model: Of transformers, or what computes as one.
+            step: Tells the samples.
+            schedule: How many there are in a step, in which order.
+        """
+        source, tokens_NS = self.work.source, self.tokens_NS
+        order = random.Random(f"{schedule.seed}-{step}")
+        chosen = order.sample(range(len(tokens_NS)), min(schedule.batch, len(tokens_NS)))
+        loss = torch.zeros((), dtype=torch.float64, device=source.device)
+        for some in _pieces([i for i in chosen if i in self.targets], tokens_NS.shape[1]):
+            with _precision(source):
+                found_BSV = model(tokens_NS[some].to(source.device), use_cache=False).logits
+            with torch.no_grad():
+                wanted_BSV = self.head(torch.cat([self.targets[i] for i in some]).to(source.device)).float().log_softmax(-1)
+            lost = (wanted_BSV.exp() * (wanted_BSV - found_BSV.float().log_softmax(-1))).sum()
+            lost = lost / (len(chosen) * tokens_NS.shape[1])
+            lost.backward()
+            loss += lost.detach()
+        return loss
+
+
+def distil(
+    work: Work,
+    model: Callable[..., Any],
+    training: Training,
+    *,
+    penalty: Callable[[int], Tensor] | None = None,
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Take all steps that are left.
+
+    Args:
+        work: Text, ranks, who is told.
+        model: Of transformers, or what computes as one, with what is trained.
+        training: Its parameters; gone on with if it was broken off.
+        penalty: Added to the loss of a step, the same on every rank.
+        after: Called with the number of steps done after each; what it changes besides parameters has to follow from that
+            number and the parameters, for a training that goes on.
+
+    Raises:
+        RecipeError: the loss is no number.
+    """
+    schedule, ranks = training.schedule, work.ranks
+    training.resume(ranks.agree(training.kept()))
+    with Lesson.opened(work) as lesson:
+        for step in range(training.done, schedule.steps):
+            loss = lesson.backward(model, step, schedule)
+            if penalty is not None:
+                extra = penalty(step) / ranks.world
+                extra.backward()
+                loss += extra.detach().double()
+            for parameter in training.trained:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            ranks.sum_([loss, *(p.grad for p in training.trained if p.grad is not None)])
+            if not torch.isfinite(loss):
+                raise RecipeError(
+                    f"the loss of training step {step + 1} is {float(loss)}; lower lr, which is {schedule.lr:g}"
+                )
+            training.step(float(loss))
+            if after is not None:
+                after(step + 1)
+            work.tell(Event("train", step + 1, schedule.steps, error=float(loss)))
+
+
+@torch.no_grad()
+def _finished(source: ModelSource, batches: Sequence[Tensor]) -> list[Tensor]:
+    """What leaves the last block, on the CPU."""
+    states = source.first_inputs(batches)
+    for block in source.blocks():
+        states = [block.forward(x.to(source.device)).cpu() for x in states]
+    return states
+
+
+def _pieces(samples: Sequence[int], length: int) -> Iterator[list[int]]:
+    size = max(1, TOGETHER // length)
+    for first in range(0, len(samples), size):
+        yield list(samples[first : first + size])
+
+
+def _precision(source: ModelSource) -> AbstractContextManager[Any]:
+    """Products in bfloat16 unless the run computes in float32: gradients may be too small for float16. Weights stay."""
+    return torch.autocast(source.device.type, torch.bfloat16, enabled=source.dtype != torch.float32)
