@@ -261,6 +261,7 @@ def prune_recipe(
     *,
     of: str = "model",
     by: str = "width",
+    layout: str = "uniform",
     score: str | None = None,
     heads: bool = True,
     multiple: int | None = None,
@@ -279,6 +280,7 @@ def prune_recipe(
         ratio: Share of the parameters that goes.
         of: What it counts: `model`, `blocks` or `mlp`.
         by: `width`: channels and heads; `depth`: blocks; `sublayers`: attentions and MLPs.
+        layout: `uniform`: every block of the same shape; `per-layer`: each with widths of its own; of width.
         score: Which of them go first: a score of `prune_width`, a way of `prune_depth`. None takes the best.
         heads: Whether groups of heads may go; of width.
         multiple: Of which the number of channels stays one; None takes what suits their number.
@@ -296,10 +298,13 @@ def prune_recipe(
     """
     if by not in ("width", "depth", "sublayers"):
         raise RecipeError(f"--by {by}: width, depth or sublayers")
-    if by != "width" and (multiple is not None or not heads or of == "mlp"):
-        raise RecipeError(f"--by {by}: what goes, goes as a whole; --multiple, --no-heads and --of mlp are for --by width")
+    if by != "width" and (multiple is not None or not heads or of == "mlp" or layout != "uniform"):
+        raise RecipeError(
+            f"--by {by}: what goes, goes as a whole; --multiple, --no-heads, --layout and --of mlp are for --by width"
+        )
     step: dict[str, Any] = {"pass": "prune_width" if by == "width" else "prune_depth", "ratio": ratio, "of": of}
-    step |= {"heads": heads, "multiple": multiple} if by == "width" else {"parts": "blocks" if by == "depth" else by}
+    width = {"heads": heads, "multiple": multiple, "layout": layout}
+    step |= width if by == "width" else {"parts": "blocks" if by == "depth" else by}
     step |= {} if score is None else {"score" if by == "width" else "by": score}
     quantized: list[dict[str, Any]] = []
     if bits is not None:

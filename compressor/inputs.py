@@ -44,7 +44,8 @@ def open_model(
     Reads headers only, unless a pass changes the whole model.
     """
     source = ModelSource(model, device, computation_dtype(device, dtype, model))
-    dense = source.absent and not source.packed() and not source.hadamard and source.cache is None
+    shaped = source.absent or source.widths
+    dense = shaped and not source.packed() and not source.hadamard and source.cache is None
     if "quantization_config" in source.raw_config and not dense:
         method = source.raw_config["quantization_config"].get("quant_method")
         raise SourceError(f"{model}: already quantized ({method}); compress the original model instead")

@@ -65,6 +65,7 @@ class Inspection:
     kv_cache: str | None  # what keys and values are rounded to
     turned: int  # layers whose activations are turned by a Hadamard matrix at run time
     absent: int  # attentions and MLPs that it does without
+    uneven: bool  # blocks have widths of their own
     kinds: tuple[Kind, ...]
     tensors: tuple[Parameter, ...]
     runtimes: tuple[Runtime, ...]
@@ -107,6 +108,7 @@ def inspect_model(path: Path) -> Inspection:
         kv_cache=source.cache.kv_cache if source.cache is not None else None,
         turned=len(source.hadamard),
         absent=len(source.absent),
+        uneven=bool(source.widths),
         kinds=kinds,
         tensors=tensors,
         runtimes=runtimes(source),

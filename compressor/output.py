@@ -46,9 +46,10 @@ def write_model(
         next((option for option in plan.values() if isinstance(option, CacheRounding)), None),
         source.hadamard,
         source.absent,
+        source.widths,
     )
     kernels = write_kernels(workspace, layouts_of(formats, source))
-    packed = {"quantization_config": entry} if formats or source.absent or source.hadamard else {}
+    packed = {"quantization_config": entry} if formats or source.peculiar else {}
     packed |= {sources.CONFIG_KEY: kernels} if formats else {}
     config = json.dumps({**source.raw_config, **packed}, indent=2) + "\n"
     workspace.write_text("config.json", config)

@@ -37,7 +37,8 @@ def inspect(
     cache = f", cache in {found.kv_cache}" if found.kv_cache is not None else ""
     turned = f", activations of {found.turned} layers turned" if found.turned else ""
     absent = f", without {found.absent} attentions and MLPs" if found.absent else ""
-    title = f"{model}: {found.model_type}, {found.blocks} blocks, {found.layout}{cache}{turned}{absent}"
+    narrow = ", blocks with widths of their own" if found.uneven else ""
+    title = f"{model}: {found.model_type}, {found.blocks} blocks, {found.layout}{cache}{turned}{absent}{narrow}"
     print_table(title, ("kind", "weights", "size", "share", "bits per weight"), rows)
     if tensors:
         sys.stdout.writelines(_describe(found, tensor) for tensor in found.tensors)

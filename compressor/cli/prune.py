@@ -26,6 +26,13 @@ def prune(
             "(attentions and MLPs one by one: more to choose among, but only compressor.load reads the result)."
         ),
     ] = "width",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="uniform: every block has the same shape, which any software reads; per-layer: each has widths of its own, "
+            "found by search, which keeps more, but only compressor.load reads the result."
+        ),
+    ] = "uniform",
     score: Annotated[
         str,
         typer.Option(
@@ -76,8 +83,8 @@ def prune(
 ) -> None:
     """Take parameters away from MODEL: what is left is smaller and faster.
 
-    Every block keeps the same shape, so the result loads wherever the original does, but for --by sublayers. What remains
-    is fitted to the original's own outputs; --recover trains it too.
+    Every block keeps the same shape, so the result loads wherever the original does, but for --by sublayers and --layout
+    per-layer. What remains is fitted to the original's own outputs; --recover trains it too.
 
     Example: `compress prune --ratio 0.25 model/`, or `compress prune --ratio 0.25 --recover 300 --bits 4 model/`
     """
@@ -88,6 +95,7 @@ def prune(
         ratio,
         of=of,
         by=by,
+        layout=layout,
         score=score or None,
         heads=heads,
         multiple=multiple,

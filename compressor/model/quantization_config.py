@@ -31,6 +31,7 @@ COMPRESSED_TENSORS, OWN = "compressed-tensors", "compressor"
 CACHE = "kv_cache_scheme"
 HADAMARD = "hadamard"
 ABSENT = "absent"
+WIDTHS = "widths"
 STOCK_NEEDS = {
     COMPRESSED_TENSORS: ("compressed-tensors",),
     GPTQ: ("optimum", "gptqmodel"),
@@ -59,6 +60,7 @@ def write(
     cache: CacheRounding | None = None,
     hadamard: Blocks = MappingProxyType({}),
     absent: Set[str] = frozenset(),
+    widths: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The entry for a model.
 
@@ -69,19 +71,20 @@ def write(
         cache: How keys and values are rounded, if they are.
         hadamard: Layers whose activations are turned, by full name: transformers passes over what other layouts say of such.
         absent: Sub-layers that the model does without, by full name, which others know nothing of.
+        widths: Sub-layers that are narrower than the config says, by full name; as little.
     """
     scheme = None if cache is None else cache.scheme()
     distinct: dict[Format, list[str]] = {}
     for layer, fmt in formats.items():
         distinct.setdefault(fmt, []).append(layer)
-    plain = not hadamard and not absent and not set(transposed) & set(formats)
+    plain = not hadamard and not absent and not widths and not set(transposed) & set(formats)
     first = next(iter(distinct), None)
     if plain and len(distinct) == 1 and isinstance(first, GptqInt) and first.portable and cache is None:
         return write_gptq(first, formats, linears)
     schemes = {fmt: fmt.compressed_tensors() for fmt in distinct}
     if not plain or None in schemes.values():
         layers = {layer: registry.describe(fmt) for layer, fmt in formats.items()}
-        more = {CACHE: scheme, HADAMARD: dict(hadamard), ABSENT: sorted(absent)}
+        more = {CACHE: scheme, HADAMARD: dict(hadamard), ABSENT: sorted(absent), WIDTHS: dict(widths)}
         return {"quant_method": OWN, "version": 1, "layers": layers, **{key: entry for key, entry in more.items() if entry}}
     groups = {
         f"group_{i}": {
@@ -176,6 +179,20 @@ def absent_sublayers(config: Mapping[str, Any], where: str) -> frozenset[str]:
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{ABSENT}: {names!r} is no list of names")
     return frozenset(names)
+
+
+def sublayer_widths(config: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Heads of keys and values, or channels, of sub-layers that have fewer than the config says, by full name.
+
+    Raises:
+        SourceError: they are not said so.
+    """
+    quantization = config.get("quantization_config") or {}
+    widths = quantization.get(WIDTHS, {}) if quantization.get("quant_method") == OWN else {}
+    with _readable(where):
+        if not isinstance(widths, dict) or not all(type(count) is int for count in widths.values()):
+            raise ValueError(f"{WIDTHS}: {widths!r} is no number for each name")
+    return dict(widths)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,8 @@ class Rewriting:
         hadamard: Layers whose activations are turned from now on (compressor/hadamard.py), by full name.
         shapes: By name on disk, where they are others.
         removed: Names that are no longer there.
-    absent: Sub-layers that the model does without from now on (compressor/absent.py), by full name.
+        absent: Sub-layers that the model does without from now on (compressor/absent.py), by full name.
+        widths: All sub-layers that are narrower than the config says (compressor/narrow.py), by full name; None: as before.
     """
 
     tensors: Mapping[str, Callable[[Tensor], Tensor]]
@@ -47,6 +48,7 @@ class Rewriting:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     removed: Set[str] = frozenset()
     absent: Set[str] = frozenset()
+    widths: Mapping[str, int] | None = None
 
 
 @runtime_checkable

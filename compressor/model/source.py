@@ -33,8 +33,9 @@ from compressor.model.architecture import check_config, decoder_blocks, linear_l
 from compressor.model.checkpoint import Checkpoint, read_config
 from compressor.model.names import checkpoint_names
 from compressor.model.packed import PackedLayers
-from compressor.model.quantization_config import absent_sublayers, cache_rounding, turned_layers
+from compressor.model.quantization_config import absent_sublayers, cache_rounding, sublayer_widths, turned_layers
 from compressor.model.rewritten import Rewriting, Rewritten
+from compressor.narrow import narrow
 from compressor.types import Arguments, Block, Format, QuantizedTensor
 
 Kept = TypeVar("Kept")
@@ -58,6 +59,10 @@ class ModelSource:
         self.model = skeleton(path, dtype, self.config_changes)
         self.absent = absent_sublayers(self.raw_config, str(path)).union(*(rewriting.absent for rewriting in rewritings))
         leave_out(self.model, self.absent, str(path))
+        self.widths = sublayer_widths(self.raw_config, str(path))
+        for rewriting in rewritings:
+            self.widths = self.widths if rewriting.widths is None else dict(rewriting.widths)
+        narrow(self.model, self.widths, str(path))
         self.prefix, self.layers = decoder_blocks(self.model)
         self.packing = PackedLayers(path, self.raw_config, self.checkpoint)
         self.cache = cache_rounding(self.raw_config, str(path))
@@ -72,6 +77,11 @@ class ModelSource:
     def rewritten(self, rewriting: Rewriting) -> "ModelSource":
         """The model as it is after one more change."""
         return ModelSource(self.path, self.device, self.dtype, (*self.rewritings, rewriting))
+
+    @property
+    def peculiar(self) -> bool:
+        """Whether its config alone, without an entry of ours, would make transformers build another model."""
+        return bool(self.hadamard or self.absent or self.widths)
 
     @property
     def vocab_size(self) -> int:

@@ -5,24 +5,19 @@ and MLPs, which are more to choose among, only our loader reads. Which go is sea
 evolution, compressor/search) from the better of two rules; they can also be taken by themselves.
 """
 
-import hashlib
-import math
-import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.depth import STAYS, Depth, Parts, even, least, turns
-from compressor.pruning.shapes import Of, parameters
+from compressor.pruning.searching import BRIEF, searched
+from compressor.pruning.shapes import Of, going, parameters
 from compressor.pruning.stage import PruningPass, Work
-from compressor.recipe import Evolve, Search
+from compressor.recipe import Search
 from compressor.registry import node
-from compressor.search.allocate import Budget
-from compressor.search.clock import Clock
-from compressor.search.find import Contestant, Trail, fits_in_memory, improve
+from compressor.search.find import Contestant, fits_in_memory
 from compressor.search.fitness import Fitness, opened
 
 
@@ -40,11 +35,7 @@ class PruneDepth(PruningPass):
     of: Of = "model"
     parts: Parts = "blocks"
     by: Literal["search", "cosine", "even"] = "search"
-    search: Search = Search(
-        tokens=16384,
-        table_tokens=4096,
-        evolve=Evolve(generations=30, offspring=16, stages=((4, 2048), (1, 8192)), patience=5),
-    )
+    search: Search = BRIEF
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -60,24 +51,20 @@ class PruneDepth(PruningPass):
         if not self.ratio:
             return None, True
         levels = Depth(source, self.parts)
-        choice = levels.enough(self._going(source), lambda count: even(len(levels.units), count))
+        choice = levels.enough(going(source, self.ratio, self.of), lambda count: even(len(levels.units), count))
         return levels.without(choice), self.parts == "blocks"
-
-    def _going(self, source: ModelSource) -> int:
-        """Parameters that have to go."""
-        return math.ceil(self.ratio * parameters(source, self.of))
 
     def prune(self, work: Work) -> Pruned:
         """Take blocks, or parts of them, away."""
         source, before = work.source, parameters(work.source)
         if not self.ratio:
             return Pruned(None, {"pass": "prune_depth", "parameters": [before, before]})
-        levels, going = Depth(source, self.parts), self._going(source)
-        ways = {"even": levels.enough(going, lambda count: even(len(levels.units), count))}
+        levels, wanted = Depth(source, self.parts), going(source, self.ratio, self.of)
+        ways = {"even": levels.enough(wanted, lambda count: even(len(levels.units), count))}
         if self.by != "even":
             turned = turns(work.job, work.stream(), self.parts, work.tell)
-            ways["cosine"] = levels.enough(going, lambda count: least(turned, count))
-        contestants = self._searched(work, levels, going, ways) if self.by == "search" else []
+            ways["cosine"] = levels.enough(wanted, lambda count: least(turned, count))
+        contestants = self._searched(work, levels, wanted, ways) if self.by == "search" else []
         choice = min(contestants, key=lambda one: one.kl).choice if contestants else ways[self.by]
         rewriting = levels.without(choice)
         gone = [unit for unit, level in zip(levels.units, choice, strict=True) if level != STAYS]
@@ -89,28 +76,14 @@ class PruneDepth(PruningPass):
         }
         return Pruned(rewriting, report)
 
-    def _searched(self, work: Work, levels: Depth, going: int, ways: Mapping[str, tuple[int, ...]]) -> list[Contestant]:
+    def _searched(self, work: Work, levels: Depth, wanted: int, ways: Mapping[str, tuple[int, ...]]) -> list[Contestant]:
         """Everything on the way to the best choice that the search found."""
         source = work.source
         costs = [[0, unit.weights] for unit in levels.units]
-        weights = sum(unit.weights for unit in levels.units)
-        budget = Budget({"bits": costs}, {"bits": weights - going})
-        resident = fits_in_memory(work.job)
-        with opened(source, resident=resident) as model:
+        limit = sum(unit.weights for unit in levels.units) - wanted
+        with opened(source, resident=fits_in_memory(work.job)) as model:
             fitness = Fitness(source, model, levels, work.text(self.search.tokens), work.ranks)
-            clock = Clock.of(None, time.monotonic(), work.ranks)
-            trail = Trail(self._trail(work))
-            trail.steps = work.ranks.agree(trail.steps)
-            settings = replace(self.search, radii=(1,))
-            return improve(ways, weights, budget, fitness, settings, trail, clock=clock, tell=work.tell)
-
-    def _trail(self, work: Work) -> Path | None:
-        """Where the steps of the search are put down, so that one that is broken off goes on."""
-        if not work.ranks.first:
-            return None
-        work.place.mkdir(parents=True, exist_ok=True)
-        known = hashlib.sha256(repr((sorted(work.known.items()), self)).encode()).hexdigest()[:12]
-        return work.place / f"search-{known}.jsonl"
+            return searched(work, fitness, ways, costs, limit, replace(self.search, radii=(1,)))
 
 
 EXPORT = PruneDepth

@@ -7,7 +7,7 @@ with which the model's predictions stay nearest to what they were.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Literal
@@ -15,10 +15,13 @@ from typing import Literal
 from compressor.model.memory import available_memory
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
-from compressor.pruning.parts import find_parts
-from compressor.pruning.shapes import Of, Shape, parameters, shapes
+from compressor.pruning.allocation import allocated, called, ladders
+from compressor.pruning.parts import find_all
+from compressor.pruning.searching import BRIEF
+from compressor.pruning.shapes import Of, Shape, going, parameters, shapes
 from compressor.pruning.stage import PruningPass, Work
 from compressor.pruning.widths import Way, Widths, sweep
+from compressor.recipe import Search
 from compressor.registry import node
 from compressor.search.find import SHARE, fits_in_memory
 from compressor.search.fitness import Fitness, opened
@@ -36,7 +39,10 @@ class PruneWidth(PruningPass):
         by itself.
     refit: Fit the rest to the model's own outputs; false only with scores.
     damp: Of the fit: added to the diagonal of the second moments, in parts of its mean.
-    tokens: That shapes are compared on, besides those of calibration.
+    layout: `uniform`: every block has the same shape, which stock software reads; `per-layer`: every block gets widths of its
+        own by search, which loses less and only our loader reads.
+    search: How to search, and with `tokens` on how much text, besides that of calibration, shapes are compared;
+        `minutes` is of no effect here.
     """
 
     ratio: float
@@ -46,7 +52,8 @@ class PruneWidth(PruningPass):
     score: Literal["obs", "wanda", "flap", "cfsp", "magnitude"] = "obs"
     refit: bool = True
     damp: float = 0.01
-    tokens: int = 16384
+    layout: Literal["uniform", "per-layer"] = "uniform"
+    search: Search = BRIEF
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -55,8 +62,6 @@ class PruneWidth(PruningPass):
             raise ValueError(f"multiple: {self.multiple} is not a positive number")
         if self.damp <= 0:
             raise ValueError(f"damp: {self.damp} is not a positive number")
-        if self.tokens < 1:
-            raise ValueError(f"tokens: {self.tokens} is not a positive number")
         if not self.refit and self.score == "obs":
             raise ValueError(
                 "refit: `obs` chooses units by what they cost after the fit; name another score to do without it"
@@ -67,62 +72,79 @@ class PruneWidth(PruningPass):
         """File-name safe."""
         return f"prune{100 * self.ratio:g}" if self.ratio else ""
 
+    def _shapes(self, source: ModelSource) -> list[Shape]:
+        """Those that are the same in every block and small enough."""
+        stock = self.layout == "uniform"
+        return shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple, stock=stock)
+
     def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
-        """The shapes of the first of those that are small enough, and whether it is the only one."""
+        """The first of the shapes that are small enough, and whether there is no other."""
         if not self.ratio:
             return None, True
-        found = shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple)
-        new: dict[str, tuple[int, ...]] = {}
-        for block in (source.block(index, load=False) for index in range(len(source.layers))):
-            for part in find_parts(source, block):
-                keep = found[0].keep[part.name]
-                for name, rows in part.rows.items():
-                    at = f"{block.prefix}.{name}"
-                    stored = source.names[at if at in source.names else f"{at}.weight"]
-                    new[stored] = (keep * rows, *source.checkpoint.headers[stored].shape[1:])
-                stored = source.names[f"{block.prefix}.{part.writer}.weight"]
-                new[stored] = (source.checkpoint.headers[stored].shape[0], keep * part.columns)
-        return Rewriting({}, config=found[0].config, shapes=new), len(found) == 1
+        found, new, keep = self._shapes(source), {}, {}
+        for name, (block, part) in find_all(source).items():
+            keep[name] = found[0].keep[part.name]
+            for parameter, rows in part.rows.items():
+                at = f"{block.prefix}.{parameter}"
+                stored = source.names[at if at in source.names else f"{at}.weight"]
+                new[stored] = (keep[name] * rows, *source.checkpoint.headers[stored].shape[1:])
+            stored = source.names[f"{block.prefix}.{part.writer}.weight"]
+            new[stored] = (source.checkpoint.headers[stored].shape[0], keep[name] * part.columns)
+        sure = len(found) == 1 and self.layout == "uniform"
+        return replace(self._changed(found[0], keep), shapes=new), sure
+
+    def _changed(self, shape: Shape, keep: Mapping[str, int]) -> Rewriting:
+        """What says that so many units of every part stay: the config, or more than that."""
+        return Rewriting({}, config=shape.config) if self.layout == "uniform" else Rewriting({}, widths=keep)
 
     def prune(self, work: Work) -> Pruned:
-        """Narrow the model: first in all shapes that are small enough, then in the best of them by itself."""
+        """Narrow the model: first in more widths than it will have, then in the best of them by themselves."""
         before = parameters(work.source)
         if not self.ratio:
             return Pruned(None, {"pass": "prune_width", "parameters": [before, before]})
-        found = shapes(work.source, self.ratio, self.of, heads=self.heads, multiple=self.multiple)
-        losses = self._losses(work, found) if len(found) > 1 else [0.0]
-        best = found[min(range(len(found)), key=losses.__getitem__)]
-        with self._made(work, [best], "widths") as widths:
-            choice = widths.uniform(best.keep)
-            rewriting = replace(widths.rewriting(choice), config=best.config)
-            tried = [{"keep": dict(shape.keep), "kl": kl} for shape, kl in zip(found, losses, strict=True)]
+        found = self._shapes(work.source)
+        each = [{name: shape.keep[part.name] for name, (_, part) in find_all(work.source).items()} for shape in found]
+        tried = [(called(shape.keep), keep, 0.0) for shape, keep in zip(found, each, strict=True)]
+        if len(found) > 1 or self.layout == "per-layer":
+            tried = self._tried(work, found)
+        name, keep, _ = min(tried, key=lambda one: one[2])
+        best = next((shape for shape in found if called(shape.keep) == name), found[0])
+        with self._made(work, {part: [count] for part, count in keep.items()}, "widths") as widths:
+            choice = tuple(0 for _ in widths.units)
+            changed = self._changed(best, keep)
+            rewriting = replace(widths.rewriting(choice), config=changed.config, widths=changed.widths)
             report = {
                 "pass": "prune_width",
-                "parameters": [before, best.parameters],
-                "keep": dict(best.keep),
-                "tried": tried if len(tried) > 1 else [],
+                "parameters": [before, parameters(work.source.rewritten(rewriting))],
+                "keep": dict(best.keep) if self.layout == "uniform" else keep,
+                "tried": [{"name": name, "kl": kl} for name, _, kl in tried] if len(tried) > 1 else [],
                 "parts": widths.describe(choice),
             }
             return Pruned(rewriting, report)
 
+    def _tried(self, work: Work, found: Sequence[Shape]) -> list[tuple[str, dict[str, int], float]]:
+        """What was compared: its name, the units of each part, how far predictions are from the model's in nats per token."""
+        text_NS, resident = work.text(self.search.tokens), fits_in_memory(work.job)
+        kept = int(SHARE * available_memory(work.source.device)) if resident else 0
+        wanted = ladders(work.source, found, self.ratio, self.multiple, uniform=self.layout == "uniform")
+        with self._made(work, wanted, "shapes") as widths, opened(work.source, resident=resident) as model:
+            fitness = Fitness(work.source, model, widths, text_NS, work.ranks, kept)
+            if self.layout == "per-layer":
+                ways = allocated(work, widths, found, going(work.source, self.ratio, self.of), self.search, fitness)
+                return [(one.name, widths.keep(one.choice), one.kl) for one in ways]
+            choices = [widths.uniform(shape.keep) for shape in found]
+            losses = fitness(choices, range(len(text_NS)))
+            return [(called(s.keep), widths.keep(c), kl) for s, c, kl in zip(found, choices, losses, strict=True)]
+
     @contextmanager
-    def _made(self, work: Work, found: Sequence[Shape], name: str) -> Iterator[Widths]:
-        """Every part in the widths of some shapes, nobody else writing there."""
+    def _made(self, work: Work, wanted: Mapping[str, Sequence[int]], name: str) -> Iterator[Widths]:
+        """Every part in some widths, nobody else writing there."""
         way = Way(self.score, self.refit, self.damp)
-        wanted = {part: sorted({shape.keep[part] for shape in found}) for part in found[0].keep}
-        known = {**work.known, "widths": hashlib.sha256(repr((way, wanted)).encode()).hexdigest()}
+        known = {**work.known, "widths": hashlib.sha256(repr((way, sorted(wanted.items()))).encode()).hexdigest()}
         levels = LevelDB(work.place / name, known)
         with levels.open() if work.ranks.first else nullcontext():
             sweep(work.job, work.stream, way, wanted, levels, work.tell)
             yield Widths(work.source, levels)
-
-    def _losses(self, work: Work, found: Sequence[Shape]) -> list[float]:
-        """How far the predictions of each shape are from the model's, in nats per token."""
-        text_NS, resident = work.text(self.tokens), fits_in_memory(work.job)
-        kept = int(SHARE * available_memory(work.source.device)) if resident else 0
-        with self._made(work, found, "shapes") as widths, opened(work.source, resident=resident) as model:
-            fitness = Fitness(work.source, model, widths, text_NS, work.ranks, kept)
-            return fitness([widths.uniform(shape.keep) for shape in found], range(len(text_NS)))
 
 
 EXPORT = PruneWidth

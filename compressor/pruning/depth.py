@@ -166,7 +166,13 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
         for key, entry in lists.items()
         if isinstance(entry, list) and len(entry) == len(choice) and key != "architectures" and "token" not in key
     }
-    return Rewriting({}, copies, {"num_hidden_layers": len(kept), **config}, removed=frozenset(removed))
+    widths = {
+        f"{source.prefix}.{new}.{part}": count
+        for new, old in enumerate(kept)
+        for part in SUBLAYERS
+        if (count := source.widths.get(f"{source.prefix}.{old}.{part}")) is not None
+    }
+    return Rewriting({}, copies, {"num_hidden_layers": len(kept), **config}, removed=frozenset(removed), widths=widths)
 
 
 def _parameters(source: ModelSource, index: int) -> Mapping[str, str]:

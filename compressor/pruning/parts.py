@@ -81,6 +81,7 @@ def find_parts(source: ModelSource, block: Block) -> list[Part]:
     heads = int(config["num_attention_heads"])
     groups = int(config.get("num_key_value_heads") or heads)
     query, key = (block.shape(f"{ATTENTION}.{name}_proj")[0] for name in "qk")
+    groups = source.widths.get(f"{block.prefix}.{ATTENTION}", groups)
     width = key // groups
     attention = {"q_proj": query // groups, "k_proj": width, "v_proj": width}
     channels = block.shape(f"{MLP}.down_proj")[1]
@@ -98,6 +99,12 @@ def find_parts(source: ModelSource, block: Block) -> list[Part]:
                     "is not known, so width cannot be taken from this model; `prune_depth` can make it smaller"
                 )
     return found
+
+
+def find_all(source: ModelSource) -> dict[str, tuple[Block, Part]]:
+    """The parts of all blocks by full name, in the order of computation; blocks on the meta device."""
+    blocks = [source.block(index, load=False) for index in range(len(source.layers))]
+    return {f"{block.prefix}.{part.name}": (block, part) for block in blocks for part in find_parts(source, block)}
 
 
 def _rows(block: Block, part: str, layers: Mapping[str, int]) -> dict[str, int]:

@@ -39,7 +39,19 @@ def parameters(source: ModelSource, of: Of = "model") -> int:
     return sum(math.prod(source.checkpoint.headers[stored].shape) for stored in counted)
 
 
-def shapes(source: ModelSource, ratio: float, of: Of, *, heads: bool, multiple: int | None) -> list[Shape]:
+def going(source: ModelSource, ratio: float, of: Of) -> int:
+    """Parameters that have to go."""
+    return math.ceil(ratio * parameters(source, of))
+
+
+def multiple_of(channels: int) -> int:
+    """What the number of channels stays a multiple of, where so many there are."""
+    return next(step for size, step in MULTIPLES if channels >= size)
+
+
+def shapes(
+    source: ModelSource, ratio: float, of: Of, *, heads: bool, multiple: int | None, stock: bool = True
+) -> list[Shape]:
     """Every split between heads and channels that leaves as much as it may, the most heads first.
 
     Args:
@@ -48,6 +60,7 @@ def shapes(source: ModelSource, ratio: float, of: Of, *, heads: bool, multiple: 
         of: What the ratio counts.
         heads: Whether groups of heads may go.
         multiple: Of which the number of channels has to be one; None takes what suits their number.
+        stock: Whether the model type has to take them; if not, its config does not say them.
 
     Raises:
         RecipeError: no shape is that small, or its model type allows none of them.
@@ -61,13 +74,13 @@ def shapes(source: ModelSource, ratio: float, of: Of, *, heads: bool, multiple: 
         )
     attention, mlp = found[0]
     cost = {part.name: len(blocks) * part.parameters(blocks[0]) for part in (attention, mlp)}
-    step = multiple or next(step for size, step in MULTIPLES if mlp.count >= size)
-    whole, going = parameters(source), math.ceil(ratio * parameters(source, of))
+    step = multiple or multiple_of(mlp.count)
+    whole, wanted = parameters(source), going(source, ratio, of)
     allowed, refused, smallest = [], "", 0
     for groups in range(attention.count, 0, -1) if heads and of != "mlp" else [attention.count]:
-        rest = going - (attention.count - groups) * cost[ATTENTION]
+        rest = wanted - (attention.count - groups) * cost[ATTENTION]
         channels = mlp.count if rest <= 0 else (mlp.count * cost[MLP] - rest) // cost[MLP] // step * step
-        config = changes(source, attention, groups, max(channels, min(step, mlp.count)))
+        config = changes(source, attention, groups, max(channels, min(step, mlp.count))) if stock else {}
         try:
             skeleton(source.path, torch.float32, {**source.config_changes, **config})
         except SourceError as error:

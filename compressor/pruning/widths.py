@@ -24,7 +24,7 @@ from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline import Event, Job, Tell
 from compressor.plan import describe_option
 from compressor.pruning.order import by_score, greedy
-from compressor.pruning.parts import Part, find_parts, spread
+from compressor.pruning.parts import Part, find_all, find_parts, spread
 from compressor.pruning.scores import SCORES, Seen
 from compressor.search.levels import Choice, Level, LevelDB, Unit
 from compressor.types import Block, Edits, Kept, Trial, dense
@@ -69,7 +69,7 @@ def sweep(
         job: The model; its passes are not used.
         open_stream: Makes a stream before the first block.
         way: How.
-        wanted: Numbers of units, by part.
+        wanted: Numbers of units, by part, full name.
         levels: Written by the first rank, read by all.
         tell: Called after each part.
     """
@@ -84,11 +84,11 @@ def sweep(
             name = f"{block.prefix}.{part.name}"
             if name not in known:
                 stats = stream.collect(block, [part.writer], (Hessian, Mean))
-                found = job.ranks.agree(list(way.widths(block, part, stats, wanted[part.name])) if job.ranks.first else [])
+                found = job.ranks.agree(list(way.widths(block, part, stats, wanted[name])) if job.ranks.first else [])
                 if job.ranks.first:
                     unit, edits = _unit(block, part, stats, found)
                     levels.add(unit, edits)
-            made = [levels.edits(name, n) for n in range(len(wanted[part.name]))] if job.ranks.first else []
+            made = [levels.edits(name, n) for n in range(len(wanted[name]))] if job.ranks.first else []
             block.install({part.writer: _mean(block, part, job.ranks.agree(made))})
             tell(Event("prune", index, total, name))
         if index < last:
@@ -153,8 +153,8 @@ class Widths:
 
     def __init__(self, source: ModelSource, levels: LevelDB) -> None:
         self.source, self.levels, self.units = source, levels, levels.units
-        blocks = [source.block(index, load=False) for index in range(len(source.layers))]
-        self.parts = {f"{block.prefix}.{part.name}": part for block in blocks for part in find_parts(source, block)}
+        found = find_all(source)
+        self.parts = {name: part for name, (_, part) in found.items()}
 
     def kept(self, unit: str, level: int) -> Tensor:
         """Units that stay [U]."""
@@ -182,6 +182,11 @@ class Widths:
         """What stays of each unit, and the error of its output, relative to that: plain data."""
         found = [(unit.name, unit.levels[at]) for unit, at in zip(self.units, choice, strict=True)]
         return [{"unit": name, **describe_option(level.option), "error": level.error} for name, level in found]
+
+    def keep(self, choice: Choice) -> dict[str, int]:
+        """How many units stay of each part, by full name."""
+        found = [(unit.name, unit.levels[at].option) for unit, at in zip(self.units, choice, strict=True)]
+        return {name: option.keep for name, option in found if isinstance(option, Kept)}
 
     def rewriting(self, choice: Choice) -> Rewriting:
         """The model with a level of each unit; its config stays."""

@@ -54,6 +54,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         from compressor.absent import leave_out
         from compressor.kv_cache import attach, attentions
         from compressor.model.source import ModelSource
+        from compressor.narrow import narrow
         from compressor.runtime.linear import StoredLinear, link
 
         files = kwargs.get("checkpoint_files")
@@ -62,6 +63,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         source = ModelSource(Path(files[0]).parent, torch.device("cpu"))
         self.quantization_config = PackedConfig.from_dict(source.raw_config["quantization_config"])
         leave_out(model, source.absent, str(source.path))
+        narrow(model, source.widths, str(source.path))
         for layer in source.packed():
             bias = getattr(model.get_submodule(layer), "bias", None)
             model.set_submodule(layer, StoredLinear(source.read_packed(layer, meta=True), bias))

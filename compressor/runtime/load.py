@@ -52,8 +52,8 @@ def load(
     source = ModelSource(directory, place, dtype)
     if dense or not source.packed():
         model = source.whole()
-        if source.hadamard or source.absent:  # a model that is saved without this computes something else
-            model.config.quantization_config = write({}, (), (), None, source.hadamard, source.absent)
+        if source.peculiar:  # a model that is saved without this computes something else
+            model.config.quantization_config = write({}, (), (), None, source.hadamard, source.absent, source.widths)
         return model
     kernel = _kernel(directory, source.raw_config.get(sources.CONFIG_KEY) or {}, place, kernel, trust_kernels)
     model = source.whole(lambda tensor, bias: packed_linear_module(tensor, bias, place, kernel))

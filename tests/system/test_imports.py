@@ -13,7 +13,7 @@ ROOT = Path(compressor.__file__).parent
 
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
-    ("types", "errors", "assets", "codes", "activations", "floats", "hadamard", "absent", "kv_cache", "magnitudes"),
+    ("types", "errors", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes"),
     ("_on_import",),
     ("kernels",),
     ("registry", "report", "report_html", "distributed"),

@@ -1,0 +1,54 @@
+"""The search of compressor/search, for what passes that prune have to choose."""
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from compressor.pruning.stage import Work
+from compressor.recipe import Evolve, Search
+from compressor.search.allocate import Budget
+from compressor.search.clock import Clock
+from compressor.search.find import Contestant, Trail, improve
+from compressor.search.fitness import Fitness
+from compressor.search.levels import Choice
+
+BRIEF = Search(
+    tokens=16384,
+    table_tokens=4096,
+    evolve=Evolve(generations=30, offspring=16, stages=((4, 2048), (1, 8192)), patience=5),
+)  # for few units
+
+
+def searched(
+    work: Work,
+    fitness: Fitness,
+    ways: Mapping[str, Choice],
+    costs: Sequence[Sequence[int]],
+    limit: int,
+    settings: Search,
+) -> list[Contestant]:
+    """Every choice on the way to the best one, judged on text that none was made on.
+
+    Args:
+        work: Where the steps are put down, so that a search that is broken off goes on, and who is told of them.
+        fitness: Of a choice.
+        ways: Choices to begin with, by name.
+        costs: Parameters, by unit, by level.
+        limit: Parameters that a choice may have.
+        settings: How to search; `minutes` is of no effect.
+    """
+    known = repr((sorted(work.known.items()), dict(ways), costs, limit, settings))
+    trail = Trail(_place(work, f"search-{hashlib.sha256(known.encode()).hexdigest()[:12]}.jsonl"))
+    trail.steps = work.ranks.agree(trail.steps)
+    clock = Clock.of(None, time.monotonic(), work.ranks)
+    weights, budget = sum(max(row) for row in costs), Budget({"bits": costs}, {"bits": limit})
+    return improve(ways, weights, budget, fitness, settings, trail, clock=clock, tell=work.tell)
+
+
+def _place(work: Work, name: str) -> Path | None:
+    """A file of the first rank's."""
+    if not work.ranks.first:
+        return None
+    work.place.mkdir(parents=True, exist_ok=True)
+    return work.place / name
