@@ -23,7 +23,7 @@ from compressor.search.fitness import Fitness
 from compressor.types import Kept
 
 WIDTHS = 8  # of a part, besides those of uniform shapes
-REACH = 2.5  # how far they go down, in parts of what goes on average
+REACH = 3  # how far they go down, in parts of what goes on average
 LEAST = 1 / 8  # of the units, that stay in the narrowest
 
 

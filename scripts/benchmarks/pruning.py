@@ -8,7 +8,7 @@ by `compress prune` and read back; the others are tried in memory with the width
 * Wanda-sp and magnitude: in every block the same; channels alone, or heads too, whichever loses less;
 * cosine: whole blocks that turn what passes them least.
 
-Exit status 1 if ours loses more than a share of what the best of the others loses.
+Exit status 1 if the best of ours, nothing trained, loses more than a share of what the best of the others loses.
 """
 
 import argparse
@@ -48,7 +48,12 @@ from compressor.types import Block, Trial
 
 MOST = 0.6  # of the KL divergence of the best of the others
 COARSE = 13.1  # temperature of CFSP's allocation: 131072 tokens over the 10^4 of its code
-OURS = ("width", "depth")
+OURS: Mapping[str, Mapping[str, Any]] = {
+    "width": {},
+    "depth": {"by": "depth"},
+    "per-layer": {"layout": "per-layer"},
+    "width, recovered": {"recover": 300},
+}
 
 
 @dataclass(frozen=True)
@@ -221,20 +226,20 @@ def contestants(
         depth.trial(unit.name, level, source.device, source.dtype) for unit, level in zip(depth.units, away, strict=True)
     ]
     seconds = {}
-    for by in OURS:
-        out, started = place / f"{by}{going}", time.monotonic()
+    for name in options.ours:
+        out, started = place / f"{name}{going}", time.monotonic()
         recipe = prune_recipe(
             going,
             of="blocks",
-            by=by,
+            **OURS[name],
             calibration=str(options.calibration),
             samples=options.samples,
             seq_len=options.seq_len,
             evaluate=False,
         )
         report = run(recipe, options.model, out, verify=False)
-        seconds[f"ours, {by}"] = time.monotonic() - started
-        made[f"ours, {by}"] = written(out, source, report)
+        seconds[f"ours, {name}"] = time.monotonic() - started
+        made[f"ours, {name}"] = written(out, source, report)
     return made, seconds
 
 
@@ -248,6 +253,8 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--judged", type=int, default=32, help="samples of each text")
+    parser.add_argument("--ours", nargs="+", default=list(OURS), choices=OURS)
+    parser.add_argument("--beside", type=Path, action="append", default=[], help="rows of other runs, to show with these")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
@@ -276,7 +283,8 @@ def main() -> int:
                 {"ratio": ratio, "name": name, "kl": kls, "mean": sum(kls.values()) / len(kls), "seconds": seconds.get(name)}
                 for name, kls in found.items()
             ]
-    return conclude(options, rows, list(texts))
+    before = [row for file in options.beside for row in json.loads(file.read_text())["rows"]]
+    return conclude(options, sorted([*before, *rows], key=lambda row: row["ratio"]), list(texts))
 
 
 def conclude(options: argparse.Namespace, rows: list[dict[str, Any]], texts: Sequence[str]) -> int:
@@ -287,8 +295,8 @@ def conclude(options: argparse.Namespace, rows: list[dict[str, Any]], texts: Seq
         table.add_row(f"{row['ratio']:.1%}", row["name"], *(f"{row['kl'][t]:.4f}" for t in texts), spent)
     Console(width=120).print(table)
     worst, shares = 0.0, {}
-    for ratio in options.ratios:
-        here = [row for row in rows if row["ratio"] == ratio]
+    for ratio in dict.fromkeys(row["ratio"] for row in rows):
+        here = [row for row in rows if row["ratio"] == ratio and not row["name"].endswith("recovered")]
         ours = min(row["mean"] for row in here if row["name"].startswith("ours"))
         others = min(row["mean"] for row in here if not row["name"].startswith("ours"))
         shares[str(ratio)] = ours / others
@@ -302,13 +310,12 @@ def conclude(options: argparse.Namespace, rows: list[dict[str, Any]], texts: Seq
         }
         options.json.write_text(json.dumps({**about, "rows": rows, "ours / best of others": shares}, indent=2) + "\n")
     if options.plot:
-        series: dict[str, list[Point]] = {"ours": [], "others": []}
+        series: dict[str, list[Point]] = {"ours": [], "ours, trained": [], "others": []}
         for row in rows:
-            ours = row["name"].startswith("ours")
-            series["ours" if ours else "others"].append((100 * row["ratio"], row["mean"], row["name"]))
-        options.plot.write_text(
-            scatter(series, f"Pruning {options.model.name}, nothing trained", "% of the blocks' parameters gone", "KL")
-        )
+            ours, trained = row["name"].startswith("ours"), row["name"].endswith("recovered")
+            which = "ours, trained" if trained else "ours" if ours else "others"
+            series[which].append((100 * row["ratio"], row["mean"], row["name"]))
+        options.plot.write_text(scatter(series, f"Pruning {options.model.name}", "% of the blocks' parameters gone", "KL"))
     return int(worst > MOST)
 
 
