@@ -12,13 +12,12 @@ from typing import Literal
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.depth import STAYS, Depth, Parts, even, least, turns
-from compressor.pruning.searching import BRIEF, searched
+from compressor.pruning.searching import BRIEF, compared, searched
 from compressor.pruning.shapes import Of, going, parameters
 from compressor.pruning.stage import PruningPass, Work
 from compressor.recipe import Search
 from compressor.registry import node
-from compressor.search.find import Contestant, fits_in_memory
-from compressor.search.fitness import Fitness, opened
+from compressor.search.find import Contestant
 
 
 @node
@@ -78,11 +77,9 @@ class PruneDepth(PruningPass):
 
     def _searched(self, work: Work, levels: Depth, wanted: int, ways: Mapping[str, tuple[int, ...]]) -> list[Contestant]:
         """Everything on the way to the best choice that the search found."""
-        source = work.source
         costs = [[0, unit.weights] for unit in levels.units]
         limit = sum(unit.weights for unit in levels.units) - wanted
-        with opened(source, resident=fits_in_memory(work.job)) as model:
-            fitness = Fitness(source, model, levels, work.text(self.search.tokens), work.ranks)
+        with compared(work, levels, self.search) as fitness:
             return searched(work, fitness, ways, costs, limit, replace(self.search, radii=(1,)))
 
 

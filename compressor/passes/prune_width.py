@@ -12,19 +12,16 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Literal
 
-from compressor.model.memory import available_memory
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.allocation import allocated, called, ladders
 from compressor.pruning.parts import find_all
-from compressor.pruning.searching import BRIEF
+from compressor.pruning.searching import BRIEF, compared
 from compressor.pruning.shapes import Of, Shape, going, parameters, shapes
 from compressor.pruning.stage import PruningPass, Work
 from compressor.pruning.widths import Way, Widths, sweep
 from compressor.recipe import Search
 from compressor.registry import node
-from compressor.search.find import SHARE, fits_in_memory
-from compressor.search.fitness import Fitness, opened
 from compressor.search.levels import LevelDB
 
 
@@ -103,15 +100,16 @@ class PruneWidth(PruningPass):
         if not self.ratio:
             return Pruned(None, {"pass": "prune_width", "parameters": [before, before]})
         found = self._shapes(work.source)
-        each = [{name: shape.keep[part.name] for name, (_, part) in find_all(work.source).items()} for shape in found]
+        parts = find_all(work.source)
+        each = [{name: shape.keep[part.name] for name, (_, part) in parts.items()} for shape in found]
         tried = [(called(shape.keep), keep, 0.0) for shape, keep in zip(found, each, strict=True)]
         if len(found) > 1 or self.layout == "per-layer":
             tried = self._tried(work, found)
         name, keep, _ = min(tried, key=lambda one: one[2])
         best = next((shape for shape in found if called(shape.keep) == name), found[0])
-        with self._made(work, {part: [count] for part, count in keep.items()}, "widths") as widths:
-            choice = tuple(0 for _ in widths.units)
-            changed = self._changed(best, keep)
+        narrower = {part: count for part, count in keep.items() if count < parts[part][1].count}
+        with self._made(work, {part: [count] for part, count in narrower.items()}, "widths") as widths:
+            choice, changed = tuple(0 for _ in widths.units), self._changed(best, narrower)
             rewriting = replace(widths.rewriting(choice), config=changed.config, widths=changed.widths)
             report = {
                 "pass": "prune_width",
@@ -124,16 +122,13 @@ class PruneWidth(PruningPass):
 
     def _tried(self, work: Work, found: Sequence[Shape]) -> list[tuple[str, dict[str, int], float]]:
         """What was compared: its name, the units of each part, how far predictions are from the model's in nats per token."""
-        text_NS, resident = work.text(self.search.tokens), fits_in_memory(work.job)
-        kept = int(SHARE * available_memory(work.source.device)) if resident else 0
         wanted = ladders(work.source, found, self.ratio, self.multiple, uniform=self.layout == "uniform")
-        with self._made(work, wanted, "shapes") as widths, opened(work.source, resident=resident) as model:
-            fitness = Fitness(work.source, model, widths, text_NS, work.ranks, kept)
+        with self._made(work, wanted, "shapes") as widths, compared(work, widths, self.search) as fitness:
             if self.layout == "per-layer":
                 ways = allocated(work, widths, found, going(work.source, self.ratio, self.of), self.search, fitness)
                 return [(one.name, widths.keep(one.choice), one.kl) for one in ways]
             choices = [widths.uniform(shape.keep) for shape in found]
-            losses = fitness(choices, range(len(text_NS)))
+            losses = fitness(choices, range(fitness.samples))
             return [(called(s.keep), widths.keep(c), kl) for s, c, kl in zip(found, choices, losses, strict=True)]
 
     @contextmanager

@@ -30,7 +30,7 @@ LEAST = 1 / 8  # of the units, that stay in the narrowest
 def ladders(
     source: ModelSource, found: Sequence[Shape], ratio: float, multiple: int | None, *, uniform: bool
 ) -> dict[str, list[int]]:
-    """Numbers of units of every part, by full name, that are tried.
+    """Numbers of units of every part that may lose some, by full name, that are tried.
 
     Args:
         source: The model.
@@ -39,12 +39,12 @@ def ladders(
         multiple: Of which a number of channels is one; None takes what suits their number.
         uniform: Only those of the shapes.
     """
-    made = {}
-    for name, (_, part) in find_all(source).items():
+    made, parts = {}, find_all(source)
+    for name, (_, part) in parts.items():
         step = (multiple or multiple_of(part.count)) if part.name == MLP else 1
         more = set() if uniform else _evenly(part.count, ratio, step)
         made[name] = sorted({*more, *(shape.keep[part.name] for shape in found)})
-    return made
+    return {name: counts for name, counts in made.items() if counts != [parts[name][1].count]}
 
 
 def _evenly(count: int, ratio: float, step: int) -> set[int]:
@@ -70,8 +70,7 @@ def allocated(
     each = {name: part.parameters(block) for name, (block, part) in find_all(work.source).items()}
     costs = [[each[u.name] * o.keep for level in u.levels if isinstance(o := level.option, Kept)] for u in widths.units]
     ways = {called(shape.keep): widths.uniform(shape.keep) for shape in found}
-    limit = sum(part.count * each[name] for name, part in widths.parts.items()) - going
-    return searched(work, fitness, ways, costs, limit, settings)
+    return searched(work, fitness, ways, costs, sum(max(row) for row in costs) - going, settings)
 
 
 def called(keep: Mapping[str, int]) -> str:

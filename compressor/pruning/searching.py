@@ -2,22 +2,34 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from compressor.model.memory import available_memory
 from compressor.pruning.stage import Work
 from compressor.recipe import Evolve, Search
 from compressor.search.allocate import Budget
 from compressor.search.clock import Clock
-from compressor.search.find import Contestant, Trail, improve
-from compressor.search.fitness import Fitness
-from compressor.search.levels import Choice
+from compressor.search.find import SHARE, Contestant, Trail, fits_in_memory, improve
+from compressor.search.fitness import Fitness, opened
+from compressor.search.levels import Choice, Levels
 
 BRIEF = Search(
     tokens=16384,
     table_tokens=4096,
     evolve=Evolve(generations=30, offspring=16, stages=((4, 2048), (1, 8192)), patience=5),
 )  # for few units
+
+
+@contextmanager
+def compared(work: Work, levels: Levels, settings: Search) -> Iterator[Fitness]:
+    """What tells choices apart, on text that calibration does not read; the model is in memory as the settings say."""
+    source, resident = work.source, settings.resident
+    resident = fits_in_memory(work.job) if resident is None else resident
+    kept = int(SHARE * available_memory(source.device)) if resident else 0
+    with opened(source, resident=resident) as model:
+        yield Fitness(source, model, levels, work.text(settings.tokens), work.ranks, kept)
 
 
 def searched(

@@ -69,19 +69,20 @@ def sweep(
         job: The model; its passes are not used.
         open_stream: Makes a stream before the first block.
         way: How.
-        wanted: Numbers of units, by part, full name.
+        wanted: Numbers of units, by part, full name; one that is not there stays as it is.
         levels: Written by the first rank, read by all.
         tell: Called after each part.
     """
     total, source = len(job.source.layers), job.source
     known = job.ranks.agree(frozenset(levels.journal.finished))
-    last = max((i for i in range(total) if not _names(source, i) <= known), default=-1)
+    last = max((i for i in range(total) if not _names(source, i) & wanted.keys() <= known), default=-1)
     stream = open_stream() if last >= 0 else None
     for index in range(last + 1):
         assert stream is not None
         block = source.block(index)
-        for part in find_parts(source, block):
-            name = f"{block.prefix}.{part.name}"
+        for name, part in ((f"{block.prefix}.{part.name}", part) for part in find_parts(source, block)):
+            if name not in wanted:
+                continue
             if name not in known:
                 stats = stream.collect(block, [part.writer], (Hessian, Mean))
                 found = job.ranks.agree(list(way.widths(block, part, stats, wanted[name])) if job.ranks.first else [])

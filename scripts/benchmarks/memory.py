@@ -22,6 +22,7 @@ Exit status: 0 all limits hold, 1 one is broken, 2 a run failed. Needs 25 GB of 
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -90,14 +91,17 @@ GPTQ_SMALL = ("--samples", "16", "--seq-len", "256", "--set", "evaluation.sample
 EVAL_7B = ("--samples", "2", "--seq-len", "128")
 EVAL_TURN = ("--samples", "8", "--seq-len", "2048")  # as many tokens as are ever in flight at this width
 GPTQ_7B = ("--samples", "16", "--seq-len", "512", "--no-eval")
+STREAMED = ("--set", "passes.0.search.resident=false", "--set", "passes.0.search.tokens=2048")
+PRUNE_SMALL = ("--ratio", "0.2", "--of", "blocks", *GPTQ_SMALL, *STREAMED)  # all shapes are compared
+PRUNE_7B = ("--ratio", "0.25", "--of", "mlp", *GPTQ_7B)  # the journal has the MLPs alone
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run of `compress quantize`, or of `compress eval`."""
+    """One run of `compress quantize`, or of `compress prune` or `eval`."""
 
     shape: Shape
-    method: str  # or `eval`
+    method: str  # or `prune`, `eval`
     options: tuple[str, ...]
     limit_bytes: int | None = None
     blocks: int | None = None  # the run is killed once so many are on disk; None lets it finish
@@ -113,10 +117,13 @@ CASES = (
     Case(DEEP, "rtn", RTN),
     Case(SHALLOW, "gptq", GPTQ_SMALL),
     Case(DEEP, "gptq", GPTQ_SMALL),
+    Case(SHALLOW, "prune", PRUNE_SMALL),
+    Case(DEEP, "prune", PRUNE_SMALL),
 )
 CASES_7B = (
     Case(LLAMA_7B, "rtn", RTN, limit_bytes=4 * GIB),
     Case(LLAMA_7B, "gptq", GPTQ_7B, limit_bytes=8 * GIB, blocks=2),
+    Case(LLAMA_7B, "prune", PRUNE_7B, limit_bytes=8 * GIB, blocks=2),
     Case(LLAMA_7B, "eval", EVAL_7B, limit_bytes=4 * GIB),
     Case(WIDE, "eval", EVAL_TURN, limit_bytes=4 * GIB),
 )
@@ -180,8 +187,8 @@ def command(case: Case, model: Path, out: Path, *more: str) -> list[str]:
     if case.method == "eval":
         judge = [sys.executable, "-m", "compressor", "eval", str(model), "--reference", str(model)]
         return [*judge, *case.options, "--device", "cpu", "--json"]
-    base = [sys.executable, "-m", "compressor", "quantize", str(model), "--method", case.method]
-    return [*base, *case.options, "--device", "cpu", "--out", str(out), "--json", *more]
+    verb = ["prune", str(model)] if case.method == "prune" else ["quantize", str(model), "--method", case.method]
+    return [sys.executable, "-m", "compressor", *verb, *case.options, "--device", "cpu", "--out", str(out), "--json", *more]
 
 
 def forecast(case: Case, model: Path, out: Path) -> int | None:
@@ -201,7 +208,6 @@ def measure(case: Case, model: Path, out: Path) -> Result:
         RunError: it ended otherwise.
     """
     result = Result(case.name, forecast(case, model, out), case.limit_bytes)
-    partial = out.with_name(f"{out.name}.partial")
     finished: list[float] = []  # when each block was on disk
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as log:
@@ -209,7 +215,7 @@ def measure(case: Case, model: Path, out: Path) -> Result:
             try:
                 while process.poll() is None:
                     look(process.pid, result)
-                    finished += [time.monotonic()] * (blocks_done(partial) - len(finished))
+                    finished += [time.monotonic()] * (blocks_done(out) - len(finished))
                     if case.blocks and len(finished) >= case.blocks:
                         break
                     time.sleep(POLL_SECONDS)
@@ -221,7 +227,7 @@ def measure(case: Case, model: Path, out: Path) -> Result:
             raise RunError(f"{case.name}: exit status {process.returncode}: {log.read().strip()[-2000:]}")
     result.seconds = time.monotonic() - start
     result.block_seconds = [later - earlier for earlier, later in itertools.pairwise(finished)]
-    for left in (out, partial):
+    for left in out.parent.glob(f"{out.name}*"):
         shutil.rmtree(left, ignore_errors=True)
     return result
 
@@ -237,19 +243,21 @@ def look(pid: int, result: Result) -> None:
     result.peak_anonymous_bytes = max(result.peak_anonymous_bytes, anonymous)
 
 
-def blocks_done(partial: Path) -> int:
-    """Blocks that the journal of a run records."""
-    try:
-        lines = (partial / "work" / "journal.jsonl").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum('"part": "block-' in line for line in lines)
+def blocks_done(out: Path) -> int:
+    """Blocks that the journal of a run records, or as many whose MLPs that of pruning does."""
+    journals = (out.with_name(f"{out.name}.partial") / "work", out.with_name(f"{out.name}.pruning") / "0" / "widths")
+    lines: list[str] = []
+    for journal in journals:
+        with contextlib.suppress(OSError):
+            lines += (journal / "journal.jsonl").read_text().splitlines()
+    parts = [str(json.loads(line).get("part", "")) for line in lines]
+    return max(sum(part.startswith("block-") for part in parts), sum(part.endswith(".mlp") for part in parts))
 
 
 def broken(results: Mapping[str, Result]) -> list[str]:
     """The limits that do not hold, in words."""
     found = []
-    for shallow, deep in ((f"{SHALLOW.name}, {m}", f"{DEEP.name}, {m}") for m in ("rtn", "gptq")):
+    for shallow, deep in ((f"{SHALLOW.name}, {m}", f"{DEEP.name}, {m}") for m in ("rtn", "gptq", "prune")):
         ratio = results[deep].peak_bytes / results[shallow].peak_bytes
         if ratio > DEPTH_RATIO:
             found.append(f"{deep}: {ratio:.2f} times the peak of {shallow}; at most {DEPTH_RATIO} is allowed")

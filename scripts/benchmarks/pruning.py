@@ -52,7 +52,7 @@ OURS: Mapping[str, Mapping[str, Any]] = {
     "width": {},
     "depth": {"by": "depth"},
     "per-layer": {"layout": "per-layer"},
-    "width, recovered": {"recover": 300},
+    "width, recovered": {"recover": 150},
 }
 
 

@@ -9,7 +9,7 @@ from harness import TEXT, CommandLine, Fate, Fork, Result, contents, dies_at_cal
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 SMALL = ("--samples", 4, "--seq-len", 64, "--no-eval")
-TRIED = ("--set", "passes.0.tokens=256")  # of width
+TRIED = ("--set", "passes.0.search.tokens=256")  # of width
 SEARCHED = (
     *(
         "--set",
@@ -74,7 +74,7 @@ def test_two_ranks_prune_the_same(by: str, tiny: Path, tmp_path: Path, compress:
 
 DEATHS: dict[str, tuple[str, Fate]] = {
     "while widths are made": ("width", (dies_at_rename, ("model.layers.2.mlp.safetensors", True))),
-    "before shapes are compared": ("width", (dies_at_call, ("compressor.passes.prune_width", "Fitness"))),
+    "before shapes are compared": ("width", (dies_at_call, ("compressor.pruning.searching", "Fitness"))),
     "while a search goes on": ("sublayers", (dies_at_call, ("compressor.search.find", "evolve"))),
     "while the model is written": ("depth", (dies_at_rename, ("block-00001.safetensors", True))),
 }
