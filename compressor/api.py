@@ -19,6 +19,7 @@ from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.fitting import find_plan, fit_recipe, levels_place, settle, shortened
+from compressor.forecast import expected_memory
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
@@ -26,10 +27,10 @@ from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, check_space, check_target
 from compressor.output import default_out, write_model
 from compressor.pipeline import Event, Job, Tell
-from compressor.plan import describe_plan, expected_memory, make_plan, model_formats, output_headers, total_bits
+from compressor.plan import describe_plan, make_plan, model_formats, output_headers, total_bits
 from compressor.plan_file import offering, read_plan
 from compressor.provenance import fingerprint, fingerprint_plan, finished_report, new_report
-from compressor.pruning.stage import pruned, pruning_place, sketched
+from compressor.pruning.stage import expected_peak, pruned, pruning_place, sketched
 from compressor.recipe import Recipe, load_recipe, make_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
@@ -343,16 +344,18 @@ def forecast(
         raise RecipeError("--dry-run: what a target comes to is known after a search; `compress search` writes only the plan")
     source = open_model(recipe, Path(model), Ranks.from_environment(device).device, dtype, sizes_only=True)
     source, given, _ = settle(source, given)
+    spec = recipe.calibration
+    length = sample_length(spec.seq_len, source)
+    tokens = spec.samples * length if needs_data(recipe) else 0
+    pruning = expected_peak(source, recipe.passes, tokens, TOKENS_AT_ONCE)
     source, certain = sketched(source, recipe.passes)
     chosen = make_plan(source, recipe.passes, given)
     files = shards.layout(output_headers(source, recipe.passes, chosen))
-    spec = recipe.calibration
-    length = sample_length(spec.seq_len, source)
     judge = recipe.evaluation
     memory = expected_memory(
         source,
         recipe.passes,
-        tokens=spec.samples * length if needs_data(recipe) else 0,
+        tokens=tokens,
         on_disk=spec.on_disk is not None,
         judged=judge.samples * sample_length(judge.seq_len or length, source) if judge is not None else 0,
         batch=TOKENS_AT_ONCE,
@@ -365,7 +368,7 @@ def forecast(
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
         bits_per_weight=bits / weights if weights else 8 * source.dtype.itemsize,
         certain=certain,
-        expected_peak_memory_bytes=LIBRARIES_BYTES + memory,
+        expected_peak_memory_bytes=LIBRARIES_BYTES + max(memory, pruning),
     )
 
 

@@ -88,6 +88,9 @@ class Prunes(Protocol):
     def sketch(self, source: "ModelSource") -> tuple[Rewriting | None, bool]:
         """Names, dtypes and shapes as they will be, and whether that is certain; no weight is read."""
 
+    def expected_memory(self, source: "ModelSource", tokens: int, batch: int) -> int:
+        """Peak of its work in bytes (compressor/forecast.py), when so many calibration tokens go by in such batches."""
+
     def prune(self, work: "Work") -> Pruned:
         """What becomes of the model."""
 

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
+from compressor.forecast import collecting
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.depth import STAYS, Depth, Parts, even, least, turns
-from compressor.pruning.searching import BRIEF, compared, searched
+from compressor.pruning.searching import BRIEF, compared, comparing, searched
 from compressor.pruning.shapes import Of, going, parameters
 from compressor.pruning.stage import PruningPass, Work
 from compressor.recipe import Search
@@ -52,6 +53,11 @@ class PruneDepth(PruningPass):
         levels = Depth(source, self.parts)
         choice = levels.enough(going(source, self.ratio, self.of), lambda count: even(len(levels.units), count))
         return levels.without(choice), self.parts == "blocks"
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of finding how far blocks turn what passes them, and of comparing what goes."""
+        turning = collecting(source, tokens, batch) if self.ratio and self.by != "even" else 0
+        return max(turning, comparing(source, self.search, batch) if self.ratio and self.by == "search" else 0)
 
     def prune(self, work: Work) -> Pruned:
         """Take blocks, or parts of them, away."""

@@ -7,22 +7,26 @@ with which the model's predictions stay nearest to what they were.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Literal
 
+from compressor.forecast import collecting
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.allocation import allocated, called, ladders
 from compressor.pruning.parts import find_all
-from compressor.pruning.searching import BRIEF, compared
+from compressor.pruning.searching import BRIEF, compared, comparing
 from compressor.pruning.shapes import Of, Shape, going, parameters, shapes
 from compressor.pruning.stage import PruningPass, Work
 from compressor.pruning.widths import Way, Widths, sweep
 from compressor.recipe import Search
 from compressor.registry import node
 from compressor.search.levels import LevelDB
+
+SQUARES = 4 + 3 * 8  # bytes for each element of a Hessian: as collected, and three such matrices in fp64
 
 
 @node
@@ -89,6 +93,16 @@ class PruneWidth(PruningPass):
             new[stored] = (source.checkpoint.headers[stored].shape[0], keep[name] * part.columns)
         sure = len(found) == 1 and self.layout == "uniform"
         return replace(self._changed(found[0], keep), shapes=new), sure
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of orders and fits, which take some square matrices of the width of a writer, and of comparing shapes."""
+        if not self.ratio:
+            return 0
+        shape = max((block.shape(part.writer) for block, part in find_all(source).values()), key=lambda shape: shape[1])
+        fitting = SQUARES * shape[1] ** 2 + 3 * 8 * math.prod(shape)
+        several = self.layout == "per-layer" or len(self._shapes(source)) > 1
+        compared = comparing(source, self.search, batch) if several else 0
+        return max(collecting(source, tokens, batch) + fitting, compared)
 
     def _changed(self, shape: Shape, keep: Mapping[str, int]) -> Rewriting:
         """What says that so many units of every part stay: the config, or more than that."""

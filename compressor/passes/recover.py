@@ -16,11 +16,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from compressor.errors import RecipeError
+from compressor.forecast import hidden_size
+from compressor.model.memory import parameters as model_parameters
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, read_tensors, stored
-from compressor.pruning.training import Schedule, Training, distil
+from compressor.pruning.training import TOGETHER, Schedule, Training, distil
 from compressor.registry import node
 
 LOSSES = "losses"  # of all steps, beside the tensors
@@ -60,6 +62,15 @@ class Recover(PruningPass):
     def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
         """No shape changes."""
         return None, True
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of the training: all weights in fp32, what is trained with its gradients and moments, and activations."""
+        blocks = [source.block(index, load=False) for index in range(len(source.layers))]
+        shapes = [block.shape(name) for block in blocks for name in block.layers]
+        low_rank = self.rank * sum(rows + columns for rows, columns in shapes)
+        kept = min(tokens, TOGETHER) * 4 * (2 * sum(rows + self.rank for rows, _ in shapes) + 4 * source.vocab_size)
+        lesson = tokens * hidden_size(source) * source.dtype.itemsize
+        return 4 * model_parameters(source) + 16 * low_rank + kept + lesson
 
     def prune(self, work: Work) -> Pruned:
         """Train what is left.

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from compressor.model.memory import available_memory
+from compressor.forecast import collecting, hidden_size
+from compressor.model.memory import available_memory, dense_bytes
+from compressor.model.source import ModelSource
 from compressor.pruning.stage import Work
 from compressor.recipe import Evolve, Search
 from compressor.search.allocate import Budget
 from compressor.search.clock import Clock
 from compressor.search.find import SHARE, Contestant, Trail, fits_in_memory, improve
-from compressor.search.fitness import Fitness, opened
+from compressor.search.fitness import KEPT, TOGETHER, Fitness, opened
 from compressor.search.levels import Choice, Levels
 
 BRIEF = Search(
@@ -30,6 +32,14 @@ def compared(work: Work, levels: Levels, settings: Search) -> Iterator[Fitness]:
     kept = int(SHARE * available_memory(source.device)) if resident else 0
     with opened(source, resident=resident) as model:
         yield Fitness(source, model, levels, work.text(settings.tokens), work.ranks, kept)
+
+
+def comparing(source: ModelSource, settings: Search, batch: int) -> int:
+    """Bytes that `compared` takes: the model or a block of it, hidden states, what the whole model says of the text."""
+    size = source.dtype.itemsize
+    resident = dense_bytes(source) if settings.resident is not False else collecting(source, 0, batch)
+    teacher = settings.tokens * min(KEPT, source.vocab_size) * (4 + 8)
+    return resident + teacher + 3 * settings.tokens * hidden_size(source) * size + 4 * TOGETHER * source.vocab_size * 3
 
 
 def searched(

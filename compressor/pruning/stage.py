@@ -16,6 +16,7 @@ from compressor.calibration.hidden import keeping
 from compressor.calibration.stream import CalibrationStream
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError, RecipeError
+from compressor.forecast import collecting
 from compressor.model.journal import save
 from compressor.model.rewritten import Prunes, Rewrites, Rewriting
 from compressor.model.source import ModelSource
@@ -108,6 +109,10 @@ class PruningPass:
     together: ClassVar[bool] = False
     sensitivity: ClassVar[bool] = False
 
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """That of the calibration stream."""
+        return collecting(source, tokens, batch)
+
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
         """None: the block is read as this stage has left it."""
         return {}
@@ -143,6 +148,16 @@ def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, 
         rewriting, sure = step.sketch(source)
         source, certain = source if rewriting is None else source.rewritten(rewriting), certain and sure
     return source, certain
+
+
+def expected_peak(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int) -> int:
+    """Bytes that the pass takes which takes the most; arguments as of `Prunes.expected_memory`."""
+    most = 0
+    for step in (step for step in passes if isinstance(step, Prunes)):
+        most = max(most, step.expected_memory(source, tokens, batch))
+        rewriting, _ = step.sketch(source)
+        source = source if rewriting is None else source.rewritten(rewriting)
+    return most
 
 
 def pruned(

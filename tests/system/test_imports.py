@@ -22,7 +22,7 @@ FLOORS = (
     ("model", "calibration"),
     ("passes",),
     ("plan", "evaluation"),
-    ("plan_file",),
+    ("plan_file", "forecast"),
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
     ("judging", "tuning", "search"),
