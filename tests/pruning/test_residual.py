@@ -125,7 +125,7 @@ def test_llama_in_the_shell_of_mistral_computes_the_same() -> None:
 
 @torch.no_grad()
 def test_the_mean_of_a_channel_that_goes_can_stay_as_a_bias(tiny: Callable[..., Path]) -> None:
-    """A head's values, and a channel of an MLP, that are the same for every token: stock Llama has biases for what they give."""
+    """A head's values, and a channel of an MLP, that are the same for all tokens: Llama has biases for what they give."""
     model = AutoModelForCausalLM.from_pretrained(tiny("llama_biased"))
     attention, mlp, tokens = model.model.layers[0].self_attn, model.model.layers[0].mlp, some_tokens()
     attention.v_proj.weight[:32] = 0  # of two groups, the first, which gives its bias
@@ -221,7 +221,7 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same(
         with pytest.raises(KeyboardInterrupt):
             run(tiny("llama"), tmp_path / "out", text_file, **options)
     made = sorted(file.stem.rpartition("-")[0] for file in (tmp_path / "out.pruning").rglob("*.safetensors"))
-    assert made == ["basis", "readers-0", "readers-1"]
+    assert made == ["components", "readers-0", "readers-1"]
     with monkeypatch.context() as patch:
         patch.setattr(Refit, "_block", lambda *given: pytest.fail("made again"))
         run(tiny("llama"), tmp_path / "out", text_file, **options)
