@@ -1,13 +1,12 @@
 """What passes have in common that take hidden channels away: how many, in which basis, and what that does to shapes."""
 
-import math
 from typing import Literal
 
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.basis import Basis, apart
 from compressor.pruning.residual import Residual, fitting
-from compressor.pruning.shapes import parameters
+from compressor.pruning.shapes import going, parameters
 from compressor.pruning.stage import PruningPass, Work
 from compressor.registry import node
 
@@ -52,7 +51,7 @@ class HiddenPass(PruningPass):
             source: The model.
             whole: The same in the basis.
         """
-        most = parameters(source, self.of) - math.ceil(self.ratio * parameters(source, self.of))
+        most = parameters(source, self.of) - going(source, self.ratio, self.of)
         return fitting(whole, most, self.of, self.multiple)
 
     def done(self, work: Work, rewriting: Rewriting | None, **more: object) -> Pruned:

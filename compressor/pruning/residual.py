@@ -31,7 +31,8 @@ from compressor.errors import RecipeError, SourceError
 from compressor.model.feeds import gain_offset
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, skeleton
-from compressor.pruning.shapes import parameters, multiple_of
+from compressor.narrow import narrow
+from compressor.pruning.shapes import multiple_of, parameters
 
 EPS = "rms_norm_eps"
 SAME = 0.05  # relative difference that rounding to the checkpoint's dtype can make
@@ -72,6 +73,7 @@ class Residual:
         if heads:
             changes["head_dim"] = heads[0]
         small = skeleton(source.path, source.dtype, {**source.config_changes, **changes})
+        narrow(small, source.widths, str(source.path))
         new, axes = small.state_dict(), {}
         for name, tensor in source.model.state_dict().items():
             if name not in source.names:
@@ -170,6 +172,10 @@ def fitting(source: ModelSource, most: int, of: Literal["model", "blocks"], mult
     Raises:
         RecipeError: none is that small, or its model class takes none of them.
     """
+    if source.absent:
+        raise RecipeError(
+            f"{source.path}: {len(source.absent)} attentions and MLPs are missing; hidden channels have to go before those do"
+        )
     width, refused = hidden_size(source), ""
     step, least, floor = multiple or multiple_of(width), parameters(source, of), width
     for size in range((width - 1) // step * step, 0, -step):

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from compressor import api
 from compressor.errors import RecipeError
+from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
+from compressor.pruning.depth import fewer_sublayers
 from compressor.pruning.readers import Both, Refit
 from compressor.pruning.residual import Residual, fitting
 from compressor.pruning.shapes import parameters
@@ -204,11 +206,22 @@ def test_what_cannot_be_done_is_refused(
         run(tiny(family), tmp_path / "out", text_file, **options)
 
 
-def test_a_width_that_a_model_computes_with_is_noticed(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_width_that_a_model_computes_with_is_noticed(tiny: Callable[..., Path]) -> None:
     residual = Residual.narrowed(ModelSource(tiny("gemma2"), CPU), 96)
     residual.check(torch.arange(96))
     with pytest.raises(RecipeError, match="depends on how many there are"):
         replace(residual, louder=1.0).check(torch.arange(96))
+
+
+def test_parts_that_are_missing_are_refused_and_parts_that_are_narrower_are_not(tiny: Callable[..., Path]) -> None:
+    source = ModelSource(tiny("llama"), CPU)
+    with pytest.raises(RecipeError, match="have to go before those do"):
+        fitting(source.rewritten(fewer_sublayers(source, frozenset({"model.layers.1.mlp"}))), 10, "model", None)
+    keys = [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    shapes = dict(zip(keys, [(64, 128), (64, 128), (128, 64)], strict=True))
+    cut = {key: (lambda old, shape=shape: old[: shape[0], : shape[1]]) for key, shape in shapes.items()}
+    narrower = source.rewritten(Rewriting(cut, shapes=shapes, widths={"model.layers.1.mlp": 64}))
+    assert Residual.narrowed(narrower, 96).shapes[keys[2]] == (96, 64)
 
 
 def test_a_run_that_is_broken_off_goes_on_to_the_same(
