@@ -91,7 +91,7 @@ class Masked:
         names = [*([] if source.tied else [self.embedding]), *writers]
         self.operators = {name: Operator(len(start_D), rank).to(source.device) for name in names}
         self.gate_D = self.mask_D.detach()
-        for name in {self.embedding, *writers}:
+        for name in (self.embedding, *writers):
             self.model.get_submodule(f"base_model.model.{name}").register_forward_hook(self._operate(name))
 
     def _operate(self, name: str) -> Any:
