@@ -104,8 +104,8 @@ class CalibrationStream:
             return found
         paired = any(issubclass(kind, PairedAccumulator) for kind in needs)
         for i, hidden in enumerate(self.hidden):
-            inputs = _inputs(block, layers, block.forward, hidden.to(self.device))
-            twins = _inputs(block, layers, block.dense_forward, self.dense[i].to(self.device)) if paired else {}
+            inputs = read_inputs(block, layers, block.forward, hidden.to(self.device))
+            twins = read_inputs(block, layers, block.dense_forward, self.dense[i].to(self.device)) if paired else {}
             live: list[tuple[Tensor, str]] = []
             for name, x in inputs.items():
                 leader_of[name] = next((leader for tensor, leader in live if tensor is x), name)
@@ -149,7 +149,7 @@ class CalibrationStream:
         return out.cpu()
 
 
-def _inputs(
+def read_inputs(
     block: Block, layers: Iterable[str], forward: Callable[[Tensor], Tensor], hidden_BSD: Tensor
 ) -> dict[str, Tensor]:
     """What each of some layers reads, in the order of reading; the same object where two read the same tensor."""

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from compressor.report import Report
 
 
-UNITS = {"self_attn": "groups of heads", "mlp": "channels"}  # what a part of a block is narrowed by
+UNITS = {  # what a part of a model is narrowed by
+    "self_attn": "groups of heads stay in each block",
+    "mlp": "channels stay in each block",
+    "hidden": "hidden channels stay",
+}
 
 
 class Clock:
@@ -181,7 +185,7 @@ def pruned(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         return []
     before, after = done[0]["parameters"][0], done[-1]["parameters"][1]
     went = [
-        ", ".join(f"{count} {UNITS[part]} stay in each block" for part, count in step["keep"].items())
+        ", ".join(f"{count} {UNITS[part]}" for part, count in step["keep"].items())
         if "keep" in step
         else "without " + ", ".join(f"block {one}" if isinstance(one, int) else one for one in step["gone"])
         for step in done

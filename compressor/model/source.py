@@ -89,6 +89,15 @@ class ModelSource:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
+    def ends(self) -> tuple[str, str]:
+        """Names of the weights of embedding and head."""
+        names = {module: name for name, module in self.model.named_modules()}
+        embedding, head = (
+            f"{names[m]}.weight" for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        )
+        return embedding, head
+
+    @property
     def max_positions(self) -> int:
         """The longest sequence the model was made for; a large number if its config does not say."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20)

@@ -156,7 +156,7 @@ class Changes:
         Raises:
             RecipeError: there is more outside the blocks than that and the embedding.
         """
-        embedding, head = self._ends()
+        embedding, head = self.source.ends
         others = [name for name in self.source.outside if name not in (embedding, head)]
         if len(others) != 1 or not others[0].endswith(".weight"):
             raise RecipeError(
@@ -172,7 +172,7 @@ class Changes:
 
     def turn_outside(self, turn: Rotation) -> None:
         """The embedding and the head."""
-        for name in self._ends():
+        for name in self.source.ends:
             self._add(name, turn)
 
     def fold(self, block: Block, norms: Norms) -> None:
@@ -226,12 +226,6 @@ class Changes:
         name = f"{block.prefix}.{layer}.weight"
         stored = self.source.names[name]
         return block.layers[layer].parameter(_in_turn(self.steps.get(stored, ()), self.source.read(name).float()))
-
-    def _ends(self) -> tuple[str, str]:
-        """Names of the weights of embedding and head."""
-        model, names = self.source.model, {module: name for name, module in self.source.model.named_modules()}
-        embedding, head = (f"{names[m]}.weight" for m in (model.get_input_embeddings(), model.get_output_embeddings()))
-        return embedding, head
 
     def _writer(self, block: Block, layer: str, turn: Rotation) -> None:
         self._layer(block, layer, turn.transposed)

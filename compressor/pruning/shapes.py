@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -31,12 +32,12 @@ class Shape:
     parameters: int  # of the whole model
 
 
-def parameters(source: ModelSource, of: Of = "model") -> int:
-    """Of the whole model, of its blocks, or of their MLPs."""
+def parameters(source: ModelSource, of: Of = "model", new: Mapping[str, tuple[int, ...]] = MappingProxyType({})) -> int:
+    """Of the whole model, of its blocks, or of their MLPs; with other shapes of some tensors, by name on disk."""
     starts = {"model": ("",), "blocks": (f"{source.prefix}.",), "mlp": (f"{source.prefix}.",)}[of]
     names = {stored: name for name, stored in source.names.items() if name.startswith(starts)}
     counted = {stored for stored, name in names.items() if of != "mlp" or f".{MLP}." in name}
-    return sum(math.prod(source.checkpoint.headers[stored].shape) for stored in counted)
+    return sum(math.prod(new.get(stored, source.checkpoint.headers[stored].shape)) for stored in counted)
 
 
 def going(source: ModelSource, ratio: float, of: Of) -> int:

@@ -26,7 +26,14 @@ FLOORS = (
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
     ("judging", "tuning", "search"),
-    ("pruning", "passes.prune_depth", "passes.prune_width", "passes.recover"),  # passes that search for what they take away
+    (  # with passes that search for what they take away, or train what they leave
+        "pruning",
+        "passes.pat",
+        "passes.prune_depth",
+        "passes.prune_hidden",
+        "passes.prune_width",
+        "passes.recover",
+    ),
     ("fitting",),
     ("api", "comparison"),
     ("cli", "__main__"),
