@@ -5,8 +5,9 @@ model and needs to know nothing of the change. Every tensor is rounded to the dt
 during a run is what will be read back.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -37,7 +38,9 @@ class Rewriting:
         hadamard: Layers whose activations are turned from now on (compressor/hadamard.py), by full name.
         shapes: By name on disk, where they are others.
         removed: Names that are no longer there.
-    absent: Sub-layers that the model does without from now on (compressor/absent.py), by full name.
+        absent: Sub-layers that the model does without from now on (compressor/absent.py), by full name.
+        blocks: Of each block, the number that it had; empty if all have kept theirs.
+        files: What lies beside the weights, by its place in the directory: the file that it is a copy of.
     """
 
     tensors: Mapping[str, Callable[[Tensor], Tensor]]
@@ -47,6 +50,8 @@ class Rewriting:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     removed: Set[str] = frozenset()
     absent: Set[str] = frozenset()
+    blocks: Sequence[int] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
 
 
 @runtime_checkable

@@ -15,7 +15,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from compressor.errors import RecipeError
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.shapes import parameters
@@ -67,10 +66,7 @@ class Recover(PruningPass):
         Raises:
             RecipeError: nothing has been pruned.
         """
-        if not work.source.rewritings:
-            raise RecipeError(
-                "recover: nothing was pruned, so nothing was lost; put `prune_width` or `prune_depth` before it"
-            )
+        work.check_pruned("recover")
         file = work.once("recovered", self, partial(self._trained, work))
         found = read_tensors(file)
         losses: list[float] = found.pop(LOSSES).tolist()

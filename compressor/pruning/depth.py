@@ -166,7 +166,8 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
         for key, entry in lists.items()
         if isinstance(entry, list) and len(entry) == len(choice) and key != "architectures" and "token" not in key
     }
-    return Rewriting({}, copies, {"num_hidden_layers": len(kept), **config}, removed=frozenset(removed))
+    config |= {"num_hidden_layers": len(kept)}
+    return Rewriting({}, copies, config, removed=frozenset(removed), blocks=kept)
 
 
 def _parameters(source: ModelSource, index: int) -> Mapping[str, str]:

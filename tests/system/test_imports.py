@@ -26,7 +26,8 @@ FLOORS = (
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
     ("judging", "tuning", "search"),
-    ("pruning", "passes.prune_depth", "passes.prune_width", "passes.recover"),  # passes that search for what they take away
+    # what takes parts of the model away, and makes good for that
+    ("pruning", *(f"passes.{name}" for name in ("distil_blocks", "prune_depth", "prune_width", "recover", "soft_prompt"))),
     ("fitting",),
     ("api", "comparison"),
     ("cli", "__main__"),
