@@ -1,4 +1,4 @@
-"""Blocks that are trained one by one: towards the right hidden states, what was named and nothing else, also if broken off."""
+"""Blocks that are trained one by one: towards the right hidden states, only what was named, and on from where they were."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -103,7 +103,7 @@ def work(original: ModelSource, pruned: ModelSource, text: Path, ranks: Ranks, p
 
 
 def test_the_fit_is_the_weighted_least_squares_solution(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
-    """Against a solver that sees all tokens, and as much more as holds the weight where it is; in a block with no attention."""
+    """Against a solver that sees all tokens, and besides them the weight as it was; in a block with no attention."""
     bare = ModelSource(tiny("llama"), CPU).rewritten(Rewriting({}, absent={"model.layers.0.self_attn"}))
     removed = frozenset(name for name in bare.checkpoint if name.startswith("model.layers.1."))
     original = ModelSource(tiny("llama"), CPU)
