@@ -33,7 +33,7 @@ from compressor.registry import node
 from compressor.types import Block
 
 ERRORS = "errors"  # of a block's output as it was, after the fit, and after training; beside its tensors
-RATES = {"norms": 1e-2, "scales": 1e-2, "lora": 1e-3, "all": 1e-4}  # learning rates that suit
+RATES = {"norms": 3e-3, "scales": 3e-3, "lora": 1e-3, "all": 1e-4}  # learning rates that suit
 Train = Literal["norms", "scales", "lora", "all"]
 Made = Callable[[], Mapping[str, Tensor]]  # parameters of a block, by name inside it, of what is trained
 
@@ -110,15 +110,16 @@ class DistilBlocks(PruningPass):
         """What of a block is new, by name on disk, and the errors."""
         names, dtypes = block_names(twins.student, block), block.dtypes
         before = twins.error(block, {})
-        if before <= torch.finfo(twins.work.source.dtype).eps ** 2:  # rounding: nothing has gone up to here
+        unchanged = before <= torch.finfo(twins.work.source.dtype).eps ** 2  # but for rounding: nothing has gone up to here
+        if unchanged or not block.layers:
             return {ERRORS: torch.tensor([before] * 3)}
-        new = fit(twins, block, self.damp)
+        new = {name: value.to(dtypes[name]).float() for name, value in fit(twins, block, self.damp).items()}
         fitted = trained = twins.error(block, new)
         if self.steps:
             block.install(new)
-            tried = {**new, **self._trained(block, twins, unfinished)}
-            tried = {name: value.to(dtypes[name]) for name, value in tried.items()}
-            trained = twins.error(block, {name: value.float() for name, value in tried.items()})
+            tried = {name: value.to(dtypes[name]).float() for name, value in self._trained(block, twins, unfinished).items()}
+            tried = {**new, **tried}
+            trained = twins.error(block, tried)
             new, trained = (tried, trained) if trained < fitted else (new, fitted)
         return {names[n]: value.to(dtypes[n]) for n, value in new.items()} | {ERRORS: torch.tensor([before, fitted, trained])}
 

@@ -1,7 +1,6 @@
 """Blocks that are trained one by one: towards the right hidden states, only what was named, and on from where they were."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event
 from compressor.pruning.blockwise import Twins, fit
-from compressor.pruning.depth import fewer_blocks
+from compressor.pruning.depth import fewer_blocks, fewer_sublayers
 from compressor.pruning.stage import Work
 from compressor.pruning.training import Schedule
 from compressor.recipe import make_recipe
@@ -27,7 +26,7 @@ from compressor.recipe import make_recipe
 CPU = torch.device("cpu")
 NARROW = {"pass": "prune_width", "ratio": 0.5, "of": "mlp", "multiple": 32}
 SHORT = {"pass": "prune_depth", "ratio": 0.5, "of": "blocks", "by": "even"}  # of four blocks, the first and the last stay
-DISTIL = {"pass": "distil_blocks", "steps": 30, "batch": 4}
+DISTIL = {"pass": "distil_blocks", "steps": 25, "batch": 4}
 DEEP = {"num_hidden_layers": 4}
 CALIBRATION = {"samples": 16, "seq_len": 32}
 
@@ -96,10 +95,16 @@ def test_a_block_knows_its_number_in_the_original_after_any_changes(tiny: Callab
     assert twice.numbers_in(twice) == [0, 1, 2]
 
 
-def work(original: ModelSource, pruned: ModelSource, text: Path, ranks: Ranks, place: Path) -> Work:
-    recipe = make_recipe({"passes": [NARROW]})
+def work(original: ModelSource, pruned: ModelSource, text: Path, ranks: Ranks, place: Path, **step: Any) -> Work:
+    recipe = make_recipe({"passes": [{**DISTIL, **step}]})
     samples = calibration_text(original.path, text)
     return Work(recipe, original, pruned, samples, ranks, place, {}, lambda event: None)
+
+
+def distilled(original: ModelSource, pruned: ModelSource, text: Path, place: Path, **step: Any) -> Any:
+    """What the pass alone leaves."""
+    given = work(original, pruned, text, Ranks(), place, **step)
+    return given.recipe.passes[0].prune(given)
 
 
 def test_the_fit_is_the_weighted_least_squares_solution(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
@@ -128,6 +133,14 @@ def test_the_fit_is_the_weighted_least_squares_solution(tiny: Callable[..., Path
     torch.testing.assert_close(new["mlp.down_proj.weight"].double(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def narrow(tiny: Callable[..., Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pruned, and nothing else."""
+    out = tmp_path_factory.mktemp("narrow") / "out"
+    run(tiny("llama"), out, text_file, NARROW)
+    return out
+
+
 CHANGES: dict[str, Callable[[Tensor, Tensor], bool]] = {  # of a layer that is not fitted
     "norms": torch.equal,
     "scales": lambda old, new: float(((new / old) / (new / old)[:, :1] - 1).abs().median()) < 1e-3,
@@ -138,12 +151,11 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], bool]] = {  # of a layer that is n
 
 @pytest.mark.parametrize("train", CHANGES)
 def test_what_is_trained_changes_and_brings_blocks_nearer(
-    train: str, tiny: Callable[..., Path], text_file: Path, tmp_path: Path
+    train: str, narrow: Path, tiny: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
     step = {**DISTIL, "train": train, "rank": 4}
     (_, report) = run(tiny("llama"), tmp_path / "out", text_file, NARROW, step).pruning
-    run(tiny("llama"), tmp_path / "plain", text_file, NARROW)
-    old, new = tensors(tmp_path / "plain"), tensors(tmp_path / "out")
+    old, new = tensors(narrow), tensors(tmp_path / "out")
     assert {name: tensor.shape for name, tensor in old.items()} == {name: tensor.shape for name, tensor in new.items()}
     assert all(block["trained"] < block["fitted"] < block["before"] for block in report["blocks"])
     assert all(torch.equal(old[name], new[name]) for name in old if ".layers." not in name)
@@ -152,27 +164,38 @@ def test_what_is_trained_changes_and_brings_blocks_nearer(
             assert not torch.equal(old[name], new[name])
         elif name.rpartition(".")[0].endswith(("q_proj", "gate_proj")):
             assert CHANGES[train](old[name], new[name]), name
-    assert divergence(tiny("llama"), tmp_path / "out", text_file) < divergence(tiny("llama"), tmp_path / "plain", text_file)
+    assert divergence(tiny("llama"), tmp_path / "out", text_file) < divergence(tiny("llama"), narrow, text_file)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "llama_biased"])
-def test_blocks_of_other_builds_learn_to_stand_for_those_that_went(
-    family: str, tiny: Callable[..., Path], text_file: Path, tmp_path: Path
+def test_blocks_with_norms_behind_what_writes_learn_to_stand_for_those_that_went(
+    tiny: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    model = tiny(family, **DEEP)
+    model = tiny("gemma2", **DEEP)
     report = run(model, tmp_path / "out", text_file, SHORT, {**DISTIL, "steps": 10}).pruning[1]
     run(model, tmp_path / "plain", text_file, SHORT)
     assert report["blocks"][-1]["trained"] < report["blocks"][-1]["before"]
     assert divergence(model, tmp_path / "out", text_file) < divergence(model, tmp_path / "plain", text_file)
 
 
+def test_what_is_left_of_blocks_without_attention_or_mlp_or_both_learns(
+    tiny: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    original = ModelSource(tiny("llama", **DEEP), CPU)
+    gone = frozenset(f"model.layers.{name}" for name in ("0.self_attn", "1.mlp", "2.self_attn", "2.mlp"))
+    found = distilled(original, original.rewritten(fewer_sublayers(original, gone)), text_file, tmp_path, steps=10)
+    first, second, third, _ = found.report["blocks"]
+    assert first["trained"] < first["before"]
+    assert second["trained"] < second["before"]
+    assert third["trained"] == third["before"]
+    assert {name.split(".")[2] for name in found.rewriting.tensors} == {"0", "1", "3"}
+
+
 def test_blocks_before_the_first_that_went_stay_as_they_are(
     tiny: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
     original = ModelSource(tiny("llama", **DEEP), CPU)
-    recipe = make_recipe({"passes": [SHORT, {**DISTIL, "steps": 2}]})
     pruned = original.rewritten(fewer_blocks(original, (1, 1, 0, 1)))
-    found = recipe.passes[1].prune(replace(work(original, pruned, text_file, Ranks(), tmp_path), recipe=recipe))
+    found = distilled(original, pruned, text_file, tmp_path, steps=2)
     assert {name.split(".")[2] for name in found.rewriting.tensors} == {"1", "2"}
     assert found.report["blocks"][0]["trained"] == found.report["blocks"][0]["before"] < 1e-12
 
@@ -220,15 +243,14 @@ def test_one_block_of_each_model_is_in_memory_at_a_time(
         return block
 
     monkeypatch.setattr(ModelSource, "block", counted)
-    recipe = make_recipe({"passes": [SHORT, {**DISTIL, "steps": 1}]})
-    recipe.passes[1].prune(replace(work(original, pruned, text_file, Ranks(), tmp_path), recipe=recipe))
+    distilled(original, pruned, text_file, tmp_path, steps=1)
     assert set(most.values()) == {1}
     assert len(most) == 2
 
 
 def test_a_run_that_is_broken_off_goes_on_to_the_same(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
     def interrupt(event: Event) -> None:
-        if event.what == "model.layers.1: step 25 of 30":  # put down after 20
+        if event.what == "model.layers.1: step 22 of 25":  # put down after 20
             raise KeyboardInterrupt
 
     run(tiny("llama"), tmp_path / "whole", text_file, NARROW, DISTIL)
@@ -236,7 +258,7 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same(tiny: Callable[..., Path],
         run(tiny("llama"), tmp_path / "out", text_file, NARROW, DISTIL, tell=interrupt)
     steps: list[str] = []
     run(tiny("llama"), tmp_path / "out", text_file, NARROW, DISTIL, resume=True, tell=lambda event: steps.append(event.what))
-    assert next(step for step in steps if "step" in step) == "model.layers.1: step 21 of 30"
+    assert next(step for step in steps if "step" in step) == "model.layers.1: step 21 of 25"
     whole, out = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
     assert all(torch.equal(whole[name], out[name]) for name in whole)
     assert not (tmp_path / "out.pruning").exists()

@@ -24,7 +24,7 @@ from compressor.verification.manifest import read_manifest
 
 NARROW = {"pass": "prune_width", "ratio": 0.5, "of": "mlp", "multiple": 32}
 SHORT = {"pass": "prune_depth", "ratio": 0.5, "of": "blocks", "by": "even"}  # of four blocks, two go
-PROMPT = {"pass": "soft_prompt", "tokens": 8, "steps": 40, "batch": 4, "judged": 256}
+PROMPT = {"pass": "soft_prompt", "tokens": 8, "steps": 30, "batch": 2, "judged": 256}
 CALIBRATION = {"samples": 16, "seq_len": 32}
 
 
@@ -56,7 +56,7 @@ def test_peft_loads_a_prompt_with_which_predictions_are_nearer_and_no_weight_is_
 ) -> None:
     model = tiny("llama", num_hidden_layers=4)
     run(model, tmp_path / "plain", text_file, SHORT)
-    run(model, tmp_path / "out", text_file, SHORT, {**PROMPT, "lr": 0.5})
+    run(model, tmp_path / "out", text_file, SHORT, {**PROMPT, "steps": 40, "batch": 4, "lr": 0.5})
     plain, out = tensors(tmp_path / "plain"), tensors(tmp_path / "out")
     assert plain.keys() == out.keys()
     assert all(torch.equal(plain[name], out[name]) for name in plain)
@@ -111,7 +111,7 @@ def test_no_place_on_this_machine_is_written_into_the_prompt(
 
 def test_a_run_that_is_broken_off_goes_on_to_the_same(tiny: Callable[..., Path], text_file: Path, tmp_path: Path) -> None:
     def interrupt(event: Event) -> None:
-        if (event.stage, event.done) == ("train", 25):  # put down after 20
+        if (event.stage, event.done) == ("train", 22):  # put down after 20
             raise KeyboardInterrupt
 
     run(tiny("llama"), tmp_path / "whole", text_file, NARROW, PROMPT)
