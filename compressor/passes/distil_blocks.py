@@ -53,7 +53,7 @@ class DistilBlocks(PruningPass):
         seed: Of the order of samples, and of where low-rank changes start.
     """
 
-    train: Train = "all"
+    train: Train = "lora"
     steps: int = 200
     batch: int = 8
     lr: float | None = None

@@ -14,9 +14,10 @@ from compressor import api
 from compressor.calibration.data import Samples, load_samples, load_tokenizer
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError
+from compressor.judging import silent
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
-from compressor.pipeline import Event
+from compressor.pipeline import Event, Tell
 from compressor.pruning.blockwise import Twins, fit
 from compressor.pruning.depth import fewer_blocks, fewer_sublayers
 from compressor.pruning.stage import Work
@@ -95,15 +96,16 @@ def test_a_block_knows_its_number_in_the_original_after_any_changes(tiny: Callab
     assert twice.numbers_in(twice) == [0, 1, 2]
 
 
-def work(original: ModelSource, pruned: ModelSource, text: Path, ranks: Ranks, place: Path, **step: Any) -> Work:
+def work(
+    original: ModelSource, pruned: ModelSource, text: Path, ranks: Ranks, place: Path, tell: Tell = silent, **step: Any
+) -> Work:
     recipe = make_recipe({"passes": [{**DISTIL, **step}]})
-    samples = calibration_text(original.path, text)
-    return Work(recipe, original, pruned, samples, ranks, place, {}, lambda event: None)
+    return Work(recipe, original, pruned, calibration_text(original.path, text), ranks, place, {}, tell)
 
 
-def distilled(original: ModelSource, pruned: ModelSource, text: Path, place: Path, **step: Any) -> Any:
+def distilled(original: ModelSource, pruned: ModelSource, text: Path, place: Path, tell: Tell = silent, **step: Any) -> Any:
     """What the pass alone leaves."""
-    given = work(original, pruned, text, Ranks(), place, **step)
+    given = work(original, pruned, text, Ranks(), place, tell, **step)
     return given.recipe.passes[0].prune(given)
 
 
@@ -195,8 +197,10 @@ def test_blocks_before_the_first_that_went_stay_as_they_are(
 ) -> None:
     original = ModelSource(tiny("llama", **DEEP), CPU)
     pruned = original.rewritten(fewer_blocks(original, (1, 1, 0, 1)))
-    found = distilled(original, pruned, text_file, tmp_path, steps=2)
+    told: list[str] = []
+    found = distilled(original, pruned, text_file, tmp_path, lambda event: told.append(event.what), steps=2)
     assert {name.split(".")[2] for name in found.rewriting.tensors} == {"1", "2"}
+    assert not any("layers.0" in what for what in told)  # nor is time spent on them
     assert found.report["blocks"][0]["trained"] == found.report["blocks"][0]["before"] < 1e-12
 
 
