@@ -28,6 +28,16 @@ STOCK_PACKAGES = {
     "compressed-tensors": "compressed-tensors",
     "gptq": "optimum gptqmodel",
 }  # that transformers needs, by layout
+SOFT_PROMPT = """```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "{out}/soft_prompt")
+```
+
+This puts a prompt of {tokens} learned tokens before every text, which take as many of its positions. KL divergence from the
+original on text that it was not learned from, nats per token: {without:.4g} without it, {prompted:.4g} with it{before}.
+"""
+
 FIGURES = (  # of quality: key, what it is, how it is written
     ("reference_perplexity", "perplexity, original", ".4g"),
     ("perplexity", "perplexity, this model", ".4g"),
@@ -50,6 +60,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         f"{report['model']}, compressed with compressor {report.get('version', '')}: "
         f"{report['size_bytes'] / 1e6:.1f} MB of weights instead of {report['source_size_bytes'] / 1e6:.1f} MB.", "",
         loader,
+        *_prompt(report),
         "| | |", "|---|---|",
         f"| bits per weight, compressed layers, scales included | {report['bits_per_weight']:.3f} |",
         f"| bits per weight, whole model | {report['model_bits_per_weight']:.3f} |",
@@ -68,6 +79,17 @@ def model_card(report: Mapping[str, Any]) -> str:
         f"Recipe: `recipe.yaml`. Every layer's error: `report.json`. Made with {json.dumps(report.get('versions'))}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _prompt(report: Mapping[str, Any]) -> Iterator[str]:
+    """How to use the prompt that was learned, if one was."""
+    for step in report.get("pruning") or ():
+        if step["pass"] == "soft_prompt":
+            without, prompted = step["kl"]
+            before = ", both before weights were rounded" if report.get("rows") else ""
+            yield SOFT_PROMPT.format(
+                out=report["out"], tokens=step["tokens"], without=without, prompted=prompted, before=before
+            )
 
 
 def _quality(quality: Mapping[str, Any] | None) -> Iterator[str]:

@@ -54,8 +54,12 @@ def write_model(
     config = json.dumps({**source.raw_config, **packed}, indent=2) + "\n"
     workspace.write_text("config.json", config)
     copied = copy_other_files(source.path, workspace.model, workspace.out)
+    beside = {name: file for rewriting in source.rewritings for name, file in rewriting.files.items()}
+    for name, file in beside.items():
+        workspace.copy(file, name)
     tensors = {name: known for part in workspace.finished.values() for name, known in part["entries"].items()}
-    others = {name: hashlib.sha256((workspace.model / name).read_bytes()).hexdigest() for name in copied if name not in MADE}
+    names = sorted({*copied, *beside} - set(MADE))
+    others = {name: hashlib.sha256((workspace.model / name).read_bytes()).hexdigest() for name in names}
     others |= {f"{sources.FOLDER}/{name}": digest for name, digest in kernels.items()}
     manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), others, tensors, probe)
     workspace.write_text(MANIFEST, manifest.text())

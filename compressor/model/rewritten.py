@@ -5,9 +5,10 @@ model and needs to know nothing of the change. Every tensor is rounded to the dt
 during a run is what will be read back.
 """
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -40,6 +41,8 @@ class Rewriting:
         removed: Names that are no longer there.
         absent: Sub-layers that the model does without from now on (compressor/absent.py), by full name.
         widths: All sub-layers that are narrower than the config says (compressor/narrow.py), by full name; None: as before.
+        blocks: Of each block, the number that it had; empty if all have kept theirs.
+        files: What lies beside the weights, by its place in the directory: the file that it is a copy of.
     """
 
     tensors: Mapping[str, Callable[[Tensor], Tensor]]
@@ -50,11 +53,14 @@ class Rewriting:
     removed: Set[str] = frozenset()
     absent: Set[str] = frozenset()
     widths: Mapping[str, int] | None = None
+    blocks: Sequence[int] = ()
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def then(self, later: "Rewriting") -> "Rewriting":
         """This and another change in one, without rounding in between; the other one copies and removes nothing."""
         assert not later.copies
         assert not later.removed
+        assert not later.blocks
         both = {
             name: partial(_in_turn, self.tensors[name], later.tensors[name]) for name in self.tensors if name in later.tensors
         }
@@ -66,6 +72,7 @@ class Rewriting:
             shapes={**self.shapes, **later.shapes},
             absent=self.absent | later.absent,
             widths=self.widths if later.widths is None else later.widths,
+            files={**self.files, **later.files},
         )
 
 

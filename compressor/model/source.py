@@ -78,6 +78,13 @@ class ModelSource:
         """The model as it is after one more change."""
         return ModelSource(self.path, self.device, self.dtype, (*self.rewritings, rewriting))
 
+    def numbers_in(self, before: "ModelSource") -> list[int]:
+        """Of each block, the number that it had in this model before the last changes."""
+        numbers = list(range(len(before.layers)))
+        for rewriting in self.rewritings[len(before.rewritings) :]:
+            numbers = [numbers[index] for index in rewriting.blocks] if rewriting.blocks else numbers
+        return numbers
+
     @property
     def peculiar(self) -> bool:
         """Whether its config alone, without an entry of ours, would make transformers build another model."""

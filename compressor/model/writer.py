@@ -97,6 +97,13 @@ class Workspace:
         with writing(self.model / name):
             (self.model / name).write_text(text, encoding="utf-8")
 
+    def copy(self, file: Path, name: str) -> None:
+        """A file to the model directory."""
+        target = self.model / name
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+
     def publish(self) -> None:
         """Let OUT appear, replacing what was there if that was agreed to, and clear up."""
         with writing(self.out):
@@ -141,6 +148,7 @@ def copy_other_files(source: Path, to: Path, except_for: Path) -> list[str]:
     copied = []
     skipped = {path.resolve() for path in (except_for, except_for.with_name(except_for.name + ".partial"))}
     skipped |= {config.parent.resolve() for config in source.rglob("config.json") if config.parent != source}  # other models
+    skipped |= {config.parent.resolve() for config in source.rglob("adapter_config.json") if config.parent != source}
     skipped |= {path.resolve() for path in source.rglob("*.partial")}
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.errors import RecipeError
 from compressor.forecast import hidden_size
 from compressor.model.memory import parameters as model_parameters
 from compressor.model.rewritten import Pruned, Rewriting
@@ -76,10 +75,7 @@ class Recover(PruningPass):
         Raises:
             RecipeError: nothing has been pruned.
         """
-        if not work.source.rewritings:
-            raise RecipeError(
-                "recover: nothing was pruned, so nothing was lost; put `prune_width` or `prune_depth` before it"
-            )
+        work.check_pruned("recover")
         file = work.once("recovered", self, partial(self._trained, work))
         found = read_tensors(file)
         losses: list[float] = found.pop(LOSSES).tolist()

@@ -172,7 +172,8 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
         for part in SUBLAYERS
         if (count := source.widths.get(f"{source.prefix}.{old}.{part}")) is not None
     }
-    return Rewriting({}, copies, {"num_hidden_layers": len(kept), **config}, removed=frozenset(removed), widths=widths)
+    config |= {"num_hidden_layers": len(kept)}
+    return Rewriting({}, copies, config, removed=frozenset(removed), widths=widths, blocks=kept)
 
 
 def _parameters(source: ModelSource, index: int) -> Mapping[str, str]:

@@ -33,6 +33,7 @@ class Work:
 
     Args:
         recipe: All of it.
+        original: The model before anything was taken away.
         source: The model as the passes before have left it.
         calibration: Text to make widths on.
         ranks: Who else works.
@@ -42,6 +43,7 @@ class Work:
     """
 
     recipe: Recipe
+    original: ModelSource
     source: ModelSource
     calibration: Samples
     ranks: Ranks
@@ -71,11 +73,24 @@ class Work:
         if self.ranks.first:
             self.place.mkdir(parents=True, exist_ok=True)
         if not self.ranks.agree(file.exists()):
-            made = make(file.with_suffix(".training"))
+            unfinished = file.with_suffix(".training")
+            made = make(unfinished)
             if self.ranks.first:
                 save(file, made)
+                unfinished.unlink(missing_ok=True)
         self.ranks.barrier()
         return file
+
+    def check_pruned(self, name: str) -> None:
+        """Refuse a pass, by its name, that makes good for what was taken away.
+
+        Raises:
+            RecipeError: nothing was.
+        """
+        if self.source is self.original:
+            raise RecipeError(
+                f"{name}: nothing was pruned, so nothing was lost; put `prune_width` or `prune_depth` before it"
+            )
 
     def text(self, tokens: int) -> Tensor:
         """Tokens [N, S], at least so many, that calibration does not read."""
@@ -108,6 +123,7 @@ class PruningPass:
     two_streams: ClassVar[bool] = False
     together: ClassVar[bool] = False
     sensitivity: ClassVar[bool] = False
+    closes: ClassVar[bool] = False  # what it learns is of no use once a pass of this stage changes the model again
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """That of the calibration stream."""
@@ -137,6 +153,10 @@ def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
         if isinstance(step, Prunes) and not all(isinstance(before, Prunes | Rewrites) for before in passes[:number]):
             raise RecipeError(
                 f"passes.{number}: takes parts of the model away before any block is compressed; put it before the others"
+            )
+        if isinstance(step, Prunes) and any(isinstance(before, PruningPass) and before.closes for before in passes[:number]):
+            raise RecipeError(
+                f"passes.{number}: changes the model that a prompt was learned for; put `soft_prompt` behind it"
             )
 
 
@@ -175,13 +195,13 @@ def pruned(
         RecipeError: it cannot be done.
     """
     check_order(source, recipe.passes)
-    done = []
+    original, done = source, []
     for number, step in enumerate(recipe.passes):
         if not isinstance(step, Prunes):
             continue
         if calibration is None:
             raise CalibrationError(f"passes.{number}: needs calibration text")
-        found = step.prune(Work(recipe, source, calibration, ranks, place / str(number), known, tell))
+        found = step.prune(Work(recipe, original, source, calibration, ranks, place / str(number), known, tell))
         source = source if found.rewriting is None else source.rewritten(found.rewriting)
         done.append(found.report)
     return source, done

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from compressor.distributed import Ranks
 from compressor.errors import RecipeError
 from compressor.model.journal import sync, writing
 from compressor.model.source import ModelSource
@@ -52,6 +53,10 @@ class Schedule:
                 raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
         if not 0 < self.lr <= 1:
             raise ValueError(f"lr: {self.lr} is not above 0 and at most 1")
+
+    def samples(self, step: int, count: int) -> list[int]:
+        """Which of so many samples a step takes."""
+        return random.Random(f"{self.seed}-{step}").sample(range(count), min(self.batch, count))
 
 
 class Training:
@@ -139,11 +144,10 @@ class Lesson:
     @contextmanager
     def opened(cls, work: Work) -> Iterator["Lesson"]:
         """With the original's last hidden states made, and its head in memory while it is open."""
-        ranks, source, tokens_NS = work.ranks, work.source, work.calibration.tokens
+        ranks, tokens_NS = work.ranks, work.calibration.tokens
         mine = range(ranks.rank, len(tokens_NS), ranks.world)
-        original = ModelSource(source.path, source.device, source.dtype)
-        targets = dict(zip(mine, _finished(original, [tokens_NS[i : i + 1] for i in mine]), strict=True))
-        with original.head() as head:
+        targets = dict(zip(mine, _finished(work.original, [tokens_NS[i : i + 1] for i in mine]), strict=True))
+        with work.original.head() as head:
             yield cls(work, head, targets)
 
     def backward(self, model: Callable[..., Any], step: int, schedule: Schedule) -> Tensor:
@@ -154,20 +158,31 @@ class Lesson:
             step: Tells the samples.
             schedule: How many there are in a step, in which order.
         """
+        chosen = schedule.samples(step, len(self.tokens_NS))
+        loss = torch.zeros((), dtype=torch.float64, device=self.work.source.device)
+        for lost in self._lost(model, chosen):
+            lost.backward()
+            loss += lost.detach()
+        return loss
+
+    @torch.no_grad()
+    def loss(self, model: Callable[..., Any]) -> float:
+        """That on all samples of all ranks."""
+        lost = self._lost(model, range(len(self.tokens_NS)))
+        total = sum(lost, torch.zeros((), dtype=torch.float64, device=self.work.source.device))
+        self.work.ranks.sum_([total])
+        return float(total)
+
+    def _lost(self, model: Callable[..., Any], chosen: Sequence[int]) -> Iterator[Tensor]:
+        """The divergence on some samples, in parts that add up over ranks to the mean over tokens."""
         source, tokens_NS = self.work.source, self.tokens_NS
-        order = random.Random(f"{schedule.seed}-{step}")
-        chosen = order.sample(range(len(tokens_NS)), min(schedule.batch, len(tokens_NS)))
-        loss = torch.zeros((), dtype=torch.float64, device=source.device)
-        for some in _pieces([i for i in chosen if i in self.targets], tokens_NS.shape[1]):
-            with _precision(source):
+        for some in pieces([i for i in chosen if i in self.targets], tokens_NS.shape[1]):
+            with precision(source):
                 found_BSV = model(tokens_NS[some].to(source.device), use_cache=False).logits
             with torch.no_grad():
                 wanted_BSV = self.head(torch.cat([self.targets[i] for i in some]).to(source.device)).float().log_softmax(-1)
             lost = (wanted_BSV.exp() * (wanted_BSV - found_BSV.float().log_softmax(-1))).sum()
-            lost = lost / (len(chosen) * tokens_NS.shape[1])
-            lost.backward()
-            loss += lost.detach()
-        return loss
+            yield lost / (len(chosen) * tokens_NS.shape[1])
 
 
 def distil(
@@ -191,26 +206,47 @@ def distil(
     Raises:
         RecipeError: the loss is no number.
     """
-    schedule, ranks = training.schedule, work.ranks
-    training.resume(ranks.agree(training.kept()))
     with Lesson.opened(work) as lesson:
-        for step in range(training.done, schedule.steps):
-            loss = lesson.backward(model, step, schedule)
+
+        def backward(step: int) -> Tensor:
+            loss = lesson.backward(model, step, training.schedule)
             if penalty is not None:
-                extra = penalty(step) / ranks.world
+                extra = penalty(step) / work.ranks.world
                 extra.backward()
                 loss += extra.detach().double()
-            for parameter in training.trained:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            ranks.sum_([loss, *(p.grad for p in training.trained if p.grad is not None)])
-            if not torch.isfinite(loss):
-                raise RecipeError(
-                    f"the loss of training step {step + 1} is {float(loss)}; lower lr, which is {schedule.lr:g}"
-                )
-            training.step(float(loss))
+            return loss
+
+        for done, loss in descend(training, work.ranks, backward):
             if after is not None:
-                after(step + 1)
-            work.tell(Event("train", step + 1, schedule.steps, error=float(loss)))
+                after(done)
+            work.tell(Event("train", done, training.schedule.steps, error=loss))
+
+
+def descend(training: Training, ranks: Ranks, backward: Callable[[int], Tensor]) -> Iterator[tuple[int, float]]:
+    """Take all steps that are left, from where a training that was broken off has come to.
+
+    Args:
+        training: The parameters.
+        ranks: Over which gradients and losses are summed.
+        backward: Adds the gradients of a step, as far as they are this rank's; the loss, fp64.
+
+    Yields: after each step, how many are done and its loss.
+
+    Raises:
+        RecipeError: the loss is no number.
+    """
+    training.resume(ranks.agree(training.kept()))
+    for step in range(training.done, training.schedule.steps):
+        loss = backward(step)
+        for parameter in training.trained:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        ranks.sum_([loss, *(p.grad for p in training.trained if p.grad is not None)])
+        if not torch.isfinite(loss):
+            raise RecipeError(
+                f"the loss of training step {step + 1} is {float(loss)}; lower lr, which is {training.schedule.lr:g}"
+            )
+        training.step(float(loss))
+        yield step + 1, float(loss)
 
 
 @torch.no_grad()
@@ -222,12 +258,13 @@ def _finished(source: ModelSource, batches: Sequence[Tensor]) -> list[Tensor]:
     return states
 
 
-def _pieces(samples: Sequence[int], length: int) -> Iterator[list[int]]:
+def pieces(samples: Sequence[int], length: int) -> Iterator[list[int]]:
+    """Samples that go through the model together."""
     size = max(1, TOGETHER // length)
     for first in range(0, len(samples), size):
         yield list(samples[first : first + size])
 
 
-def _precision(source: ModelSource) -> AbstractContextManager[Any]:
+def precision(source: ModelSource) -> AbstractContextManager[Any]:
     """Products in bfloat16 unless the run computes in float32: gradients may be too small for float16. Weights stay."""
     return torch.autocast(source.device.type, torch.bfloat16, enabled=source.dtype != torch.float32)

@@ -71,7 +71,8 @@ def check_config(directory: Path, manifest: Manifest | None) -> str:
 
 
 def check_copies(directory: Path, manifest: Manifest | None) -> str:
-    """The tokenizer and what else was copied from the original is as it was: with another one a model writes nonsense."""
+    """The tokenizer and what else was copied from the original is as it was, and so is what was learned to go
+    beside the weights: with another tokenizer a model writes nonsense."""
     if manifest is None:
         raise NotCheckedError(f"no {MANIFEST}: nothing says what the other files should be")
     problems = []
@@ -80,9 +81,9 @@ def check_copies(directory: Path, manifest: Manifest | None) -> str:
         if not file.is_file():
             problems.append(f"{file}: is missing")
         elif hashlib.sha256(file.read_bytes()).hexdigest() != known:
-            problems.append(f"{file}: is not what the run copied from the original")
+            problems.append(f"{file}: is not what the run copied there")
     refuse(problems)
-    return f"{len(manifest.files)} files, as in the original"
+    return f"{len(manifest.files)} files, as the run copied them"
 
 
 def _shards(directory: Path) -> list[Path]:

@@ -32,7 +32,7 @@ class Manifest:
     """What a directory is to be compared with."""
 
     config_sha256: str
-    files: Mapping[str, str]  # by name, the hashes of those copied from the original: tokenizer, chat template, …
+    files: Mapping[str, str]  # by name, the hashes of those that were copied: tokenizer, chat template, …
     tensors: Mapping[str, Entry]  # by name
     probe: Record | None  # None for an architecture that cannot be streamed
 

@@ -11,6 +11,8 @@ import compressor
 
 ROOT = Path(compressor.__file__).parent
 
+# Passes that search for what they take away, or train what they leave.
+PRUNING = ("distil_blocks", "pat", "prune_depth", "prune_hidden", "prune_width", "recover", "soft_prompt")
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
     ("types", "errors", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes"),
@@ -26,14 +28,7 @@ FLOORS = (
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
     ("judging", "tuning", "search"),
-    (  # with passes that search for what they take away, or train what they leave
-        "pruning",
-        "passes.pat",
-        "passes.prune_depth",
-        "passes.prune_hidden",
-        "passes.prune_width",
-        "passes.recover",
-    ),
+    ("pruning", *(f"passes.{name}" for name in PRUNING)),
     ("fitting",),
     ("api", "comparison"),
     ("cli", "__main__"),
