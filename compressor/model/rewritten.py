@@ -7,6 +7,7 @@ during a run is what will be read back.
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -49,6 +50,27 @@ class Rewriting:
     removed: Set[str] = frozenset()
     absent: Set[str] = frozenset()
     widths: Mapping[str, int] | None = None
+
+    def then(self, later: "Rewriting") -> "Rewriting":
+        """This and another change in one, without rounding in between; the other one copies and removes nothing."""
+        assert not later.copies
+        assert not later.removed
+        both = {
+            name: partial(_in_turn, self.tensors[name], later.tensors[name]) for name in self.tensors if name in later.tensors
+        }
+        return replace(
+            self,
+            tensors={**self.tensors, **later.tensors, **both},
+            config={**self.config, **later.config},
+            hadamard={**self.hadamard, **later.hadamard},
+            shapes={**self.shapes, **later.shapes},
+            absent=self.absent | later.absent,
+            widths=self.widths if later.widths is None else later.widths,
+        )
+
+
+def _in_turn(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], old: Tensor) -> Tensor:
+    return second(first(old))
 
 
 @runtime_checkable

@@ -3,8 +3,6 @@
 The original goes by once, block by block, and leaves what enters its head; the pruned model stays in memory, with a LoRA
 beside every linear layer of its blocks, whose norms are trained too. The loss (compressor/pruning/training.py) is the
 divergence of its predictions from the original's and nothing else. Shapes, and so the architecture, stay.
-
-Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, by peft.
 """
 
 from functools import partial
@@ -12,14 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from compressor.errors import RecipeError
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
+from compressor.pruning.lora import merged, student
 from compressor.pruning.shapes import parameters
-from compressor.pruning.stage import PruningPass, Work, read_tensors, stored
+from compressor.pruning.stage import PruningPass, Work, as_stored, read_tensors, stored
 from compressor.pruning.training import Schedule, Training, distil
 from compressor.registry import node
 
@@ -87,24 +85,14 @@ class Recover(PruningPass):
         trained = [p for p in model.parameters() if p.requires_grad]
         training = Training(self.schedule, trained, unfinished if work.ranks.first else None)
         distil(work, model, training)
-        merged = model.merge_and_unload().state_dict()
-        inside = {name: at for name, at in source.names.items() if name.startswith(f"{source.prefix}.") and name in merged}
-        new = {at: merged[name].to(source.checkpoint.headers[at].dtype) for name, at in inside.items()}
-        return {**new, LOSSES: torch.tensor(training.losses)}
+        return {**as_stored(source, merged(model, source)), LOSSES: torch.tensor(training.losses)}
 
     def _student(self, source: ModelSource) -> Any:
         """The pruned model in float32, with what is trained; the rest is frozen."""
-        student = ModelSource(source.path, source.device, torch.float32, source.rewritings)
-        layers = [
-            f"{b.prefix}.{name}"
-            for b in map(partial(student.block, load=False), range(len(student.layers)))
-            for name in b.layers
-        ]
-        settings = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, lora_dropout=0.0, target_modules=layers, bias="none")
-        model: Any = get_peft_model(student.whole(), settings)
+        model = student(source, self.rank, 2 * self.rank)
         if self.norms:
             for name, module in model.named_modules():
-                if f"{student.prefix}." in name and "norm" in type(module).__name__.lower():
+                if f"{source.prefix}." in name and "norm" in type(module).__name__.lower():
                     module.requires_grad_(True)
         return model
 

@@ -53,6 +53,23 @@ class Schedule:
         if not 0 < self.lr <= 1:
             raise ValueError(f"lr: {self.lr} is not above 0 and at most 1")
 
+    def samples(self, step: int, count: int) -> list[int]:
+        """Which of so many samples a step takes."""
+        return drawn(self.seed, step, self.batch, count)
+
+
+def drawn(seed: int, step: int, batch: int, count: int) -> list[int]:
+    """A batch out of so many samples."""
+    return random.Random(f"{seed}-{step}").sample(range(count), min(batch, count))
+
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [B, S, V], the original's log-probabilities, tokens [B, S] -> sum
+
+
+def divergence(found_BSV: Tensor, wanted_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
+    """KL(original || model), summed over tokens."""
+    return (wanted_BSV.exp() * (wanted_BSV - found_BSV.float().log_softmax(-1))).sum()
+
 
 class Training:
     """Parameters on their way.
@@ -146,25 +163,23 @@ class Lesson:
         with original.head() as head:
             yield cls(work, head, targets)
 
-    def backward(self, model: Callable[..., Any], step: int, schedule: Schedule) -> Tensor:
-        """Add the gradients of a step, of this rank's samples; the loss, fp64.
+    def backward(self, model: Callable[..., Any], chosen: Sequence[int], lost_of: Loss = divergence) -> Tensor:
+        """Add the gradients of a mean over tokens, as far as they are of this rank's samples; the loss, fp64.
 
         Args:
             model: Of transformers, or what computes as one.
-            step: Tells the samples.
-            schedule: How many there are in a step, in which order.
+            chosen: Samples, of all ranks.
+            lost_of: What the mean is of.
         """
         source, tokens_NS = self.work.source, self.tokens_NS
-        order = random.Random(f"{schedule.seed}-{step}")
-        chosen = order.sample(range(len(tokens_NS)), min(schedule.batch, len(tokens_NS)))
         loss = torch.zeros((), dtype=torch.float64, device=source.device)
         for some in _pieces([i for i in chosen if i in self.targets], tokens_NS.shape[1]):
+            tokens_BS = tokens_NS[some].to(source.device)
             with _precision(source):
-                found_BSV = model(tokens_NS[some].to(source.device), use_cache=False).logits
+                found_BSV = model(tokens_BS, use_cache=False).logits
             with torch.no_grad():
                 wanted_BSV = self.head(torch.cat([self.targets[i] for i in some]).to(source.device)).float().log_softmax(-1)
-            lost = (wanted_BSV.exp() * (wanted_BSV - found_BSV.float().log_softmax(-1))).sum()
-            lost = lost / (len(chosen) * tokens_NS.shape[1])
+            lost = lost_of(found_BSV, wanted_BSV, tokens_BS) / (len(chosen) * tokens_NS.shape[1])
             lost.backward()
             loss += lost.detach()
         return loss
@@ -195,7 +210,7 @@ def distil(
     training.resume(ranks.agree(training.kept()))
     with Lesson.opened(work) as lesson:
         for step in range(training.done, schedule.steps):
-            loss = lesson.backward(model, step, schedule)
+            loss = lesson.backward(model, schedule.samples(step, len(lesson.tokens_NS)))
             if penalty is not None:
                 extra = penalty(step) / ranks.world
                 extra.backward()

@@ -26,7 +26,8 @@ FLOORS = (
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),
     ("judging", "tuning", "search"),
-    ("pruning", "passes.prune_depth", "passes.prune_width", "passes.recover"),  # passes that search for what they take away
+    # Passes that search for what they take away.
+    ("pruning", *(f"passes.{name}" for name in ("compresso", "prune_depth", "prune_taylor", "prune_width", "recover"))),
     ("fitting",),
     ("api", "comparison"),
     ("cli", "__main__"),
