@@ -18,7 +18,7 @@ from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.lora import merged, student
 from compressor.pruning.shapes import parameters
-from compressor.pruning.stage import PruningPass, Work, read_tensors, stored
+from compressor.pruning.stage import PruningPass, Work, as_stored, read_tensors, stored
 from compressor.pruning.training import TOGETHER, Schedule, Training, distil
 from compressor.registry import node
 
@@ -92,9 +92,7 @@ class Recover(PruningPass):
         trained = [p for p in model.parameters() if p.requires_grad]
         training = Training(self.schedule, trained, unfinished if work.ranks.first else None)
         distil(work, model, training)
-        headers = source.checkpoint.headers
-        new = {at: value.to(headers[at].dtype) for name, value in merged(model, source).items() if (at := source.names[name])}
-        return {**new, LOSSES: torch.tensor(training.losses)}
+        return {**as_stored(source, merged(model, source)), LOSSES: torch.tensor(training.losses)}
 
     def _student(self, source: ModelSource) -> Any:
         """The pruned model in float32, with what is trained; the rest is frozen."""

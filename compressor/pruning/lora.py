@@ -3,6 +3,7 @@
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, by peft.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,11 +14,18 @@ from torch import Tensor
 from compressor.model.source import ModelSource
 
 
-def student(source: ModelSource, rank: int, alpha: int) -> Any:
-    """The model in float32 with a change of a rank beside every linear layer of its blocks; the rest is frozen."""
+def student(source: ModelSource, rank: int, alpha: int, ends: Sequence[str] = ("",)) -> Any:
+    """The model in float32 with a change of a rank beside linear layers of its blocks; the rest is frozen.
+
+    Args:
+        source: The model.
+        rank: Of the changes.
+        alpha: What they are multiplied by, times the rank.
+        ends: Of the names of the layers that are changed; all linear layers of the blocks are.
+    """
     whole = ModelSource(source.path, source.device, torch.float32, source.rewritings)
     blocks = map(partial(whole.block, load=False), range(len(whole.layers)))
-    layers = [f"{block.prefix}.{name}" for block in blocks for name in block.layers]
+    layers = [f"{block.prefix}.{name}" for block in blocks for name in block.layers if name.endswith(tuple(ends))]
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=layers, bias="none")
     return get_peft_model(whole.whole(), settings)
 

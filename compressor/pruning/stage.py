@@ -97,6 +97,11 @@ class Work:
         return search_text(self.recipe, tokens, self.source, self.calibration)
 
 
+def as_stored(source: ModelSource, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name in the model, by name on disk and in the dtype that they have there."""
+    return {(at := source.names[name]): new.to(source.checkpoint.headers[at].dtype) for name, new in tensors.items()}
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a file that `Work.once` made."""
     return dict(load_file(file))

@@ -56,7 +56,20 @@ class Schedule:
 
     def samples(self, step: int, count: int) -> list[int]:
         """Which of so many samples a step takes."""
-        return random.Random(f"{self.seed}-{step}").sample(range(count), min(self.batch, count))
+        return drawn(self.seed, step, self.batch, count)
+
+
+def drawn(seed: int, step: int, batch: int, count: int) -> list[int]:
+    """A batch out of so many samples."""
+    return random.Random(f"{seed}-{step}").sample(range(count), min(batch, count))
+
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [B, S, V], the original's log-probabilities, tokens [B, S] -> sum
+
+
+def divergence(found_BSV: Tensor, wanted_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
+    """KL(original || model), summed over tokens."""
+    return (wanted_BSV.exp() * (wanted_BSV - found_BSV.float().log_softmax(-1))).sum()
 
 
 class Training:
@@ -150,17 +163,16 @@ class Lesson:
         with work.original.head() as head:
             yield cls(work, head, targets)
 
-    def backward(self, model: Callable[..., Any], step: int, schedule: Schedule) -> Tensor:
-        """Add the gradients of a step, of this rank's samples; the loss, fp64.
+    def backward(self, model: Callable[..., Any], chosen: Sequence[int], lost_of: Loss = divergence) -> Tensor:
+        """Add the gradients of a mean over tokens, as far as they are of this rank's samples; the loss, fp64.
 
         Args:
             model: Of transformers, or what computes as one.
-            step: Tells the samples.
-            schedule: How many there are in a step, in which order.
+            chosen: Samples, of all ranks.
+            lost_of: What the mean is of.
         """
-        chosen = schedule.samples(step, len(self.tokens_NS))
         loss = torch.zeros((), dtype=torch.float64, device=self.work.source.device)
-        for lost in self._lost(model, chosen):
+        for lost in self._lost(model, chosen, lost_of):
             lost.backward()
             loss += lost.detach()
         return loss
@@ -168,21 +180,21 @@ class Lesson:
     @torch.no_grad()
     def loss(self, model: Callable[..., Any]) -> float:
         """That on all samples of all ranks."""
-        lost = self._lost(model, range(len(self.tokens_NS)))
+        lost = self._lost(model, range(len(self.tokens_NS)), divergence)
         total = sum(lost, torch.zeros((), dtype=torch.float64, device=self.work.source.device))
         self.work.ranks.sum_([total])
         return float(total)
 
-    def _lost(self, model: Callable[..., Any], chosen: Sequence[int]) -> Iterator[Tensor]:
-        """The divergence on some samples, in parts that add up over ranks to the mean over tokens."""
+    def _lost(self, model: Callable[..., Any], chosen: Sequence[int], lost_of: Loss) -> Iterator[Tensor]:
+        """A loss on some samples, in parts that add up over ranks to the mean over tokens."""
         source, tokens_NS = self.work.source, self.tokens_NS
         for some in pieces([i for i in chosen if i in self.targets], tokens_NS.shape[1]):
+            tokens_BS = tokens_NS[some].to(source.device)
             with precision(source):
-                found_BSV = model(tokens_NS[some].to(source.device), use_cache=False).logits
+                found_BSV = model(tokens_BS, use_cache=False).logits
             with torch.no_grad():
                 wanted_BSV = self.head(torch.cat([self.targets[i] for i in some]).to(source.device)).float().log_softmax(-1)
-            lost = (wanted_BSV.exp() * (wanted_BSV - found_BSV.float().log_softmax(-1))).sum()
-            yield lost / (len(chosen) * tokens_NS.shape[1])
+            yield lost_of(found_BSV, wanted_BSV, tokens_BS) / (len(chosen) * tokens_NS.shape[1])
 
 
 def distil(
@@ -209,7 +221,7 @@ def distil(
     with Lesson.opened(work) as lesson:
 
         def backward(step: int) -> Tensor:
-            loss = lesson.backward(model, step, training.schedule)
+            loss = lesson.backward(model, training.schedule.samples(step, len(lesson.tokens_NS)))
             if penalty is not None:
                 extra = penalty(step) / work.ranks.world
                 extra.backward()

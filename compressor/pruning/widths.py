@@ -12,7 +12,7 @@ Shape suffixes: O out_features, S columns that stay, U units.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,9 +32,16 @@ from compressor.types import Block, Edits, Kept, Trial, dense
 UNITS = "units"  # the name under which those that stay are kept
 
 
+class Narrows(Protocol):
+    """How units are chosen and what becomes of the writer; its `repr` says all of it."""
+
+    def widths(self, block: Block, part: Part, stats: BlockStats, wanted: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Units that stay [U] and the writer [O, S], for each wanted number, the most first."""
+
+
 @dataclass(frozen=True)
 class Way:
-    """How units are chosen and what becomes of the writer.
+    """Units are chosen part by part, by what is seen of each.
 
     Args:
         score: `obs`, or a name in compressor/pruning/scores.py.
@@ -55,10 +62,32 @@ class Way:
         return by_score(w_OI, h_II, score_U, wanted, self.damp, refit=self.refit)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Units were chosen before.
+
+    Args:
+        units: Those that stay, by part, full name.
+        refit: As of `Way`.
+        damp: The same.
+    """
+
+    units: Mapping[str, tuple[int, ...]]
+    refit: bool
+    damp: float
+
+    def widths(self, block: Block, part: Part, stats: BlockStats, wanted: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of the one number that there is."""
+        w_OI, h_II = block.weight(part.writer), stats[part.writer, Hessian].value
+        stays_U = torch.zeros(part.count, device=w_OI.device)
+        stays_U[list(self.units[f"{block.prefix}.{part.name}"])] = 1
+        return by_score(w_OI, h_II, stays_U, wanted, self.damp, refit=self.refit)
+
+
 def sweep(
     job: Job,
     open_stream: Callable[[], CalibrationStream],
-    way: Way,
+    way: Narrows,
     wanted: Mapping[str, Sequence[int]],
     levels: LevelDB,
     tell: Tell,

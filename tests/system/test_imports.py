@@ -12,7 +12,10 @@ import compressor
 ROOT = Path(compressor.__file__).parent
 
 # Passes that search for what they take away, or train what they leave.
-PRUNING = ("distil_blocks", "pat", "prune_depth", "prune_hidden", "prune_width", "recover", "soft_prompt")
+PRUNING = (
+    *("compresso", "distil_blocks", "pat", "prune_depth", "prune_hidden", "prune_taylor", "prune_width"),
+    *("recover", "soft_prompt"),
+)
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
     ("types", "errors", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes"),
