@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from compressor._on_import import on_import
 
 if TYPE_CHECKING:
-    from compressor.api import Forecast, fit, forecast, prune, prune_recipe, quantize, quantize_recipe, run
+    from compressor.api import Forecast, fit, forecast, prune, quantize, run
     from compressor.fitting import fit_recipe, search_plan
     from compressor.judging import evaluate
     from compressor.runtime.load import generate, load
+    from compressor.shorthands import prune_recipe, quantize_recipe
 
 __all__ = [
     "Forecast",
@@ -42,6 +43,8 @@ _HOME = {
     "fit_recipe": "compressor.fitting",
     "generate": "compressor.runtime.load",
     "load": "compressor.runtime.load",
+    "prune_recipe": "compressor.shorthands",
+    "quantize_recipe": "compressor.shorthands",
     "search_plan": "compressor.fitting",
 }
 

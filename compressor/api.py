@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from compressor import methods, pipeline, tuning
-from compressor.activations import static_part
+from compressor import pipeline, tuning
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import Keep, keeping
 from compressor.card import model_card
@@ -31,9 +30,10 @@ from compressor.plan import describe_plan, make_plan, model_formats, output_head
 from compressor.plan_file import offering, read_plan
 from compressor.provenance import fingerprint, fingerprint_plan, finished_report, new_report
 from compressor.pruning.stage import expected_peak, pruned, pruning_place, sketched
-from compressor.recipe import Recipe, load_recipe, make_recipe
+from compressor.recipe import Recipe, load_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
+from compressor.shorthands import prune_recipe, quantize_recipe
 from compressor.types import OneOf, Plan, Tunes
 from compressor.verification.check import WrongError
 from compressor.verification.probe import Record
@@ -168,65 +168,6 @@ def quantize(
     return run(quantize_recipe(bits, **options), model, out, tell=tell, **of_run)
 
 
-def quantize_recipe(
-    bits: float | None = None,
-    *,
-    fmt: str | None = None,
-    activations: int = methods.DENSE,
-    method: str | None = None,
-    calibrated: bool = True,
-    group_size: int | None = None,
-    symmetric: bool = True,
-    calibration: str | None = None,
-    samples: int = 128,
-    seq_len: int | None = None,
-    seed: int = 0,
-    ignore: Sequence[str] = ("lm_head",),
-    evaluate: bool = True,
-    changes: Sequence[str] = (),
-) -> Recipe:
-    """The recipe that `compress quantize` runs.
-
-    Args:
-        bits: Of a weight; None takes 4, or what the numbers have; with `vq` the most that one may take, codebooks counted.
-        fmt: `int`; `nvfp4`, `mxfp4`, `fp4`, `fp8` or `mxfp8`: floating-point numbers, which have bits of their own; `vq`:
-            vectors out of codebooks. None takes what the method is for.
-        activations: Bits that activations are rounded to; 16 leaves them as they are.
-        method: A name in compressor/methods.py; None takes the best for the numbers and their bits.
-        calibrated: False allows no method that reads text.
-        group_size: Adjacent input channels that share a scale, -1 for whole rows; None takes 128.
-        symmetric: False stores zero points, which only this project's loader reads.
-        calibration: Where the text comes from; None takes the built-in text.
-        samples: Of calibration.
-        seq_len: Tokens of each; None takes what the model was made for, at most 2048.
-        seed: Of the order of documents.
-        ignore: Patterns of layers to leave as they are.
-        evaluate: Compare the result with the original.
-        changes: `KEY=VALUE` changes to the recipe, as with --set.
-
-    Raises:
-        RecipeError: no recipe comes of it.
-    """
-    if calibration is not None and not calibrated:
-        raise RecipeError(
-            f"--calibration {calibration} --no-calibration: one asks for what the other rules out; leave out one of the two"
-        )
-    fmt = methods.numbers(method, fmt)
-    bits = methods.width(fmt, bits)
-    options = methods.formats(fmt, bits, group_size, symmetric=symmetric, activations=activations)
-    name = methods.chosen(method, fmt, bits, calibrated=calibrated)
-    if not calibrated and (way := options[0].get("activations")) and static_part(way):
-        raise RecipeError(
-            f"--activations {activations} --no-calibration: {way} needs a scale from calibration; leave out one of the two"
-        )
-    data = {
-        "passes": methods.passes(name, options, ignore, bits),
-        "calibration": {"source": calibration or "builtin", "samples": samples, "seq_len": seq_len, "seed": seed},
-        "evaluation": {} if evaluate else None,
-    }
-    return make_recipe(data, changes, "options")
-
-
 def fit(model: str | Path = ".", out: str | Path | None = None, *, tell: Tell = silent, **options: Any) -> Report:
     """Find and write the best model of a size: `run` with the recipe of `fit_recipe`.
 
@@ -255,73 +196,6 @@ def prune(
     """
     of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
     return run(prune_recipe(ratio, **options), model, out, tell=tell, **of_run)
-
-
-def prune_recipe(
-    ratio: float,
-    *,
-    of: str = "model",
-    by: str = "width",
-    layout: str = "uniform",
-    score: str | None = None,
-    heads: bool = True,
-    multiple: int | None = None,
-    recover: int = 0,
-    bits: float | None = None,
-    calibration: str = "builtin",
-    samples: int = 128,
-    seq_len: int | None = None,
-    seed: int = 0,
-    evaluate: bool = True,
-    changes: Sequence[str] = (),
-) -> Recipe:
-    """The recipe that `compress prune` runs.
-
-    Args:
-        ratio: Share of the parameters that goes.
-        of: What it counts: `model`, `blocks` or `mlp`.
-        by: `width`: channels and heads; `depth`: blocks; `sublayers`: attentions and MLPs.
-        layout: `uniform`: every block of the same shape; `per-layer`: each with widths of its own; of width.
-        score: Which of them go first: a score of `prune_width`, a way of `prune_depth`. None takes the best.
-        heads: Whether groups of heads may go; of width.
-        multiple: Of which the number of channels stays one; None takes what suits their number.
-        recover: Steps of training towards the original's predictions; 0 trains nothing.
-        bits: Of a weight, if what is left is to be quantized too.
-        calibration: Where the text comes from.
-        samples: Of calibration.
-        seq_len: Tokens of each; None takes what the model was made for, at most 2048.
-        seed: Of the order of documents.
-        evaluate: Compare the result with the original.
-        changes: `KEY=VALUE` changes to the recipe, as with --set.
-
-    Raises:
-        RecipeError: no recipe comes of it.
-    """
-    if by not in ("width", "depth", "sublayers"):
-        raise RecipeError(f"--by {by}: width, depth or sublayers")
-    if by != "width" and (multiple is not None or not heads or of == "mlp" or layout != "uniform"):
-        raise RecipeError(
-            f"--by {by}: what goes, goes as a whole; --multiple, --no-heads, --layout and --of mlp are for --by width"
-        )
-    step: dict[str, Any] = {"pass": "prune_width" if by == "width" else "prune_depth", "ratio": ratio, "of": of}
-    width = {"heads": heads, "multiple": multiple, "layout": layout}
-    step |= width if by == "width" else {"parts": "blocks" if by == "depth" else by}
-    step |= {} if score is None else {"score" if by == "width" else "by": score}
-    quantized: list[dict[str, Any]] = []
-    if bits is not None:
-        step |= {"multiple": multiple or methods.GROUP_SIZE} if by == "width" else {}
-        options = methods.formats(
-            methods.INTEGERS, methods.width(methods.INTEGERS, bits), None, symmetric=True, activations=16
-        )
-        name = methods.chosen(None, methods.INTEGERS, bits, calibrated=True)
-        quantized = methods.passes(name, options, ("lm_head",), bits)
-    trained = [{"pass": "recover", "steps": recover, "seed": seed}] if recover else []
-    data = {
-        "passes": [step, *trained, *quantized],
-        "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed},
-        "evaluation": {} if evaluate else None,
-    }
-    return make_recipe(data, changes, "options")
 
 
 def forecast(

@@ -12,6 +12,7 @@ from compressor.cli import main
 from compressor.inspection import Inspection, inspect_model
 from compressor.model.runtimes import Runtime
 from compressor.recipe import make_recipe
+from compressor.shorthands import quantize_recipe
 
 EVERYWHERE = {"compressor": True, "transformers": True, "vLLM": True, "SGLang": True, "llama.cpp": False}
 
@@ -21,7 +22,7 @@ def rounded(tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """`rounded(**options)`: what rounding makes of a small Llama."""
 
     def make(bits: int = 4, group_size: int = 64, symmetric: bool = True) -> Path:
-        recipe = api.quantize_recipe(bits, method="rtn", group_size=group_size, symmetric=symmetric, evaluate=False)
+        recipe = quantize_recipe(bits, method="rtn", group_size=group_size, symmetric=symmetric, evaluate=False)
         api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu", verify=False)
         return tmp_path / "out"
 

@@ -13,13 +13,14 @@ from compressor.errors import RecipeError
 from compressor.methods import METHODS
 from compressor.registry import describe
 from compressor.report import Report
+from compressor.shorthands import quantize_recipe
 
 FAST = ("steps", "learn")  # what takes long
 
 
 def run(method: str, model: Path, text: Path, place: Path, **options: Any) -> Report:
     calibrated = METHODS[method].calibrated
-    recipe = api.quantize_recipe(
+    recipe = quantize_recipe(
         method=method,
         calibrated=calibrated,
         calibration=str(text) if calibrated else None,
@@ -34,7 +35,7 @@ def run(method: str, model: Path, text: Path, place: Path, **options: Any) -> Re
 
 
 def names(**options: object) -> list[str]:
-    return [step["pass"] for step in describe(api.quantize_recipe(**options).passes)]  # type: ignore[arg-type]
+    return [step["pass"] for step in describe(quantize_recipe(**options).passes)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -59,7 +60,7 @@ def test_many_bits_need_no_training(bits: int) -> None:
 )
 def test_floats_have_a_default(fmt: str, expected: list[str]) -> None:
     assert names(fmt=fmt) == expected
-    (step,) = describe(api.quantize_recipe(fmt=fmt, calibrated=False).passes)
+    (step,) = describe(quantize_recipe(fmt=fmt, calibrated=False).passes)
     assert (step["pass"], step["search"]) == ("rtn", True)
     assert len(step["options"]) == 1
 
@@ -84,13 +85,13 @@ def test_shifts_are_for_activations_that_one_scale_serves() -> None:
 def test_activations_of_some_bits(fmt: str, bits: int | None, ways: dict[int, str]) -> None:
     for wanted in (4, 8):
         if wanted in ways:
-            recipe = api.quantize_recipe(bits, fmt=fmt, activations=wanted)
+            recipe = quantize_recipe(bits, fmt=fmt, activations=wanted)
             assert recipe.passes[-2 if len(recipe.passes) > 1 else 0].options[0].label == ways[wanted]
         else:
             with pytest.raises(
                 RecipeError, match=f"--format {fmt} --activations {wanted}: these weights go with activations of .*16 bits"
             ):
-                api.quantize_recipe(bits, fmt=fmt, activations=wanted)
+                quantize_recipe(bits, fmt=fmt, activations=wanted)
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].only is None])
@@ -123,7 +124,7 @@ def one_layer(shape: tuple[int, int]) -> tuple[Any, list[str]]:
 
 
 def test_layers_take_what_keeps_to_the_budget() -> None:
-    step: Any = api.quantize_recipe(2.25, method="vptq").passes[0]
+    step: Any = quantize_recipe(2.25, method="vptq").passes[0]
     for shape in ((4096, 4096), (512, 512), (256, 256)):
         sizes = {fmt: fmt.stored_bits(shape) / (shape[0] * shape[1]) for fmt in step.options}
         picked = step.pick(step.options, *one_layer(shape))
@@ -148,11 +149,11 @@ def test_layers_take_what_keeps_to_the_budget() -> None:
 )
 def test_what_vectors_leave_no_choice_of_is_refused(chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        api.quantize_recipe(**chosen)
+        quantize_recipe(**chosen)
 
 
 def test_a_budget_that_no_option_keeps_to_says_what_would() -> None:
-    step: Any = api.quantize_recipe(1, method="vptq").passes[0]
+    step: Any = quantize_recipe(1, method="vptq").passes[0]
     with pytest.raises(ValueError, match=r"none takes at most 1 bits a weight, the least \d+\.\d+; allow more"):
         step.pick(step.options, *one_layer((8, 8)))
 
@@ -160,7 +161,7 @@ def test_a_budget_that_no_option_keeps_to_says_what_would() -> None:
 @pytest.mark.parametrize("method", [name for name in METHODS if "mxfp4" not in (METHODS[name].only or ("mxfp4",))])
 def test_one_for_other_numbers_is_refused(method: str) -> None:
     with pytest.raises(RecipeError, match=f"--method {method} --format mxfp4: .* not for these numbers; take one of learned"):
-        api.quantize_recipe(fmt="mxfp4", method=method, calibrated=METHODS[method].calibrated)
+        quantize_recipe(fmt="mxfp4", method=method, calibrated=METHODS[method].calibrated)
 
 
 @pytest.mark.parametrize(
@@ -178,11 +179,11 @@ def test_one_for_other_numbers_is_refused(method: str) -> None:
 )
 def test_what_leaves_no_choice_is_refused(chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        api.quantize_recipe(**chosen)
+        quantize_recipe(**chosen)
 
 
 def test_groups_of_fp4_can_be_chosen() -> None:
-    recipe = api.quantize_recipe(fmt="fp4", group_size=32)
+    recipe = quantize_recipe(fmt="fp4", group_size=32)
     assert [option.label for option in recipe.passes[0].options] == ["e2m1g32", "e1m2g32", "e3m0g32"]
 
 
@@ -198,12 +199,12 @@ def test_each_runs_and_all_its_layers_get_the_bits(
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].calibrated and name != "fpq"])
 def test_one_that_reads_text_is_refused_where_none_may_be_read(method: str) -> None:
     with pytest.raises(RecipeError, match=f"--method {method} --no-calibration: .* leave out one"):
-        api.quantize_recipe(4, method=method, calibrated=False)
+        quantize_recipe(4, method=method, calibrated=False)
 
 
 def test_a_misspelt_one_is_suggested() -> None:
     with pytest.raises(RecipeError, match="did you mean `learned`"):
-        api.quantize_recipe(4, method="learnd")
+        quantize_recipe(4, method="learnd")
 
 
 @pytest.mark.parametrize("bits", [n / 10 for n in range(22, 81)])

@@ -29,6 +29,7 @@ def demo(
     from compressor.model.journal import replace_text
     from compressor.report_html.page import render
     from compressor.runtime.load import generate
+    from compressor.shorthands import quantize_recipe
 
     quiet()
     models = [("original", DEMO_MODEL)]
@@ -37,7 +38,7 @@ def demo(
         target = out / f"demo-{method}-int{width}"
         out.mkdir(parents=True, exist_ok=True)
         with progress() as tell:
-            recipe = api.quantize_recipe(width, method=method)
+            recipe = quantize_recipe(width, method=method)
             reports[target.name] = api.run(recipe, DEMO_MODEL, target, overwrite=True, device="cpu", tell=tell)
         models.append((target.name, target))
     page = out / "report.html"

@@ -22,7 +22,8 @@ def prune(
     by: Annotated[
         str,
         typer.Option(
-            help="width (channels and heads, keeps more quality), depth (blocks, faster at small batches) or sublayers "
+            help="width (channels and heads, keeps more quality), hidden (channels of the hidden state, in every layer), "
+            "depth (blocks, faster at small batches) or sublayers "
             "(attentions and MLPs one by one: more to choose among, but only compressor.load reads the result)."
         ),
     ] = "width",
@@ -36,8 +37,8 @@ def prune(
     score: Annotated[
         str,
         typer.Option(
-            help="Which go first. Of width: obs, wanda, flap, cfsp or magnitude; of depth: search, cosine or even. "
-            "[default: obs, search]",
+            help="Which go first. Of width: obs, taylor, wanda, flap, cfsp or magnitude; of hidden: pca or channels; of "
+            "depth: search, cosine or even. [default: obs, pca, search]",
             show_default=False,
         ),
     ] = "",
@@ -88,8 +89,8 @@ def prune(
 
     Example: `compress prune --ratio 0.25 model/`, or `compress prune --ratio 0.25 --recover 300 --bits 4 model/`
     """
-    from compressor.api import prune_recipe
     from compressor.recipe import to_yaml
+    from compressor.shorthands import prune_recipe
 
     recipe = prune_recipe(
         ratio,

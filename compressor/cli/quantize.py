@@ -73,8 +73,8 @@ def quantize(
 
     Example: `compress quantize --bits 4 model/`, or `compress quantize --format nvfp4 --activations 4 model/`
     """
-    from compressor.api import quantize_recipe
     from compressor.recipe import to_yaml
+    from compressor.shorthands import quantize_recipe
 
     recipe = quantize_recipe(
         bits,

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from compressor.absent import ATTENTION, MLP
-from compressor.api import prune_recipe, run
+from compressor.api import run
 from compressor.calibration.data import Samples, load_samples, load_tokenizer
 from compressor.calibration.hidden import keeping
 from compressor.calibration.stats import Hessian, Mean
@@ -44,6 +44,7 @@ from compressor.pruning.scores import SCORES, Seen
 from compressor.pruning.shapes import parameters
 from compressor.search.fitness import Fitness, opened
 from compressor.search.levels import Level, Unit
+from compressor.shorthands import prune_recipe
 from compressor.types import Block, Trial
 
 MOST = 0.6  # of the KL divergence of the best of the others

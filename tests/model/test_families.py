@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from compressor import api
 from compressor.calibration.data import load_samples, load_tokenizer
 from compressor.model.source import ModelSource
+from compressor.shorthands import quantize_recipe
 
 CPU = torch.device("cpu")
 BITS, GROUP_SIZE = 4, 64
@@ -48,7 +49,7 @@ def rounded(family, tmp_path_factory):
     @functools.cache
     def run(case):
         out = place / case
-        recipe = api.quantize_recipe(BITS, method="rtn", group_size=GROUP_SIZE, evaluate=False)
+        recipe = quantize_recipe(BITS, method="rtn", group_size=GROUP_SIZE, evaluate=False)
         return SimpleNamespace(
             source=family(case), out=out, report=api.run(recipe, family(case), out, device="cpu", verify=False)
         )
@@ -144,9 +145,7 @@ def test_a_tied_head_stays_tied_and_is_stored_once(case, rounded):
 
 
 def test_gptq_misses_less_of_the_first_blocks_outputs_than_rounding(case, family, rounded, text_file, tmp_path):
-    recipe = api.quantize_recipe(
-        BITS, group_size=GROUP_SIZE, calibration=str(text_file), samples=8, seq_len=32, evaluate=False
-    )
+    recipe = quantize_recipe(BITS, group_size=GROUP_SIZE, calibration=str(text_file), samples=8, seq_len=32, evaluate=False)
     report = api.run(recipe, family(case), tmp_path / "out", device="cpu", dtype="float32", verify=False)
     rounding = rounded(case)
     assert [row.layer for row in report.rows] == [row.layer for row in rounding.report.rows]
@@ -165,7 +164,7 @@ def test_gptq_misses_less_of_the_first_blocks_outputs_than_rounding(case, family
 
 @pytest.mark.parametrize("group_size", [128, -1])
 def test_other_group_sizes_load_in_stock_transformers_alike(group_size, tiny, tmp_path):
-    recipe = api.quantize_recipe(BITS, method="rtn", group_size=group_size, evaluate=False)
+    recipe = quantize_recipe(BITS, method="rtn", group_size=group_size, evaluate=False)
     api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu", verify=False)
     torch.testing.assert_close(
         stock_logits(tmp_path / "out", some_tokens()), logits(exact(tmp_path / "out"), some_tokens()), **ALIKE

@@ -15,6 +15,7 @@ from compressor.inspection import inspect_model
 from compressor.model import quantization_config
 from compressor.model.source import ModelSource
 from compressor.output import default_out
+from compressor.shorthands import quantize_recipe
 
 INT4 = IntGroup(bits=4, group_size=128)
 
@@ -245,14 +246,14 @@ def test_another_model_below_the_model_is_not_copied(tmp_path):
 
 
 def test_a_group_size_that_no_width_allows_says_what_would(tiny):
-    recipe = api.quantize_recipe(4, method="rtn", group_size=96)
+    recipe = quantize_recipe(4, method="rtn", group_size=96)
     with pytest.raises(RecipeError, match=r"every layer here is 128 or 256 wide, a multiple of 128"):
         api.forecast(recipe, tiny("llama"), device="cpu")
 
 
 def test_a_wrong_regular_expression_is_refused():
     with pytest.raises(RecipeError, match="not a regular expression"):
-        api.quantize_recipe(4, ignore=("re:(",))
+        quantize_recipe(4, ignore=("re:(",))
 
 
 def test_blocks_that_are_told_more_than_hidden_states_are_refused(tiny, monkeypatch):

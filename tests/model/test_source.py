@@ -10,9 +10,10 @@ from tiny_models import change_config, change_tensors, exact, some_tokens, stock
 from compressor import api
 from compressor.errors import CompressorError, SourceError
 from compressor.model.source import ModelSource
+from compressor.shorthands import quantize_recipe
 
 CPU = torch.device("cpu")
-ROUND = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
+ROUND = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ FLOORS = (
     ("pipeline", "inputs", "output", "provenance"),
     ("judging", "tuning", "search"),
     ("pruning", *(f"passes.{name}" for name in PRUNING)),
-    ("fitting",),
+    ("fitting", "shorthands"),
     ("api", "comparison"),
     ("cli", "__main__"),
 )

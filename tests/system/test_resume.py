@@ -27,6 +27,7 @@ from harness import (
 from compressor import api, pipeline
 from compressor.model.checkpoint import SINGLE
 from compressor.pipeline import Event
+from compressor.shorthands import quantize_recipe
 
 # Both passes send two streams through what is done.
 CHANGES = ("passes.0.asymmetric_calibration=0.5", "passes.1.steps=3", "evaluation.samples=1")
@@ -315,7 +316,7 @@ class TestAnInterruptedRun:
             if event.done == 2:
                 raise TimeoutError
 
-        recipe = api.quantize_recipe(calibration=str(setting.text), samples=4, seq_len=64, changes=CHANGES)
+        recipe = quantize_recipe(calibration=str(setting.text), samples=4, seq_len=64, changes=CHANGES)
         with pytest.raises(TimeoutError):
             api.run(recipe, setting.model, out, tell=impatient, verify=False)
         api.run(recipe, setting.model, out, resume=True, verify=False)

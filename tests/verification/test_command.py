@@ -12,6 +12,7 @@ from tiny_models import change_tensors
 
 from compressor import api
 from compressor.cli import main
+from compressor.shorthands import quantize_recipe
 from compressor.verification import verify as verification
 from compressor.verification.check import NotCheckedError
 
@@ -22,9 +23,7 @@ SCALE = "model.layers.1.mlp.up_proj.weight_scale"
 def made(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed."""
     out = tmp_path_factory.mktemp("made") / "out"
-    api.run(
-        api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False), tiny("llama"), out, device="cpu", verify=False
-    )
+    api.run(quantize_recipe(4, method="rtn", group_size=64, evaluate=False), tiny("llama"), out, device="cpu", verify=False)
     return out
 
 

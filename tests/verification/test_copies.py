@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from compressor import api
+from compressor.shorthands import quantize_recipe
 from compressor.verification.check import Check
 from compressor.verification.verify import verify
 
@@ -16,7 +17,7 @@ def out(tiny_copy: Callable[..., Path], tmp_path: Path) -> Path:
     model = tiny_copy("llama")
     for name in ("manifest.json", "report.json", "recipe.yaml"):
         (model / name).write_text("{}")
-    recipe = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
+    recipe = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
     api.run(recipe, model, tmp_path / "out", device="cpu", verify=False)
     return tmp_path / "out"
 

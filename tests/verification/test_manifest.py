@@ -18,6 +18,7 @@ from compressor.model.checkpoint import SINGLE
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace
 from compressor.recipe import Recipe
+from compressor.shorthands import quantize_recipe
 from compressor.verification.manifest import MANIFEST, read_manifest
 from compressor.verification.probe import Record
 from compressor.verification.verify import verify
@@ -26,7 +27,7 @@ from compressor.verification.verify import verify
 @pytest.fixture(params=["rtn", "gptq"])
 def recipe(request: pytest.FixtureRequest, text_file: Path) -> Recipe:
     options: dict[str, Any] = {"calibration": str(text_file), "samples": 4, "seq_len": 32, "evaluate": False}
-    return api.quantize_recipe(4, method=request.param, group_size=64, **options)
+    return quantize_recipe(4, method=request.param, group_size=64, **options)
 
 
 def manifest(directory: Path) -> dict[str, Any]:
@@ -106,14 +107,14 @@ def test_what_is_damaged_between_computing_and_publishing_shows(
 
 @pytest.mark.usefixtures("damaged_when_written")
 def test_a_run_does_not_publish_what_fails(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
+    recipe = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
     with pytest.raises(CompressorError, match=f"hashes: .*{SCALE}"):
         api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_reports_what_it_verified(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
+    recipe = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
     report = api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu")
     assert {entry["outcome"] for entry in report.verification} == {"passed"}
     assert report.verification[0].keys() == {"check", "outcome", "detail"}
@@ -122,7 +123,7 @@ def test_a_run_reports_what_it_verified(tiny: Callable[..., Path], tmp_path: Pat
 def test_a_block_that_returns_more_than_hidden_states_has_no_probe_but_is_compressed(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
+    recipe = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
     block = ModelSource.block
 
     def returning_a_tuple(self: ModelSource, index: int, load: bool = True) -> Any:
@@ -139,7 +140,7 @@ def test_a_block_that_returns_more_than_hidden_states_has_no_probe_but_is_compre
 
 
 def test_a_model_that_cannot_be_streamed_has_no_probe_but_is_compressed(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
+    recipe = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
     report = api.run(recipe, tiny("gptj"), tmp_path / "out", device="cpu", verify=False)
     assert any("cannot be streamed" in warning for warning in report.warnings)
     found = {check.check: check for check in verify(tmp_path / "out")}
@@ -209,7 +210,7 @@ def test_a_damaged_probe_is_refused(tokens: list[Any], ids: list[Any], tmp_path:
 
 
 def test_a_probe_beyond_the_vocabulary_fails(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
+    recipe = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
     api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu", verify=False)
     found = manifest(tmp_path / "out")
     found["probe"]["tokens"][0] = 10**6
@@ -222,6 +223,6 @@ def test_a_probe_beyond_the_vocabulary_fails(tiny: Callable[..., Path], tmp_path
 def test_another_model_s_manifest_in_the_source_is_not_taken_over(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
     (model / MANIFEST).write_text("something else")
-    recipe = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
+    recipe = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
     api.run(recipe, model, tmp_path / "out", device="cpu", verify=False)
     assert read_manifest(tmp_path / "out") is not None

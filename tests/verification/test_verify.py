@@ -19,6 +19,7 @@ from compressor.formats.int_group import IntGroup
 from compressor.model import shards
 from compressor.model.checkpoint import INDEX, SINGLE
 from compressor.model.source import ModelSource
+from compressor.shorthands import quantize_recipe
 from compressor.verification import loaders, values
 from compressor.verification import verify as verification
 from compressor.verification.check import Check, NotCheckedError
@@ -30,7 +31,7 @@ SHARD_BYTES = 60_000
 
 def rounded(model: Path, out: Path, **options: Any) -> Path:
     """What rounding makes of a model."""
-    recipe = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False, **options)
+    recipe = quantize_recipe(4, method="rtn", group_size=64, evaluate=False, **options)
     api.run(recipe, model, out, device="cpu", verify=False)
     return out
 
@@ -107,7 +108,7 @@ class TestSoundOutput:
 
     @pytest.mark.usefixtures("alone")
     def test_computed_in_sixteen_bits_passes(self, made: SimpleNamespace, tmp_path: Path) -> None:
-        recipe = api.quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
+        recipe = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)
         api.run(recipe, made.model, tmp_path / "out", device="cpu", dtype="bfloat16", verify=False)
         assert answers(tmp_path / "out")["logits"].outcome == "passed"
         assert "bfloat16" in answers(tmp_path / "out")["logits"].detail
