@@ -3,8 +3,9 @@
     scripts/bench memory [--keep DIR] [--skip-7b] [--only prune] [--out FILE.json]
 
 Weights are random: memory depends on shapes only. Two models of one width, 8 and 32 blocks deep, must peak within 15 % of
-each other; pruning among them, where every shape is compared with the model read anew each time. A checkpoint of Llama-7B's shape, 13.5 GB, must be rounded below 4 GiB, and its first two blocks go through
-GPTQ, and through pruning, below 8 GiB; the blocks that follow would repeat them, so that run is then killed. `compress eval` must judge it against
+each other; when they are pruned, every shape is compared with the model read anew each time. A checkpoint of Llama-7B's
+shape, 13.5 GB, must be rounded below 4 GiB, and its first two blocks go through GPTQ, and through pruning, below 8 GiB; the
+blocks that follow would repeat them, so that run is then killed. `compress eval` must judge it against
 itself, streamed, below 4 GiB; so it must with as much text as is ever in flight, for which two such blocks stand for all:
 more text goes through in several turns. The checkpoints are written tensor by tensor, every block with the bytes of the
 first, and so take no memory worth mentioning either.
