@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from compressor.model.rewritten import Pruned
+from compressor.model.source import ModelSource
 from compressor.pruning.gates import Gates, settled
 from compressor.pruning.gradual import linear
 from compressor.pruning.lora import merged, student
 from compressor.pruning.narrowing import WidthPass, nearest
 from compressor.pruning.parts import find_all
 from compressor.pruning.stage import Work, as_stored, read_tensors, stored
-from compressor.pruning.training import Schedule, Training, distil
+from compressor.pruning.training import Schedule, Training, distil, expected_memory, low_rank
 from compressor.pruning.widths import Chosen, Way
 from compressor.registry import node
 
@@ -67,6 +68,14 @@ class Compresso(WidthPass):
         if not 0 < self.gate_lr <= 1:
             raise ValueError(f"gate_lr: {self.gate_lr} is not above 0 and at most 1")
         Schedule(self.steps, self.batch, self.lr, self.seed)
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of comparing shapes and of the training."""
+        if not self.ratio:
+            return 0
+        return max(
+            super().expected_memory(source, tokens, batch), expected_memory(source, tokens, low_rank(source, self.rank))
+        )
 
     def prune(self, work: Work) -> Pruned:
         """Choose a shape, train, then take away."""

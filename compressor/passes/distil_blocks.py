@@ -21,6 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from compressor.forecast import activations, block_parameters, collecting, largest_block
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event
@@ -28,7 +29,7 @@ from compressor.plan import block_names
 from compressor.pruning.blockwise import Twins, fit
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, read_tensors, stored
-from compressor.pruning.training import Schedule, Training, descend
+from compressor.pruning.training import TOGETHER, Schedule, Training, descend
 from compressor.registry import node
 from compressor.types import Block
 
@@ -79,6 +80,13 @@ class DistilBlocks(PruningPass):
     def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
         """No shape changes."""
         return None, True
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of training a block in fp32 with gradients and moments, between two streams, or of the fit."""
+        block = largest_block(source)
+        width = max((block.shape(name)[1] for name in block.layers), default=0)
+        training = (4 + 16) * block_parameters(block) + activations(block, min(tokens, TOGETHER), 2 * 4)
+        return 3 * collecting(source, tokens, batch) + max(training, 3 * 8 * width**2)
 
     def prune(self, work: Work) -> Pruned:
         """Train what is left.

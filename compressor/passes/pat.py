@@ -23,7 +23,7 @@ from compressor.pruning.basis import Turned, turned
 from compressor.pruning.hidden import HiddenPass
 from compressor.pruning.operators import Masked, largest, start
 from compressor.pruning.stage import Work, read_tensors, stored
-from compressor.pruning.training import Schedule, Training, distil
+from compressor.pruning.training import Schedule, Training, distil, expected_memory, low_rank
 from compressor.registry import node
 
 KEPT, LOSSES = "kept", "losses"  # channels that stay, and what all steps lost, beside the tensors
@@ -61,6 +61,14 @@ class Pat(HiddenPass):
         if not 0 < self.mask_lr <= 1:
             raise ValueError(f"mask_lr: {self.mask_lr} is not above 0 and at most 1")
         Schedule(self.steps, self.batch, self.lr, self.seed)
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of finding the basis and of the training, in which operators are few beside the LoRA."""
+        if not self.ratio:
+            return 0
+        return max(
+            super().expected_memory(source, tokens, batch), expected_memory(source, tokens, low_rank(source, self.rank))
+        )
 
     def prune(self, work: Work) -> Pruned:
         """Train, merge, take away."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from compressor.model.journal import save
+from compressor.model.memory import parameters as weights
 from compressor.model.rewritten import Pruned
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event
@@ -33,7 +34,7 @@ from compressor.pruning.gradual import SCHEDULES, Kind, left
 from compressor.pruning.narrowing import WidthPass, nearest
 from compressor.pruning.parts import Part, find_all
 from compressor.pruning.stage import Work, read_tensors
-from compressor.pruning.training import Lesson, divergence, drawn
+from compressor.pruning.training import Lesson, divergence, drawn, expected_memory
 from compressor.pruning.widths import Chosen, Way
 from compressor.registry import node
 from compressor.types import Block
@@ -63,6 +64,12 @@ class PruneTaylor(WidthPass):
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of comparing shapes and of gradients, of which every weight has one."""
+        if not self.ratio:
+            return 0
+        return max(super().expected_memory(source, tokens, batch), expected_memory(source, tokens, weights(source) // 4))
 
     def prune(self, work: Work) -> Pruned:
         """Choose a shape, then units step by step, then fit the writers."""

@@ -12,14 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.forecast import hidden_size
-from compressor.model.memory import parameters as model_parameters
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.lora import merged, student
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, as_stored, read_tensors, stored
-from compressor.pruning.training import TOGETHER, Schedule, Training, distil
+from compressor.pruning.training import Schedule, Training, distil, expected_memory, low_rank
 from compressor.registry import node
 
 LOSSES = "losses"  # of all steps, beside the tensors
@@ -61,13 +59,8 @@ class Recover(PruningPass):
         return None, True
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of the training: all weights in fp32, what is trained with its gradients and moments, and activations."""
-        blocks = [source.block(index, load=False) for index in range(len(source.layers))]
-        shapes = [block.shape(name) for block in blocks for name in block.layers]
-        low_rank = self.rank * sum(rows + columns for rows, columns in shapes)
-        kept = min(tokens, TOGETHER) * 4 * (2 * sum(rows + self.rank for rows, _ in shapes) + 4 * source.vocab_size)
-        lesson = tokens * hidden_size(source) * source.dtype.itemsize
-        return 4 * model_parameters(source) + 16 * low_rank + kept + lesson
+        """Peak of the training."""
+        return expected_memory(source, tokens, low_rank(source, self.rank))
 
     def prune(self, work: Work) -> Pruned:
         """Train what is left.

@@ -29,7 +29,7 @@ from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, read_tensors
-from compressor.pruning.training import Lesson, Schedule, Training, distil
+from compressor.pruning.training import Lesson, Schedule, Training, distil, expected_memory
 from compressor.registry import node
 
 FOLDER = "soft_prompt"
@@ -69,6 +69,10 @@ class SoftPrompt(PruningPass):
     def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
         """Nothing changes."""
         return None, True
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of the training."""
+        return expected_memory(source, tokens, 0)
 
     def prune(self, work: Work) -> Pruned:
         """Learn the prompt.

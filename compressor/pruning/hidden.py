@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from compressor.forecast import collecting, hidden_size
 from compressor.model.rewritten import Pruned, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.basis import Basis, apart
@@ -43,6 +44,10 @@ class HiddenPass(PruningPass):
             return None, True
         twice = apart(source, self.basis)
         return twice.then(self.narrower(source, source.rewritten(twice)).sketch), True
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of the fit, of two streams and a block of each; what leaves norms is of the width of the hidden state."""
+        return 2 * collecting(source, tokens, batch) + 4 * 8 * hidden_size(source) ** 2 if self.ratio else 0
 
     def narrower(self, source: ModelSource, whole: ModelSource) -> Residual:
         """The widest stream that is narrow enough; what an embedding stored twice adds has to go too.

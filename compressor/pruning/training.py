@@ -21,7 +21,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError
+from compressor.forecast import hidden_size
 from compressor.model.journal import sync, writing
+from compressor.model.memory import parameters as weights
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event
 from compressor.pruning.stage import Work
@@ -195,6 +197,26 @@ class Lesson:
             with torch.no_grad():
                 wanted_BSV = self.head(torch.cat([self.targets[i] for i in some]).to(source.device)).float().log_softmax(-1)
             yield lost_of(found_BSV, wanted_BSV, tokens_BS) / (len(chosen) * tokens_NS.shape[1])
+
+
+def expected_memory(source: ModelSource, tokens: int, trained: int) -> int:
+    """Bytes that `distil` takes: all weights in fp32, what is trained with gradients and moments, activations, the lesson.
+
+    Args:
+        source: The model.
+        tokens: Of calibration.
+        trained: Numbers.
+    """
+    blocks = (source.block(index, load=False) for index in range(len(source.layers)))
+    outputs = sum(block.shape(name)[0] for block in blocks for name in block.layers)
+    activations = min(tokens, TOGETHER) * 4 * (2 * outputs + 4 * source.vocab_size)
+    return 4 * weights(source) + 16 * trained + activations + tokens * hidden_size(source) * source.dtype.itemsize
+
+
+def low_rank(source: ModelSource, rank: int) -> int:
+    """Numbers of a change of a rank to every linear layer of the blocks."""
+    blocks = (source.block(index, load=False) for index in range(len(source.layers)))
+    return rank * sum(sum(block.shape(name)) for block in blocks for name in block.layers)
 
 
 def distil(
