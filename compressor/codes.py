@@ -3,7 +3,8 @@
 A format (compressor/formats) reads these off its bytes on disk, and makes bytes of them; a layout of the kernels
 (compressor/kernels/layouts) arranges them for fast multiplication, and gives them back. Neither knows of the other.
 
-Shape suffixes: O out_features, I in_features, V vectors of a codebook, D the length of one, P planes, N dense channels.
+Shape suffixes: O out_features, I in_features, V vectors of a codebook, D the length of one, P planes, N dense
+channels, or numbers of a sparse weight.
 """
 
 from dataclasses import dataclass
@@ -87,7 +88,15 @@ class DenseCodes:
     w_OI: Tensor  # bf16
 
 
-Codes = IntCodes | FloatCodes | VectorCodes | SignCodes | DenseCodes
+@dataclass(frozen=True, slots=True)
+class SparseCodes:
+    """Some of the numbers themselves; the others are zero."""
+
+    stays_OI: Tensor  # bool
+    values_N: Tensor  # as they are stored, row after row: bf16, fp16 or fp32
+
+
+Codes = IntCodes | FloatCodes | VectorCodes | SignCodes | DenseCodes | SparseCodes
 
 
 def others(channels_N: Tensor, columns: int) -> Tensor:
@@ -110,6 +119,8 @@ def shape(codes: Codes) -> tuple[int, int]:
             rows, columns = codes.negative_POI.shape[1:]
         case DenseCodes():
             rows, columns = codes.w_OI.shape
+        case SparseCodes():
+            rows, columns = codes.stays_OI.shape
     return rows, columns
 
 
@@ -149,3 +160,7 @@ def values(codes: Codes) -> Tensor:
             return planes.flatten(2).sum(0)
         case DenseCodes():
             return codes.w_OI.float()
+        case SparseCodes():
+            return torch.zeros_like(codes.stays_OI, dtype=torch.float32).masked_scatter_(
+                codes.stays_OI, codes.values_N.float()
+            )

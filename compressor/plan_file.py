@@ -1,7 +1,7 @@
 """plan.yaml: the option of each unit, as every run leaves it beside its weights, and as `--plan` takes it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,4 +72,6 @@ def offering(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def _takes(step: Pass) -> bool:
-    return bool(step.options) and not step.chooses and all(isinstance(option, Format) for option in step.options)
+    """Whether a pass has `options` to add to."""
+    free = any(field.name == "options" for field in fields(step))  # type: ignore[arg-type]  # every pass is a dataclass
+    return free and bool(step.options) and not step.chooses and all(isinstance(option, Format) for option in step.options)

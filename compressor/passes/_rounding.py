@@ -52,10 +52,7 @@ class WeightRounding:
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
         """Units of a block: layers that are fused when served are stored alike."""
-        full = {name: f"{block.prefix}.{name}" for name in block.layers}
-        return fused_groups(
-            name for name in block.layers if matches(full[name], self.layers) and not matches(full[name], self.ignore)
-        )
+        return units(block, self.layers, self.ignore)
 
     def formats(self, block: Block, stats: Stats, choice: Mapping[str, Format | OneOf]) -> dict[str, tuple[Format, ...]]:
         """The formats that each layer of the chosen units may have: one, unless the pass chooses by itself."""
@@ -65,6 +62,12 @@ class WeightRounding:
             offered = option.formats if isinstance(option, OneOf) else (option,)
             found |= dict.fromkeys(units[unit], tuple(_within(fmt, block, stats, units[unit]) for fmt in offered))
         return found
+
+
+def units(block: Block, layers: Sequence[str], ignore: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
+    """The layers that some patterns name and others do not, those together that are fused when served."""
+    full = {name: f"{block.prefix}.{name}" for name in block.layers}
+    return fused_groups(name for name in block.layers if matches(full[name], layers) and not matches(full[name], ignore))
 
 
 def _within(fmt: Format, block: Block, stats: Stats, layers: Sequence[str]) -> Format:

@@ -117,7 +117,7 @@ class GPTQ(WeightRounding):
         for layers in stats.taps(names):
             where = f"{block.prefix}.{layers[0]}"
             h_II, tokens = stats[layers[0], Hessian].value, stats[layers[0], Hessian].count
-            factors = functools.partial(self._factors, where, tokens, warnings)
+            factors = functools.partial(factors_of, where, tokens, warnings, act_order=self.act_order)
             factor = factors(h_II)
             for name in layers:
                 weight = block.weight(name).float()
@@ -143,26 +143,6 @@ class GPTQ(WeightRounding):
             raise RecipeError("gptq: scales of this format cannot be changed one by one; use `refine: 0`, or `vptq` for vq")
         return refined(w_OI, h_II, codes, grid, sweeps=self.refine)
 
-    def _factors(self, where: str, tokens: int, warnings: list[str], h_II: Tensor) -> "Factors":
-        """The Hessian of some calibration tokens, ready for elimination with a damping, and groups of a width kept whole."""
-        if not torch.isfinite(h_II.diagonal()).all():
-            raise CalibrationError(f"{where}: its inputs overflow on the calibration text; compute with --dtype float32")
-
-        @functools.cache
-        def factor(damp: float, group: int) -> Factor:
-            try:
-                found = factorise(h_II, damp=damp, act_order=self.act_order, group=group)
-            except SingularHessianError as error:
-                raise CalibrationError(
-                    f"{where}: the Hessian of {tokens} calibration tokens cannot be factorised even with damp {MAX_DAMP:g}; "
-                    "calibrate on more, or on other, text"
-                ) from error
-            if found.damp > damp:
-                warnings.append(f"{where}: damp raised from {damp:g} to {found.damp:g} to factorise the Hessian")
-            return found
-
-        return factor
-
 
 @dataclass(frozen=True)
 class Factor:
@@ -185,6 +165,31 @@ class Layer:
     h_II: Tensor  # second moment of its input, fp32
     factor: Factors  # of that
     factors_of: Callable[[Tensor], Factors]  # of another second moment of the same tokens
+
+
+def factors_of(where: str, tokens: int, warnings: list[str], h_II: Tensor, *, act_order: bool) -> Factors:
+    """The Hessian of some calibration tokens, ready for elimination with a damping, and groups of a width kept whole.
+
+    Raises:
+        CalibrationError: (also by the function) it is not finite, or cannot be factorised.
+    """
+    if not torch.isfinite(h_II.diagonal()).all():
+        raise CalibrationError(f"{where}: its inputs overflow on the calibration text; compute with --dtype float32")
+
+    @functools.cache
+    def factor(damp: float, group: int) -> Factor:
+        try:
+            found = factorise(h_II, damp=damp, act_order=act_order, group=group)
+        except SingularHessianError as error:
+            raise CalibrationError(
+                f"{where}: the Hessian of {tokens} calibration tokens cannot be factorised even with damp {MAX_DAMP:g}; "
+                "calibrate on more, or on other, text"
+            ) from error
+        if found.damp > damp:
+            warnings.append(f"{where}: damp raised from {damp:g} to {found.damp:g} to factorise the Hessian")
+        return found
+
+    return factor
 
 
 @torch.no_grad()

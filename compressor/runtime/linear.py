@@ -237,7 +237,7 @@ class StoredLinear(nn.Module):
 
     def __init__(self, tensor: QuantizedTensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.format, self.shape, self.names = tensor.format, tensor.shape, tuple(tensor.own)
+        self.format, self.names = tensor.format, tuple(tensor.own)
         for name, part in tensor.own.items():
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
         self._lent = {name: part for name, part in tensor.parts.items() if name not in tensor.own}
@@ -252,7 +252,7 @@ class StoredLinear(nn.Module):
         if self._lender:
             theirs = self._lender[0].quantized().parts
             lent = {name: theirs[name] for name in lent}
-        return QuantizedTensor(self.format, self.shape, {**own, **lent})
+        return QuantizedTensor(self.format, (self.out_features, self.in_features), {**own, **lent})
 
     def borrow_from(self, lender: "Lender") -> None:
         """From now on have the parts of a layer that lends them."""

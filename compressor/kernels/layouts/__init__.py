@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
+from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, SparseCodes, VectorCodes
 from compressor.errors import KernelError
 from compressor.kernels.layouts.around import Around
 from compressor.kernels.layouts.floats import Floats
@@ -45,6 +45,7 @@ FAMILIES: dict[type, tuple[Any, ...]] = {
     VectorCodes: (Vectors, Around),
     SignCodes: (Signs,),
     DenseCodes: (Lossless,),
+    SparseCodes: (),
 }
 
 

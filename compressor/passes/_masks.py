@@ -1,0 +1,80 @@
+"""Scores by which weights of a layer go, and what those that stay become without them.
+
+Shape suffixes: O out_features, I in_features.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+CLOSE = 1e-5  # what is left of a row's gradient, of what it is at zero, when the row is solved: stored numbers are coarser
+MOST_STEPS = 300
+
+
+def magnitude(w_OI: Tensor, square_I: Tensor) -> Tensor:
+    """|w|, whatever the input."""
+    return w_OI.abs()
+
+
+def wanda(w_OI: Tensor, square_I: Tensor) -> Tensor:
+    """|w| · ‖x‖: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, equation 1.
+
+    Args:
+        w_OI: Weight, fp32.
+        square_I: Mean square of each channel of the layer's input.
+    """
+    return w_OI.abs() * square_I.sqrt()
+
+
+def ria(w_OI: Tensor, square_I: Tensor) -> Tensor:
+    """(|w| / sum of its column + |w| / sum of its row) · ‖x‖^½: Zhang et al., "Plug-and-Play: An Efficient Post-training
+    Pruning Method for Large Language Models" (RIA), ICLR 2024, section 3. Arguments as of `wanda`.
+    """
+    size_OI = w_OI.abs()
+    share_OI = size_OI / size_OI.sum(0).clamp(min=1e-30) + size_OI / size_OI.sum(1, keepdim=True).clamp(min=1e-30)
+    return share_OI * square_I.pow(0.25)
+
+
+SCORES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"magnitude": magnitude, "wanda": wanda, "ria": ria}
+
+
+@torch.no_grad()
+def least_squares(w_OI: Tensor, start_OI: Tensor, stays_OI: Tensor, h_II: Tensor) -> Tensor:
+    """The weight V that is zero where weights go and keeps tr((W - V) H (W - V)ᵀ) least.
+
+    Each row is a problem of its own, V_S = (W H)_S H_SS⁻¹ with S what stays of it. All are solved at once, by conjugate
+    gradients with H's diagonal as preconditioner: a step is one product with H, where an inverse for each row would take
+    as long as hundreds, and no step raises the loss of any row.
+
+    Args:
+        w_OI: Weight, fp32.
+        start_OI: V to start from, zero where weights go.
+        stays_OI: bool.
+        h_II: Second moment of the layer's input, damped: positive definite.
+    """
+    inverse_OI = stays_OI / h_II.diagonal()
+    v_OI = start_OI.clone()
+    goal_O = ((w_OI @ h_II).square() * inverse_OI).sum(1) * CLOSE**2
+    residual_OI = (w_OI - v_OI) @ h_II * stays_OI
+    toward_OI = residual_OI * inverse_OI
+    left_O = (residual_OI * toward_OI).sum(1)
+    for _ in range(MOST_STEPS):
+        going_O = left_O > goal_O
+        if not going_O.any():
+            break
+        bent_OI = toward_OI @ h_II * stays_OI
+        step_O1 = torch.where(going_O, left_O / (toward_OI * bent_OI).sum(1), 0)[:, None]
+        v_OI += step_O1 * toward_OI
+        residual_OI -= step_O1 * bent_OI
+        before_O, left_O = left_O, (residual_OI.square() * inverse_OI).sum(1)
+        toward_OI = residual_OI * inverse_OI + (left_O / before_O.clamp(min=1e-30))[:, None] * toward_OI
+    return v_OI
+
+
+def damped(h_II: Tensor, damp: float) -> Tensor:
+    """With a share of its mean diagonal added to the diagonal; of nothing seen, the identity."""
+    mean = float(h_II.diagonal().mean()) or 1.0
+    h_II = h_II.clone()
+    h_II.diagonal().add_(max(damp, 1e-12) * mean)
+    return h_II
