@@ -3,7 +3,7 @@
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_D
 import pytest
 import tiny_models
 import torch
+from stock_server import StockServer
 
 torch.set_num_threads(1)
 
@@ -40,3 +41,18 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(tiny_models.TEXT)
     return path
+
+
+@pytest.fixture(scope="session")
+def stock_server() -> Iterator[StockServer]:
+    """Started when the first verification asks."""
+    server = StockServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def quick_verification(request: pytest.FixtureRequest, stock_server: StockServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verifications that are not what is tested fork the process in which stock transformers answers."""
+    if "verification" not in request.path.parts:
+        monkeypatch.setattr("compressor.verification.loaders.subprocess", stock_server)

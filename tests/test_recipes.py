@@ -19,7 +19,8 @@ def test_every_shipped_recipe_runs(path, tmp_path):
     recipe = load_recipe(path)
     changes = [*QUICK, *(SEARCH if recipe.target is not None else [])]
     for i, step in enumerate(recipe.passes):
-        changes += [f"passes.{i}.{key}=3" for key in ("steps", "learn") if getattr(step, key, 0)]
+        few = {"steps": 3, "learn": 3, "judged": 64, "batch": 2}
+        changes += [f"passes.{i}.{key}={count}" for key, count in few.items() if getattr(step, key, 0)]
         changes += [f"passes.{i}.{change}" for change in SEARCH if isinstance(getattr(step, "search", None), Search)]
     report = api.run(load_recipe(path, changes), DEMO_MODEL, tmp_path / "out", device="cpu")
     blocks = json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"]
