@@ -83,9 +83,10 @@ class SoftPrompt(PruningPass):
         work.check_pruned("soft_prompt")
         length, longest = work.calibration.tokens.shape[1], work.source.max_positions
         if self.tokens + length > longest:
+            shorter = f", or calibration.seq_len to {longest - self.tokens}" if longest - self.tokens > 1 else ""
             raise RecipeError(
                 f"soft_prompt: {self.tokens} tokens before {length} of text are more than the {longest} that the model was "
-                f"made for; lower its `tokens`, or calibration.seq_len to {longest - self.tokens}"
+                f"made for; lower its `tokens`{shorter}"
             )
         found = read_tensors(work.once("prompt", self, partial(self._trained, work)))
         without, with_it = found.pop(KL).tolist()
