@@ -1,6 +1,6 @@
 """What structured pruning loses beside what others do, on text held out: `scripts/bench pruning MODEL …`.
 
-Everybody takes the same share of the blocks' parameters away and sees the same calibration text. Ours are written as models
+Everybody takes at least the same share of the blocks' parameters away and sees the same calibration text. Ours are written as models
 by `compress prune` and read back; the others are tried in memory with the widths that their papers give each block:
 
 * CFSP: channels alone, of each block as many as its turn of the hidden states calls for;
@@ -51,6 +51,7 @@ MOST = 0.6  # of the KL divergence of the best of the others
 COARSE = 13.1  # temperature of CFSP's allocation: 131072 tokens over the 10^4 of its code
 OURS: Mapping[str, Mapping[str, Any]] = {
     "width": {},
+    "width, any number": {"multiple": 1},
     "depth": {"by": "depth"},
     "per-layer": {"layout": "per-layer"},
     "width, recovered": {"recover": 150},
@@ -285,7 +286,8 @@ def main() -> int:
                 for name, kls in found.items()
             ]
     before = [row for file in options.beside for row in json.loads(file.read_text())["rows"]]
-    return conclude(options, sorted([*before, *rows], key=lambda row: row["ratio"]), list(texts))
+    each = {(row["ratio"], row["name"]): row for row in [*before, *rows]}
+    return conclude(options, sorted(each.values(), key=lambda row: row["ratio"]), list(texts))
 
 
 def conclude(options: argparse.Namespace, rows: list[dict[str, Any]], texts: Sequence[str]) -> int:
