@@ -1,7 +1,7 @@
 """What structured pruning loses beside what others do, on text held out: `scripts/bench pruning MODEL …`.
 
-Everybody takes at least the same share of the blocks' parameters away and sees the same calibration text. Ours are written as models
-by `compress prune` and read back; the others are tried in memory with the widths that their papers give each block:
+Everybody takes at least the same share of the blocks' parameters away and sees the same calibration text. Ours are written as
+models by `compress prune` and read back; the others are tried in memory with the widths that their papers give each block:
 
 * CFSP: channels alone, of each block as many as its turn of the hidden states calls for;
 * FLAP: one threshold over all channels and groups of heads, and biases in the place of what is gone on average;
