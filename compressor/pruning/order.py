@@ -49,8 +49,8 @@ def greedy(
             going = cost_U.argsort(stable=True)[: min(AT_ONCE if columns == 1 else 1, len(left) - count)]
             gone = at_UC[going].flatten()
             gain = torch.linalg.solve(hinv[gone][:, gone], hinv[gone])
-            w -= w[:, gone] @ gain
-            hinv -= hinv[:, gone] @ gain
+            w.addmm_(w[:, gone], gain, alpha=-1)
+            hinv.addmm_(hinv[:, gone], gain, alpha=-1)
             left = left[~torch.isin(torch.arange(len(left), device=left.device), going)]
         yield left, w[:, spread(left, columns)]
 
