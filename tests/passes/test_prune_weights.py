@@ -63,8 +63,8 @@ def test_as_many_go_as_are_asked_for(score: str, refit: bool) -> None:
 
 @pytest.mark.parametrize("amount", [{"sparsity": 0.4}, {"pattern": "2:4"}, {"pattern": "1:8"}])
 def test_sparsegpt_is_the_surgeon_who_removes_weights_one_by_one(amount: dict[str, Any]) -> None:
-    """Columns are settled from the left; of a settled one no weight changes any more, and of the others the inverse is of them
-    alone. Which go is told when a run begins: 128 columns, or those of a group, w² / [H⁻¹]_00 with H from there on."""
+    """Columns are settled from the left; of a settled one no weight changes any more, and the inverse is of the others alone.
+    Which go is told when a run begins, of 128 columns or of a group: by w² / [H⁻¹]_00, H from there on."""
     w_OI, x_TI = problem(rows=4, columns=160, tokens=400)
     found = zeroed(PruneWeights(score="sparsegpt", refit=False, **amount), w_OI, x_TI)
     h_II = damped(x_TI.T @ x_TI / len(x_TI), 0.01).double()
