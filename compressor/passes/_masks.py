@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-CLOSE = 1e-5  # what is left of a row's gradient, of what it is at zero, when the row is solved: stored numbers are coarser
+CLOSE = 1e-6  # what is left of a row's gradient, of what it is at zero, when the row is solved: stored numbers are coarser
 MOST_STEPS = 300
 
 

@@ -10,8 +10,9 @@ Which go, by `score`:
 * `wanda` in each row, `ria` and `magnitude` in the whole layer, N:M in each group: see compressor/passes/_masks.py. RIA's
   permutation of channels, which makes N:M easier, is left out: few channels of a model can change places freely.
 
-With `refit` those that stay become the least squares of the layer's output without the others, whatever chose them: it
-cannot lose on the calibrated text, and is worth more than the score (recipes/sparse24.yaml has figures).
+With `refit` those that stay become the least squares of the layer's output without the others, whatever chose them. Up to
+damping and the rounding to the stored dtype that cannot lose on the calibrated text, and it is worth more than the score:
+recipes/sparse24.yaml has figures.
 
 Shape suffixes: O out_features, I in_features.
 """
