@@ -298,8 +298,9 @@ def conclude(options: argparse.Namespace, rows: list[dict[str, Any]], texts: Seq
         table.add_row(f"{row['ratio']:.1%}", row["name"], *(f"{row['kl'][t]:.4f}" for t in texts), spent)
     Console(width=120).print(table)
     worst, shares = 0.0, {}
-    for ratio in dict.fromkeys(row["ratio"] for row in rows):
-        here = [row for row in rows if row["ratio"] == ratio and not row["name"].endswith("recovered")]
+    untrained = [row for row in rows if not row["name"].endswith("recovered")]
+    for ratio in dict.fromkeys(row["ratio"] for row in untrained if row["name"].startswith("ours")):
+        here = [row for row in untrained if row["ratio"] == ratio]
         ours = min(row["mean"] for row in here if row["name"].startswith("ours"))
         others = min(row["mean"] for row in here if not row["name"].startswith("ours"))
         shares[str(ratio)] = ours / others
