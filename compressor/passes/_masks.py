@@ -53,17 +53,17 @@ def least_squares(w_OI: Tensor, start_OI: Tensor, stays_OI: Tensor, h_II: Tensor
         stays_OI: bool.
         h_II: Second moment of the layer's input, damped: positive definite.
     """
-    inverse_OI = stays_OI / h_II.diagonal()
+    inverse_OI = stays_OI / h_II.diagonal()  # no step leads to where weights go
     v_OI = start_OI.clone()
     goal_O = ((w_OI @ h_II).square() * inverse_OI).sum(1) * CLOSE**2
-    residual_OI = (w_OI - v_OI) @ h_II * stays_OI
+    residual_OI = (w_OI - v_OI) @ h_II
     toward_OI = residual_OI * inverse_OI
     left_O = (residual_OI * toward_OI).sum(1)
     for _ in range(MOST_STEPS):
         going_O = left_O > goal_O
         if not going_O.any():
             break
-        bent_OI = toward_OI @ h_II * stays_OI
+        bent_OI = toward_OI @ h_II
         step_O1 = torch.where(going_O, left_O / (toward_OI * bent_OI).sum(1), 0)[:, None]
         v_OI += step_O1 * toward_OI
         residual_OI -= step_O1 * bent_OI
