@@ -88,7 +88,7 @@ def prune_recipe(
     evaluate: bool = True,
     changes: Sequence[str] = (),
 ) -> Recipe:
-    """The recipe that `compress prune` runs.
+    """The recipe that `compress prune` runs; what is left when whole parts went is fitted by least squares, block by block.
 
     Args:
         ratio: Share of the parameters that goes.
@@ -122,7 +122,8 @@ def prune_recipe(
         )
         name = methods.chosen(None, methods.INTEGERS, bits, calibrated=True)
         quantized = methods.passes(name, options, ("lm_head",), bits)
-    trained = [{"pass": "recover", "steps": recover, "seed": seed}] if recover else []
+    fitted = [{"pass": "distil_blocks", "steps": 0}] if by in ("depth", "sublayers") and ratio else []
+    trained = [*fitted, *([{"pass": "recover", "steps": recover, "seed": seed}] if recover else [])]
     data = {
         "passes": [step, *trained, *quantized],
         "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed},
