@@ -333,7 +333,7 @@ class TestJson:
     """One object on stdout, with keys that scripts rely on."""
 
     def test_quantize_answers_with_the_report(self, tiny: Path, out: Path, compress: CommandLine) -> None:
-        small = ("--samples", 4, "--seq-len", 64, "--set", "evaluation.samples=2", "--no-verify")
+        small = ("--samples", 4, "--seq-len", 64, "--set", "evaluation.samples=2", "--no-verify", "--set", "passes.1.steps=5")
         answer = compress("quantize", tiny, "--out", out, *small, "--json").json
         assert answer.keys() >= REPORT_KEYS
         assert all(
