@@ -113,13 +113,10 @@ def sweep(
             if name not in wanted:
                 continue
             if name not in known:
-                stats = stream.collect(block, [part.writer], (Hessian, Mean))
-                found = job.ranks.agree(list(way.widths(block, part, stats, wanted[name])) if job.ranks.first else [])
-                if job.ranks.first:
-                    unit, edits = _unit(block, part, stats, found)
-                    levels.add(unit, edits)
+                _measure(job, stream, block, part, way, wanted[name], levels)
             made = [levels.edits(name, n) for n in range(len(wanted[name]))] if job.ranks.first else []
             block.install({part.writer: _mean(block, part, job.ranks.agree(made))})
+            return_freed_memory()
             tell(Event("prune", index, total, name))
         if index < last:
             stream.advance(block)
@@ -129,6 +126,22 @@ def sweep(
     job.ranks.barrier()
     if not job.ranks.first:
         levels.reread()
+
+
+def _measure(
+    job: Job,
+    stream: CalibrationStream,
+    block: Block,
+    part: Part,
+    way: Narrows,
+    counts: Sequence[int],
+    levels: LevelDB,
+) -> None:
+    """Add one part; what it takes in memory is free again afterwards."""
+    stats = stream.collect(block, [part.writer], (Hessian, Mean))
+    found = job.ranks.agree(list(way.widths(block, part, stats, counts)) if job.ranks.first else [])
+    if job.ranks.first:
+        levels.add(*_unit(block, part, stats, found))
 
 
 def _names(source: ModelSource, index: int) -> set[str]:
