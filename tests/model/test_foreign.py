@@ -20,6 +20,7 @@ from compressor.errors import CompressorError, SourceError
 from compressor.formats.gptq_int import GptqInt
 from compressor.inspection import inspect_model
 from compressor.model.source import ModelSource
+from compressor.recipe import make_recipe
 from compressor.verification.verify import verify
 
 CPU = torch.device("cpu")
@@ -218,7 +219,7 @@ class TestWhatDoesNotFit:
         assert torch.equal(exact(path)(some_tokens()).logits, before)
 
     def test_quantized_activations(self, tiny: Tiny, tmp_path: Path) -> None:
-        recipe = api.make_recipe(rounding(bits=8, group_size=-1, packed=False))
+        recipe = make_recipe(rounding(bits=8, group_size=-1, packed=False))
         api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu", verify=False)
         config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
         config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": False, "strategy": "tensor"}
@@ -279,7 +280,7 @@ def rounding(**option: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_byte_for_each_code_loads_in_stock_transformers_alike(symmetric: bool, tiny: Tiny, tmp_path: Path) -> None:
-    recipe = api.make_recipe(rounding(bits=8, group_size=-1, packed=False, symmetric=symmetric))
+    recipe = make_recipe(rounding(bits=8, group_size=-1, packed=False, symmetric=symmetric))
     report = api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu")
     assert report.layout == "compressed-tensors"
     assert {c["check"]: c["outcome"] for c in report.verification}["transformers"] == "passed"
@@ -289,7 +290,7 @@ def test_a_byte_for_each_code_loads_in_stock_transformers_alike(symmetric: bool,
 def test_a_run_that_stores_a_byte_for_each_code_goes_on_where_it_was_stopped(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = api.make_recipe(rounding(bits=8, group_size=-1, packed=False))
+    recipe = make_recipe(rounding(bits=8, group_size=-1, packed=False))
     compress_block = pipeline.compress_block
 
     def stopped(job: Any, block: Any, *args: Any) -> Any:

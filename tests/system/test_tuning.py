@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from compressor import api
 from compressor.errors import RecipeError
 from compressor.model.checkpoint import SINGLE
+from compressor.recipe import make_recipe
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 
@@ -84,6 +85,6 @@ def test_two_ranks_write_what_one_writes(recipe: Path, tiny: Path, result: Path,
 
 def test_it_has_to_be_the_last(recipe: Path, tiny: Path, out: Path) -> None:
     data: dict[str, Any] = yaml.safe_load(recipe.read_text())
-    made = api.make_recipe({**data, "passes": [data["passes"][0], {"pass": "pv_tune"}, {"pass": "learned"}]})
+    made = make_recipe({**data, "passes": [data["passes"][0], {"pass": "pv_tune"}, {"pass": "learned"}]})
     with pytest.raises(RecipeError, match=r"passes\.1: it trains the whole model .* put it last"):
         api.forecast(made, tiny, out)
