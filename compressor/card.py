@@ -15,16 +15,21 @@ know this layout and would start from random weights.
 """
 
 STOCK_LOADER = """```python
-from transformers import AutoModelForCausalLM  # and `pip install {packages}`
+from transformers import AutoModelForCausalLM{packages}
 
-model = AutoModelForCausalLM.from_pretrained("{out}")
+model = AutoModelForCausalLM.from_pretrained("{out}"{trust})
 ```
 
-Plain transformers dequantises the weights. With `import compressor` before, or by `compressor.load("{out}")`, they stay
-packed in memory and are multiplied by kernels made for them.
+"""
+CODE = """The code that this trusts is `decilm.py`, beside the weights.
+
+"""
+DEQUANTISED = """Plain transformers dequantises the weights. With `import compressor` before, or by `compressor.load("{out}")`
+they stay packed in memory and are multiplied by kernels made for them.
 """
 
 STOCK_PACKAGES = {
+    "dense": "",
     "compressed-tensors": "compressed-tensors",
     "gptq": "optimum gptqmodel",
 }  # that transformers needs, by layout
@@ -52,14 +57,12 @@ def model_card(report: Mapping[str, Any]) -> str:
     Args:
         report: What report.json holds.
     """
-    packages = STOCK_PACKAGES.get(report.get("layout", ""))
-    loader = (STOCK_LOADER if packages else OWN_LOADER).format(out=report["out"], packages=packages)
     lines = [
         "---", "library_name: transformers", "tags:", "- compressed", "---", "",
         f"# {report['out']}", "",
         f"{report['model']}, compressed with compressor {report.get('version', '')}: "
         f"{report['size_bytes'] / 1e6:.1f} MB of weights instead of {report['source_size_bytes'] / 1e6:.1f} MB.", "",
-        loader,
+        _loader(report),
         *_prompt(report),
         "| | |", "|---|---|",
         f"| bits per weight, compressed layers, scales included | {report['bits_per_weight']:.3f} |",
@@ -79,6 +82,16 @@ def model_card(report: Mapping[str, Any]) -> str:
         f"Recipe: `recipe.yaml`. Every layer's error: `report.json`. Made with {json.dumps(report.get('versions'))}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _loader(report: Mapping[str, Any]) -> str:
+    """How to load it."""
+    layout, out, code = report.get("layout", ""), report["out"], bool(report.get("runs_code"))
+    if layout not in STOCK_PACKAGES:
+        return OWN_LOADER.format(out=out)
+    packages = f"  # and `pip install {STOCK_PACKAGES[layout]}`" if STOCK_PACKAGES[layout] else ""
+    loader = STOCK_LOADER.format(out=out, packages=packages, trust=", trust_remote_code=True" if code else "")
+    return loader + (CODE if code else "") + (DEQUANTISED.format(out=out) if packages else "")
 
 
 def _prompt(report: Mapping[str, Any]) -> Iterator[str]:

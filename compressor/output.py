@@ -14,6 +14,7 @@ from compressor.kernels.layouts import Layout, layout_for
 from compressor.kv_cache import CacheRounding
 from compressor.model import quantization_config, shards
 from compressor.model.architecture import LinearKind, linear_layers
+from compressor.model.block_configs import runs_code
 from compressor.model.journal import writing
 from compressor.model.rewritten import Prunes
 from compressor.model.source import ModelSource
@@ -46,7 +47,7 @@ def write_model(
         next((option for option in plan.values() if isinstance(option, CacheRounding)), None),
         source.hadamard,
         source.absent,
-        source.widths,
+        source.unsaid,
     )
     kernels = write_kernels(workspace, layouts_of(formats, source))
     packed = {"quantization_config": entry} if formats or source.peculiar else {}
@@ -66,7 +67,7 @@ def write_model(
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("plan.yaml", to_text(settled(plan, source, recipe.passes, formats)))
     bits, weights = total_bits(source, formats)
-    report.layout = entry["quant_method"] if packed else DENSE
+    report.layout, report.runs_code = entry["quant_method"] if packed else DENSE, runs_code(source.raw_config)
     report.size_bytes = shards.total_bytes(files)
     report.bits_per_weight = bits / weights if weights else 0.0
     state = source.model.state_dict()

@@ -34,7 +34,8 @@ class Report:
     model_bits_per_weight: float = 0.0  # over everything: embeddings, norms, head
     size_bytes: int = 0  # of the safetensors files
     source_size_bytes: int = 0
-    layout: str = ""  # quant_method of config.json
+    layout: str = ""  # quant_method of config.json, or `dense`
+    runs_code: bool = False  # transformers has to run a file of the result (compressor/model/block_configs.py)
     seconds: float = 0.0  # of compression, evaluation not included
     peak_memory_bytes: int = 0
     peak_device_memory_bytes: int = 0

@@ -95,7 +95,8 @@ def prune_recipe(
         of: What it counts: `model`, `blocks` or `mlp`.
         by: `width`: channels and heads; `hidden`: channels of the hidden state; `depth`: blocks; `sublayers`: attentions and
             MLPs.
-        layout: `uniform`: every block of the same shape; `per-layer`: each with widths of its own; of width.
+        layout: `uniform`: every block of the same shape; `per-layer`: each with widths of its own; `block-configs`: the MLPs
+            so, in a form that others read; of width.
         score: Which of them go first: a score of `prune_width` or `taylor`, a basis of `prune_hidden`, a way of
             `prune_depth`. None takes the best.
         heads: Whether groups of heads may go; of width.

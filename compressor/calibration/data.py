@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compressor.calibration import stdlib
 from compressor.errors import CalibrationError
+from compressor.model.block_configs import llama_config
 
 TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
@@ -59,7 +60,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             "or, where no calibration is needed, give --no-eval"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        known = {"config": llama} if (llama := llama_config(path)) is not None else {}
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **known)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CalibrationError(f"{path}: the tokenizer cannot be loaded: {reason}") from error

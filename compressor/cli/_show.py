@@ -185,12 +185,21 @@ def pruned(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         return []
     before, after = done[0]["parameters"][0], done[-1]["parameters"][1]
     went = [
-        ", ".join(f"{count} {UNITS[part]}" for part, count in step["keep"].items())
+        kept(step["keep"])
         if "keep" in step
         else "without " + ", ".join(f"block {one}" if isinstance(one, int) else one for one in step["gone"])
         for step in done
     ]
     return [("parameters", f"{after:,} of {before:,} (-{1 - after / before:.1%})"), ("pruned", "; ".join(went))]
+
+
+def kept(keep: Mapping[str, int]) -> str:
+    """How many units of each kind of part stay; parts by their kind or, where blocks differ, by full name."""
+    counts: dict[str, set[int]] = {}
+    for part, count in keep.items():
+        counts.setdefault(part.rpartition(".")[2], set()).add(count)
+    ranges = {part: " to ".join(map(str, sorted({min(found), max(found)}))) for part, found in counts.items()}
+    return ", ".join(f"{some} {UNITS[part]}" for part, some in ranges.items())
 
 
 def searched(search: Mapping[str, Any] | None) -> list[tuple[str, str]]:

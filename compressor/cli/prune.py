@@ -31,7 +31,8 @@ def prune(
         str,
         typer.Option(
             help="uniform: every block has the same shape, which any software reads; per-layer: each has widths of its own, "
-            "found by search, which keeps more, but only compressor.load reads the result."
+            "found by search, which keeps more, but only compressor.load reads the result; block-configs: each MLP has, of a "
+            "Llama, which vLLM and transformers load with trust_remote_code."
         ),
     ] = "uniform",
     score: Annotated[

@@ -16,6 +16,7 @@ from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.formats.nvfp4 import NVFP4
 from compressor.model.architecture import FLATTENING, fused_groups, linear_layers
+from compressor.model.block_configs import ROUND, rounded, runs_code
 from compressor.model.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.source import ModelSource
 from compressor.types import Format
@@ -64,6 +65,17 @@ def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
     too_odd = f"its kernels take {_list(KERNEL_BITS)} bits, this model has layers of {_list(widths)}" if widths else None
     too_odd = too_odd or ("with activations of 8 bits it takes weights of 8 bits only" if narrow else None)
     gguf = "reads GGUF files only" + ("" if layout else "; its convert_hf_to_gguf.py makes one")
+    if runs_code(source.raw_config):
+        install, humming, needs = (
+            f"{install}, with trust_remote_code=True",
+            f"{humming} (--trust-remote-code)",
+            f"{needs} too",
+        )
+        gguf = (
+            gguf
+            if layout or rounded(source.raw_config)
+            else f"reads GGUF files only; this takes multiples of {ROUND} channels"
+        )
     return (
         Runtime("compressor", True, "compressor.load", True),
         Runtime("transformers", stock is None, stock or install, True),

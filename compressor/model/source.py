@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from compressor.absent import leave_out
 from compressor.activations import InputRounding, input_rounding, round_inputs
@@ -30,6 +30,7 @@ from compressor.errors import SourceError
 from compressor.hadamard import Blocks, turn_inputs
 from compressor.kv_cache import KEYS, VALUES, CacheScales, attach, attentions
 from compressor.model.architecture import check_config, decoder_blocks, linear_layers
+from compressor.model.block_configs import as_llama, llama_config, widths
 from compressor.model.checkpoint import Checkpoint, read_config
 from compressor.model.names import checkpoint_names
 from compressor.model.packed import PackedLayers
@@ -54,14 +55,15 @@ class ModelSource:
         self.path, self.device, self.dtype, self.rewritings = path, device, dtype, rewritings
         self.config_changes = {key: value for rewriting in rewritings for key, value in rewriting.config.items()}
         self.raw_config = {**read_config(path), **self.config_changes}
-        check_config(self.raw_config, str(path))
+        check_config(as_llama(self.raw_config, str(path)), str(path))
         self.checkpoint = functools.reduce(Rewritten, rewritings, Checkpoint(path))
         self.model = skeleton(path, dtype, self.config_changes)
         self.absent = absent_sublayers(self.raw_config, str(path)).union(*(rewriting.absent for rewriting in rewritings))
         leave_out(self.model, self.absent, str(path))
-        self.widths = sublayer_widths(self.raw_config, str(path))
+        self.unsaid = sublayer_widths(self.raw_config, str(path))  # widths that need an entry of ours
         for rewriting in rewritings:
-            self.widths = self.widths if rewriting.widths is None else dict(rewriting.widths)
+            self.unsaid = self.unsaid if rewriting.widths is None else dict(rewriting.widths)
+        self.widths = {**widths(self.raw_config, str(path)), **self.unsaid}
         narrow(self.model, self.widths, str(path))
         self.prefix, self.layers = decoder_blocks(self.model)
         self.packing = PackedLayers(path, self.raw_config, self.checkpoint)
@@ -88,7 +90,7 @@ class ModelSource:
     @property
     def peculiar(self) -> bool:
         """Whether its config alone, without an entry of ours, would make transformers build another model."""
-        return bool(self.hadamard or self.absent or self.widths)
+        return bool(self.hadamard or self.absent or self.unsaid)
 
     @property
     def vocab_size(self) -> int:
@@ -456,9 +458,7 @@ def return_freed_memory() -> None:
 def skeleton(path: Path, dtype: torch.dtype, changes: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedModel:
     """The model that transformers builds from a directory's configs, changed: parameters on the meta device, buffers real."""
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        if changes:  # as they will be read from config.json: validated, and with keys that the class has no field for
-            config = type(config).from_dict({**read_config(path), **changes})
+        config = _config(path, changes)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
@@ -470,6 +470,14 @@ def skeleton(path: Path, dtype: torch.dtype, changes: Mapping[str, Any] = Mappin
         raise SourceError(f"{path}: transformers cannot build a causal language model from config.json: {reason}") from error
     assert isinstance(model, PreTrainedModel)
     return model.eval().requires_grad_(False)
+
+
+def _config(path: Path, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """As it will be read from config.json with the changes: validated, and with keys that the class has no field for."""
+    if (llama := llama_config(path, changes)) is not None:
+        return llama
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return type(config).from_dict({**read_config(path), **changes}) if changes else config
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -6,12 +6,17 @@ fit, are in compressor/pruning/order.py; of the shapes that are small enough (co
 with which the model's predictions stay nearest to what they were.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from compressor.model.rewritten import Pruned
-from compressor.pruning.allocation import allocated, ladders
-from compressor.pruning.narrowing import Tried, WidthPass
+from compressor.absent import ATTENTION, MLP
+from compressor.errors import RecipeError
+from compressor.model import block_configs
+from compressor.model.rewritten import Pruned, Rewriting
+from compressor.model.source import ModelSource
+from compressor.pruning.allocation import allocated, called, ladders
+from compressor.pruning.narrowing import Tried, WidthPass, nearest
+from compressor.pruning.parts import find_all
 from compressor.pruning.searching import compared
 from compressor.pruning.shapes import Shape, going
 from compressor.pruning.stage import Work
@@ -27,13 +32,14 @@ class PruneWidth(WidthPass):
         by itself.
     refit: Fit the rest to the model's own outputs; false only with scores.
     layout: `uniform`: every block has the same shape, which stock software reads; `per-layer`: every block gets widths of its
-        own by search, which loses less and only our loader reads.
+        own by search, which loses less and only our loader reads; `block-configs`: every MLP does, of a Llama, which vLLM and
+        transformers read with trust_remote_code (compressor/model/block_configs.py).
     search: How to search, too.
     """
 
     score: Literal["obs", "wanda", "flap", "cfsp", "magnitude"] = "obs"
     refit: bool = True
-    layout: Literal["uniform", "per-layer"] = "uniform"
+    layout: Literal["uniform", "per-layer", "block-configs"] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,22 +49,49 @@ class PruneWidth(WidthPass):
             )
 
     @property
-    def uniform(self) -> bool:
-        """Whether the layout is."""
-        return self.layout == "uniform"
+    def alone(self) -> tuple[str, ...]:
+        """Kinds of parts that get widths of their own in every block."""
+        return {"uniform": (), "per-layer": (ATTENTION, MLP), "block-configs": (MLP,)}[self.layout]
+
+    @property
+    def stock(self) -> bool:
+        """Whether the model type has to take the number of heads."""
+        return self.layout != "per-layer"
+
+    def said(self, source: ModelSource, shape: Shape, keep: Mapping[str, int]) -> Rewriting:
+        """What says that so many units of every part stay, by full name; all do of a part that is not there.
+
+        Raises:
+            RecipeError: not of this model type.
+        """
+        if self.layout == "uniform":
+            return super().said(source, shape, keep)
+        if self.layout == "per-layer":
+            return Rewriting({}, widths=keep)
+        if source.raw_config["model_type"] != "llama":
+            raise RecipeError(
+                f"{source.path}: layout block-configs is for models of type `llama`, this one's is "
+                f"`{source.raw_config['model_type']}`; take per-layer, which our loader reads, or uniform"
+            )
+        counts = [keep.get(name, part.count) for name, (_, part) in find_all(source).items() if part.name == MLP]
+        config = {**shape.config, **block_configs.changes({**source.raw_config, **shape.config}, counts)}
+        return Rewriting({}, config=config, files={block_configs.CODE.name: block_configs.CODE})
 
     def prune(self, work: Work) -> Pruned:
         """Narrow the model: first in more widths than it will have, then in the best of them by themselves."""
         if not self.ratio:
             return self.untouched(work)
         found, way = self.shapes(work.source), Way(self.score, self.refit, self.damp)
-        tried = self.compared(work, way, found) if self.uniform else self._allocated(work, way, found)
+        if self.layout == "block-configs":  # all have as many heads as in the best of the uniform shapes
+            best = nearest(self.compared(work, way, found))
+            found = [shape for shape in found if called(shape.keep) == best.name]
+        tried = self._allocated(work, way, found) if self.alone else self.compared(work, way, found)
         return self.narrowed(work, way, found, tried)
 
     def _allocated(self, work: Work, way: Way, found: Sequence[Shape]) -> list[Tried]:
         """Every choice of widths, block by block, on the way to the best one."""
-        wanted = ladders(work.source, found, self.ratio, self.multiple, uniform=False)
-        with self.made(work, way, wanted, "shapes") as widths, compared(work, widths, self.search) as fitness:
+        wanted = ladders(work.source, found, self.ratio, self.multiple, self.alone)
+        with self.made(work, way, wanted, "ladders") as widths, compared(work, widths, self.search) as fitness:
             ways = allocated(work, widths, found, going(work.source, self.ratio, self.of), self.search, fitness)
             return [Tried(one.name, widths.keep(one.choice), one.kl) for one in ways]
 

@@ -8,7 +8,7 @@ Source: "Týr-the-Pruner", NeurIPS 2025, for a search among nested widths; alloc
 the choice at hand is compressor/search/successive.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from compressor.absent import MLP
 from compressor.model.source import ModelSource
@@ -28,7 +28,7 @@ LEAST = 1 / 8  # of the units, that stay in the narrowest
 
 
 def ladders(
-    source: ModelSource, found: Sequence[Shape], ratio: float, multiple: int | None, *, uniform: bool
+    source: ModelSource, found: Sequence[Shape], ratio: float, multiple: int | None, alone: Collection[str] = ()
 ) -> dict[str, list[int]]:
     """Numbers of units of every part that may lose some, by full name, that are tried.
 
@@ -37,12 +37,12 @@ def ladders(
         found: Uniform shapes.
         ratio: Share of the parameters that goes.
         multiple: Of which a number of channels is one; None takes what suits their number.
-        uniform: Only those of the shapes.
+        alone: Kinds of parts that get numbers of their own in every block; others have those of the shapes only.
     """
     made, parts = {}, find_all(source)
     for name, (_, part) in parts.items():
         step = (multiple or multiple_of(part.count)) if part.name == MLP else 1
-        more = set() if uniform else _evenly(part.count, ratio, step)
+        more = _evenly(part.count, ratio, step) if part.name in alone else set()
         made[name] = sorted({*more, *(shape.keep[part.name] for shape in found)})
     return {name: counts for name, counts in made.items() if counts != [parts[name][1].count]}
 

@@ -170,7 +170,7 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
         f"{source.prefix}.{new}.{part}": count
         for new, old in enumerate(kept)
         for part in SUBLAYERS
-        if (count := source.widths.get(f"{source.prefix}.{old}.{part}")) is not None
+        if (count := source.unsaid.get(f"{source.prefix}.{old}.{part}")) is not None
     }
     config |= {"num_hidden_layers": len(kept)}
     return Rewriting({}, copies, config, removed=frozenset(removed), widths=widths, blocks=kept)

@@ -69,13 +69,18 @@ class WidthPass(PruningPass):
         return f"prune{100 * self.ratio:g}" if self.ratio else ""
 
     @property
-    def uniform(self) -> bool:
-        """Whether every block gets the same shape, which stock software reads."""
+    def alone(self) -> tuple[str, ...]:
+        """Kinds of parts that get widths of their own in every block."""
+        return ()
+
+    @property
+    def stock(self) -> bool:
+        """Whether the model type has to take the number of heads."""
         return True
 
     def shapes(self, source: ModelSource) -> list[Shape]:
         """Those that are the same in every block and small enough."""
-        return shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple, stock=self.uniform)
+        return shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple, stock=self.stock)
 
     def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
         """The first of the shapes that are small enough, and whether there is no other."""
@@ -90,7 +95,7 @@ class WidthPass(PruningPass):
                 new[stored] = (keep[name] * rows, *source.checkpoint.headers[stored].shape[1:])
             stored = source.names[f"{block.prefix}.{part.writer}.weight"]
             new[stored] = (source.checkpoint.headers[stored].shape[0], keep[name] * part.columns)
-        return replace(self._changed(found[0], keep), shapes=new), len(found) == 1 and self.uniform
+        return replace(self.said(source, found[0], keep), shapes=new), len(found) == 1 and not self.alone
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """Peak of orders and fits, which take some square matrices of the width of a writer, and of comparing shapes."""
@@ -98,19 +103,19 @@ class WidthPass(PruningPass):
             return 0
         shape = max((block.shape(part.writer) for block, part in find_all(source).values()), key=lambda shape: shape[1])
         fitting = SQUARES * shape[1] ** 2 + 3 * 8 * math.prod(shape)
-        several = not self.uniform or len(self.shapes(source)) > 1
+        several = bool(self.alone) or len(self.shapes(source)) > 1
         return max(collecting(source, tokens, batch) + fitting, comparing(source, self.search, batch) if several else 0)
 
-    def _changed(self, shape: Shape, keep: Mapping[str, int]) -> Rewriting:
-        """What says that so many units of every part stay: the config, or more than that."""
-        return Rewriting({}, config=shape.config) if self.uniform else Rewriting({}, widths=keep)
+    def said(self, source: ModelSource, shape: Shape, keep: Mapping[str, int]) -> Rewriting:
+        """What says that so many units of every part stay, by full name; all do of a part that is not there."""
+        return Rewriting({}, config=shape.config)
 
     def compared(self, work: Work, way: Narrows, found: Sequence[Shape]) -> list[Tried]:
         """The shapes, and how much each loses if units are chosen in some way; of a single one that is not looked at."""
         if len(found) == 1:
             keep = {name: found[0].keep[part.name] for name, (_, part) in find_all(work.source).items()}
             return [Tried(called(found[0].keep), keep, 0.0)]
-        wanted = ladders(work.source, found, self.ratio, self.multiple, uniform=True)
+        wanted = ladders(work.source, found, self.ratio, self.multiple)
         with self.made(work, way, wanted, "shapes") as widths, compared(work, widths, self.search) as fitness:
             choices = [widths.uniform(shape.keep) for shape in found]
             losses = fitness(choices, range(fitness.samples))
@@ -127,12 +132,12 @@ class WidthPass(PruningPass):
         shape = next((shape for shape in found if called(shape.keep) == best.name), found[0])
         narrower = {part: count for part, count in best.keep.items() if count < parts[part][1].count}
         with self.made(work, way, {part: [count] for part, count in narrower.items()}, "widths") as widths:
-            choice, changed = tuple(0 for _ in widths.units), self._changed(shape, narrower)
-            rewriting = replace(widths.rewriting(choice), config=changed.config, widths=changed.widths)
+            choice, said = tuple(0 for _ in widths.units), self.said(work.source, shape, narrower)
+            rewriting = replace(widths.rewriting(choice), config=said.config, widths=said.widths, files=said.files)
             report = {
                 "pass": _name(self),
                 "parameters": [before, parameters(work.source.rewritten(rewriting))],
-                "keep": dict(shape.keep if self.uniform else best.keep),
+                "keep": dict(best.keep if self.alone else shape.keep),
                 "tried": [{"name": one.name, "kl": one.kl} for one in tried] if len(tried) > 1 else [],
                 "parts": widths.describe(choice),
             }

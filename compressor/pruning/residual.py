@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.errors import RecipeError, SourceError
+from compressor.model.block_configs import runs_code
 from compressor.model.feeds import gain_offset
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, skeleton
@@ -175,6 +176,10 @@ def fitting(source: ModelSource, most: int, of: Literal["model", "blocks"], mult
     if source.absent:
         raise RecipeError(
             f"{source.path}: {len(source.absent)} attentions and MLPs are missing; hidden channels have to go before those do"
+        )
+    if runs_code(source.raw_config):
+        raise RecipeError(
+            f"{source.path}: its MLPs have widths of their own; hidden channels have to go before they get those"
         )
     width, refused = hidden_size(source), ""
     step, least, floor = multiple or multiple_of(width), parameters(source, of), width

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,15 +53,21 @@ def load(
     source = ModelSource(directory, place, dtype)
     if dense or not source.packed():
         model = source.whole()
-        if source.peculiar:  # a model that is saved without this computes something else
-            model.config.quantization_config = write({}, (), (), None, source.hadamard, source.absent, source.widths)
+        if source.peculiar or source.widths:  # a model that is saved without this computes something else
+            model.config.quantization_config = _entry(source)
         return model
     kernel = _kernel(directory, source.raw_config.get(sources.CONFIG_KEY) or {}, place, kernel, trust_kernels)
     model = source.whole(lambda tensor, bias: packed_linear_module(tensor, bias, place, kernel))
     make_ready(model, dtype)
-    model.config.quantization_config = source.raw_config["quantization_config"]  # so that it saves as it was,
+    said = source.raw_config["quantization_config"]
+    model.config.quantization_config = _entry(source) if source.widths else said  # so that it saves as it was,
     model.config.__dict__.pop(sources.CONFIG_KEY, None)  # but for the sources, which are not saved
     return model
+
+
+def _entry(source: ModelSource) -> dict[str, Any]:
+    """What config.json says of packed layers where its class knows no more of a model than that it is a Llama."""
+    return write(source.packed(), (), (), source.cache, source.hadamard, source.absent, source.widths)
 
 
 def _kernel(directory: Path, brought: Mapping[str, str], device: torch.device, kernel: str, trust: bool) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compressor.errors import SourceError
 from compressor.evaluation.predict import final_hidden
+from compressor.model import block_configs
 from compressor.model.memory import available_memory, parameters
 from compressor.model.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.runtimes import activation_bits, per_tensor, stock_dtype
@@ -59,10 +60,13 @@ def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | No
         raise NotCheckedError(f"it needs the package {needed[0]}, which is not installed here")
     if (obstacle := per_tensor(source)) is not None:
         raise NotCheckedError(f"it computes something else: {obstacle}")
+    trusted = block_configs.own_code(directory, source.raw_config)
+    if block_configs.runs_code(source.raw_config) and not trusted:
+        raise NotCheckedError("it would run code from the directory, which is not this package's")
     _check_memory(source)
     tokens_1S = probe_tokens(source) if tokens is None else tokens
     _check_tokens(source, tokens_1S)
-    stock = _ask(directory, tokens_1S)
+    stock = _ask(directory, tokens_1S, trusted=trusted)
     known = {name.rpartition(".")[0] for name in source.names.values()}
     problems = [
         f"{directory}: transformers finds no tensor for {key} and draws it at random" for key in stock["missing_keys"]
@@ -125,13 +129,13 @@ def _check_memory(source: ModelSource) -> None:
         )
 
 
-def _ask(directory: Path, tokens_1S: Tensor) -> dict[str, Any]:
-    """What transformers answers in a process that cannot import this package, on the CPU."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+def _ask(directory: Path, tokens_1S: Tensor, *, trusted: bool = False) -> dict[str, Any]:
+    """What transformers answers in a process that cannot import this package, on the CPU; `trusted`: it may run code."""
     with tempfile.TemporaryDirectory() as place:
-        answer = Path(place) / "answer.pt"
+        answer, modules = Path(place) / "answer.pt", {"HF_MODULES_CACHE": place} if trusted else {}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", **modules}
         tokens = map(str, tokens_1S[0].tolist())
-        command = [sys.executable, "-P", str(STOCK), str(directory), str(answer), *tokens]
+        command = [sys.executable, "-P", str(STOCK), str(directory), str(answer), "trusted" if trusted else "data", *tokens]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False)
         if done.returncode < 0:
             raise NotCheckedError(f"it was ended by signal {-done.returncode}, most likely for lack of memory")

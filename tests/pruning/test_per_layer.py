@@ -133,7 +133,7 @@ def test_it_can_be_rounded_shortened_and_not_narrowed_again(
     stays = [index for index in range(4) if index != gone]
     for new, old in enumerate(stays):
         assert short.widths.get(f"model.layers.{new}.mlp") == narrow.widths.get(f"model.layers.{old}.mlp")
-    with pytest.raises(RecipeError, match="its blocks have different widths"):
+    with pytest.raises(RecipeError, match="its blocks have widths of their own"):
         run(tmp_path / "narrow", tmp_path / "out", text_file, UNEVEN)
 
 

@@ -48,6 +48,18 @@ def test_the_share_that_is_asked_for_goes_and_no_less(
     assert loads == (by != "sublayers")
 
 
+@pytest.mark.parametrize(("layout", "loader"), [("per-layer", "compressor"), ("block-configs", "transformers")])
+def test_blocks_with_widths_of_their_own_are_shown_by_their_range(
+    layout: str, loader: str, tiny: Path, out: Path, compress: Callable[..., Result]
+) -> None:
+    arguments = ("prune", tiny, "--ratio", 0.1, "--layout", layout, *SMALL, *SEARCHED, "--out", out)
+    result = compress(*arguments)
+    assert result.code == 0, result.err
+    assert "channels stay" in result.out
+    assert loader in next(line for line in result.out.splitlines() if "loads with" in line)
+    assert ("import compressor" in (out / "README.md").read_text()) == (layout == "per-layer")
+
+
 def test_a_pruned_model_is_quantized_in_the_same_run_and_the_size_is_known_before(
     tiny: Path, out: Path, compress: Callable[..., Result]
 ) -> None:
