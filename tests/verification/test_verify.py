@@ -276,7 +276,7 @@ class TestReaders:
         self, kind: str, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         said = {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": [], kind: [f"{LAYER}.weight_scale"]}
-        monkeypatch.setattr(loaders, "_ask", lambda *_: said)
+        monkeypatch.setattr(loaders, "_ask", lambda *_, **__: said)
         assert f"{LAYER}.weight_scale" in failures(out)["transformers"]
 
     def test_transformers_that_cannot_load_it_fails_with_its_reason(self, out: Path) -> None:
