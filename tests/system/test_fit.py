@@ -70,7 +70,8 @@ def test_sizes_are_met_from_below(tiny: Path, out: Path, compress: Callable[...,
 
 def test_the_report_says_what_else_was_there_to_choose(tiny: Path, out: Path, compress: Callable[..., Result]) -> None:
     result = compress(
-        "fit", tiny, "--bits", 3, "--out", out, *SMALL, *UNREFINED, "--set", INTS, "--set", "evaluation.samples=2"
+        *("fit", tiny, "--bits", 3, "--out", out, *SMALL, *UNREFINED, *UNTRAINED, "--set", INTS),
+        *("--set", "evaluation.samples=2"),
     )
     assert result.code == 0, result.err
     assert "uniform" in result.out
@@ -104,7 +105,7 @@ def test_a_plan_of_one_run_repeats_it_with_another_recipe(
 ) -> None:
     """What the plan gives is put on offer in the recipe, which gave something else."""
     plan = tmp_path / "plan.yaml"
-    compress("search", tiny, "--bits", 3, *SMALL, "--set", INTS, "--out", plan)
+    compress("search", tiny, "--bits", 3, *SMALL, *UNREFINED, "--set", INTS, "--out", plan)
     recipe = tmp_path / "rtn.yaml"
     recipe.write_text("passes:\n- pass: rtn\n  options: [{format: int_group, bits: 4, group_size: 32}]\nevaluation: null\n")
     forecast = compress("run", recipe, tiny, "--plan", plan, "--dry-run", "--json").json
@@ -118,7 +119,10 @@ def test_a_plan_of_one_run_repeats_it_with_another_recipe(
 
 
 def test_integers_floats_and_vectors_are_mixed(tiny: Path, out: Path, compress: Callable[..., Result]) -> None:
-    mixed = ("--using", "int,fp4,vq", *QUICK, "--set", "passes.3.steps=1")
+    integers = "passes.0.options=[{format: int_group, bits: 2, group_size: 32}, {format: int_group, bits: 4, group_size: 32}]"
+    vectors = "passes.2.options=[{format: vq, vector: 4, bits: 6, residual_bits: 0}]"
+    few = ("--set", integers, "--set", vectors, "--set", "passes.1.refine=0", "--set", "passes.2.refine=0")
+    mixed = ("--using", "int,fp4,vq", *QUICK, *few, "--set", "passes.3.steps=1")
     result = compress("fit", tiny, "--bits", 3.4, "--out", out, *mixed, "--levels", out.with_name("levels"))
     assert result.code == 0, result.err
     lines = [json.loads(line) for line in (out.with_name("levels") / "journal.jsonl").read_text().splitlines()[1:]]
@@ -172,7 +176,7 @@ def test_levels_are_made_again_around_a_choice(tiny: Path, tmp_path: Path, compr
 
 
 def test_levels_that_are_kept_serve_another_target(tiny: Path, tmp_path: Path, compress: Callable[..., Result]) -> None:
-    options = (*SMALL, "--set", INTS, "--levels", tmp_path / "levels")
+    options = (*SMALL, *UNREFINED, "--set", INTS, "--levels", tmp_path / "levels")
     assert "measure" in compress("search", tiny, "--bits", 3, *options, "--out", tmp_path / "3.yaml").err
     second = compress("search", tiny, "--bits", 4, *options, "--out", tmp_path / "4.yaml")
     assert second.code == 0, second.err
