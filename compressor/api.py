@@ -18,7 +18,7 @@ from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.fitting import find_plan, fit_recipe, levels_place, settle, shortened
-from compressor.forecast import expected_memory
+from compressor.forecast import expected_memory, generating
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
@@ -221,11 +221,12 @@ def forecast(
     spec = recipe.calibration
     length = sample_length(spec.seq_len, source)
     tokens = spec.samples * length if needs_data(recipe) else 0
+    judge = recipe.evaluation
+    samples = generating(source) if judge is not None and judge.generate and source.device.type == "cpu" else 0
     pruning = expected_peak(source, recipe.passes, tokens, TOKENS_AT_ONCE)
     source, certain = sketched(source, recipe.passes)
     chosen = make_plan(source, recipe.passes, given)
     files = shards.layout(output_headers(source, recipe.passes, chosen))
-    judge = recipe.evaluation
     memory = expected_memory(
         source,
         recipe.passes,
@@ -242,7 +243,7 @@ def forecast(
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
         bits_per_weight=bits / weights if weights else 8 * source.dtype.itemsize,
         certain=certain,
-        expected_peak_memory_bytes=LIBRARIES_BYTES + max(memory, pruning),
+        expected_peak_memory_bytes=LIBRARIES_BYTES + max(memory, pruning, samples),
     )
 
 

@@ -6,10 +6,12 @@ Estimates are of resident bytes beyond the interpreter and its libraries. A run 
 import math
 from collections.abc import Sequence
 
+from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource
 from compressor.plan import rest_names
 from compressor.types import Block, PairedAccumulator, Pass, Tunes
 
+SHARE = 0.5  # of the available memory, at most, for a model that only writes samples: nothing may end a long run for them
 # Bytes for each trained weight: latent and gradient, two moments, the start, fp64 sums, the rounded weight with its own
 # gradient and what both pass through.
 TRAINING = 4 + 4 + 8 + 4 + 8 + 4 + 8
@@ -78,6 +80,12 @@ def _judging(source: ModelSource, tokens: int, batch: int) -> int:
     block, once = largest_block(source), min(tokens, batch)
     head = source.vocab_size * (hidden_size(source) + once)
     return 2 * tokens * hidden_size(source) * 4 + max(4 * block_parameters(block) + activations(block, once, 4), 2 * 4 * head)
+
+
+def generating(source: ModelSource) -> int:
+    """While a model is whole, to continue beginnings of samples: if half of the memory that is available holds it, else 0."""
+    needed = dense_bytes(source)
+    return needed if needed <= SHARE * available_memory(source.device) else 0
 
 
 def collecting(source: ModelSource, tokens: int, batch: int) -> int:

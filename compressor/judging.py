@@ -15,6 +15,7 @@ from compressor.evaluation.tasks.results import TaskResult
 from compressor.evaluation.tasks.subject import Place
 from compressor.evaluation.tasks.work import Work
 from compressor.evaluation.text import make_protocol
+from compressor.forecast import generating
 from compressor.inputs import Judged, calibration_source, computation_dtype, judged, sample_length
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource, return_freed_memory
@@ -23,7 +24,6 @@ from compressor.runtime.load import continuation
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 48
-SHARE = 0.5  # of the available memory, at most, for a model that only writes samples: nothing may end a long run for them
 
 
 def silent(event: Event) -> None:
@@ -200,11 +200,10 @@ def continuations(model: Path, reference: Path, text: Judged, count: int, templa
     written: list[list[str]] = []
     for path in (reference, model):
         source = ModelSource(path, template.device, template.dtype)
-        needed, free = dense_bytes(source), available_memory(source.device)
-        if needed > SHARE * free:
+        if not generating(source):
             raise SourceError(
-                f"{path}: resident in {source.dtype} takes {needed / 1e9:.1f} GB, more than half of the {free / 1e9:.1f} GB "
-                "that are available"
+                f"{path}: resident in {source.dtype} takes {dense_bytes(source) / 1e9:.1f} GB, more than half of the "
+                f"{available_memory(source.device) / 1e9:.1f} GB that are available"
             )
         whole = source.whole()
         written.append([continuation(whole, tokenizer, ids[:PROMPT_TOKENS], NEW_TOKENS) for ids in beginnings])

@@ -3,11 +3,12 @@
     scripts/bench memory [--keep DIR] [--skip-7b] [--only prune] [--out FILE.json]
 
 Weights are random: memory depends on shapes only. Two models of one width, 8 and 32 blocks deep, must peak within 15 % of
-each other; when they are pruned, every shape is compared with the model read anew each time. A checkpoint of Llama-7B's
-shape, 13.5 GB, must be rounded below 4 GiB, and its first two blocks go through GPTQ, and through pruning, below 8 GiB; the
-blocks that follow would repeat them, so that run is then killed. `compress eval` must judge it against
-itself, streamed, below 4 GiB; so it must with as much text as is ever in flight, for which two such blocks stand for all:
-more text goes through in several turns. The checkpoints are written tensor by tensor, every block with the bytes of the
+each other; when they are pruned, every shape is compared with the model read anew each time. Samples of text are not
+generated: for that a model is whole in memory, where half of what is available holds it, as the forecast then says.
+A checkpoint of Llama-7B's shape, 13.5 GB, must be rounded below 4 GiB, and its first two blocks go through GPTQ, and through
+pruning, below 8 GiB; the blocks that follow would repeat them, so that run is then killed. `compress eval` must judge it
+against itself, streamed, below 4 GiB; so it must with as much text as is ever in flight, for which two such blocks stand for
+all: more text goes through in several turns. The checkpoints are written tensor by tensor, every block with the bytes of the
 first, and so take no memory worth mentioning either.
 
 The peak is the kernel's high-water mark of the process's resident set (VmHWM). It counts pages of mapped files, here the
@@ -88,7 +89,10 @@ DEEP = Shape("32 blocks", 32, 1024, 2816, 16, 4096)
 LLAMA_7B = Shape("7B", 32, 4096, 11008, 32, 32000)
 WIDE = Shape("2 blocks of 7B", 2, 4096, 11008, 32, 32000)
 RTN = ("--method", "rtn", "--no-eval")
-GPTQ_SMALL = ("--samples", "16", "--seq-len", "256", "--set", "evaluation.samples=8")
+GPTQ_SMALL = (
+    *("--samples", "16", "--seq-len", "256"),
+    *("--set", "evaluation.samples=8", "--set", "evaluation.generate=0"),  # nothing for which a model has to be whole
+)
 EVAL_7B = ("--samples", "2", "--seq-len", "128")
 EVAL_TURN = ("--samples", "8", "--seq-len", "2048")  # as many tokens as are ever in flight at this width
 GPTQ_7B = ("--samples", "16", "--seq-len", "512", "--no-eval")

@@ -1,5 +1,6 @@
 """Hidden states that lie in a file are the same, and the runs too."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from tiny_models import tensors
 
 from compressor import api
+from compressor import forecast as forecasting
 from compressor.assets import DEMO_MODEL
 from compressor.calibration.hidden import OnDisk, keeping, shapes
 from compressor.errors import CalibrationError
@@ -73,3 +75,19 @@ def test_the_forecast_counts_what_stays_in_memory() -> None:
         return api.forecast(recipe, DEMO_MODEL, device="cpu", dtype="float32").expected_peak_memory_bytes
 
     assert expected(None) - expected("/tmp") > 0.9 * 10_000 * 256 * 256 * 4
+
+
+@pytest.mark.parametrize(("available", "counted"), [(2**40, True), (2**20, False)])
+def test_the_forecast_counts_the_whole_model_where_it_is_to_write_samples(
+    available: int, counted: bool, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecasting, "available_memory", lambda device: available)
+    monkeypatch.setattr(forecasting, "dense_bytes", lambda source: 2**38)
+
+    def expected(generate: int) -> int:
+        rounding = {"pass": "rtn", "options": [{"format": "int_group", "bits": 4, "group_size": 32}]}
+        recipe = make_recipe({"passes": [rounding], "evaluation": {"generate": generate}})
+        return api.forecast(recipe, tiny("llama"), device="cpu", dtype="float32").expected_peak_memory_bytes
+
+    assert (expected(2) > 2**38) == counted
+    assert expected(0) < 2**38

@@ -74,7 +74,8 @@ class TestEval:
     def test_a_run_writes_no_samples_where_a_model_would_take_most_of_the_memory(
         self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("compressor.judging.available_memory", lambda device: 3_000_000)  # the model takes 2.7 MB
+        for module in ("judging", "forecast"):
+            monkeypatch.setattr(f"compressor.{module}.available_memory", lambda device: 3_000_000)  # the model takes 2.7 MB
         changes = ["evaluation.samples=2", "evaluation.seq_len=64"]
         report = api.quantize(
             tiny, tmp_path / "out", method="rtn", changes=changes, device="cpu", dtype="float32", verify=False
