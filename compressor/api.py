@@ -4,6 +4,7 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from compressor.forecast import expected_memory, generating
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
+from compressor.model.rewritten import Prunes
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, check_space, check_target
 from compressor.output import default_out, write_model
@@ -29,7 +31,7 @@ from compressor.pipeline import Event, Job, Tell
 from compressor.plan import describe_plan, make_plan, model_formats, output_headers, total_bits
 from compressor.plan_file import offering, read_plan
 from compressor.provenance import fingerprint, fingerprint_plan, finished_report, new_report
-from compressor.pruning.stage import expected_peak, pruned, pruning_place, sketched
+from compressor.pruning.stage import clear, expected_peak, held, pruned, pruning_place, sketched
 from compressor.recipe import Recipe, load_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
@@ -105,51 +107,54 @@ def run(
     recipe = recipe if given is None else offering(recipe, given)
     source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
     source, given, gone = settle(source, given)
-    expected = make_plan(sketched(source, recipe.passes)[0], recipe.passes, given) if recipe.target is None else {}
+    small = sketched(source, recipe.passes)[0]
+    expected = make_plan(small, recipe.passes, given) if recipe.target is None else {}
     out = default_out(Path(model), recipe.passes, expected, recipe.target) if out is None else Path(out)
     check_target(out, Path(model), resume=resume, overwrite=overwrite)
+    if recipe.target is None:
+        check_space(out, shards.total_bytes(shards.layout(output_headers(small, recipe.passes, expected))))
     calibration, evaluation = load_data(recipe, source)
     check_shares(calibration, ranks)
     made_by = fingerprint(recipe, source, calibration) | ({} if given is None else fingerprint_plan(given))
     report = new_report(recipe, source, out, made_by, calibration)
-    if resume and out.exists() and not overwrite:
-        return finished_report(out, report)
     place = pruning_place(out)
-    source, report.pruning = pruned(recipe, source, calibration, ranks, place, made_by, tell)
-    chosen = make_plan(source, recipe.passes, given) if recipe.target is None else {}
-    if recipe.target is not None:
-        judged = evaluation.tokens if evaluation is not None else 0
-        found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell, started=started, judged=judged)
-        if found.training < 1:
-            recipe = shortened(recipe, found.training)
-            report.warnings.append(f"for want of time only {found.training:.0%} of the training was done that a layer gets")
-        source, kept, gone = settle(source, found.plan)
-        chosen = make_plan(source, recipe.passes, kept)
-        report.fingerprint = made_by = made_by | fingerprint_plan(found.plan) | {"training": f"{found.training:.4f}"}
-        report.search = found.to_dict()
-    check_space(out, shards.total_bytes(shards.layout(output_headers(source, recipe.passes, chosen))))
-    job, keep = Job(source, recipe.passes, chosen, ranks), keeping(recipe.calibration.on_disk)
-    calibration = calibration if streams(recipe.passes) else None
-    if not ranks.first:
-        compress_blocks(job, calibration, keep, None, ranks.agree(NOTHING), report, tell)
+    if resume and out.exists() and not overwrite:
+        return finished(out, report)
+    prunes = ranks.first and any(isinstance(step, Prunes) for step in recipe.passes)
+    with held(place, resume=resume, overwrite=overwrite) if prunes else nullcontext():
+        source, report.pruning = pruned(recipe, source, calibration, ranks, place, made_by, tell)
+        chosen = make_plan(source, recipe.passes, given) if recipe.target is None else {}
+        if recipe.target is not None:
+            judged = evaluation.tokens if evaluation is not None else 0
+            found = find_plan(
+                recipe, source, calibration, ranks, levels_place(out, levels), tell, started=started, judged=judged
+            )
+            if found.training < 1:
+                recipe = shortened(recipe, found.training)
+                report.warnings.append(
+                    f"for want of time only {found.training:.0%} of the training was done that a layer gets"
+                )
+            source, kept, gone = settle(source, found.plan)
+            chosen = make_plan(source, recipe.passes, kept)
+            report.fingerprint = made_by = made_by | fingerprint_plan(found.plan) | {"training": f"{found.training:.4f}"}
+            report.search = found.to_dict()
+        check_space(out, shards.total_bytes(shards.layout(output_headers(source, recipe.passes, chosen))))
+        job, keep = Job(source, recipe.passes, chosen, ranks), keeping(recipe.calibration.on_disk)
+        calibration = calibration if streams(recipe.passes) else None
+        if not ranks.first:
+            compress_blocks(job, calibration, keep, None, ranks.agree(NOTHING), report, tell)
+            ranks.barrier()
+            return report
+        with Workspace(out, made_by, resume=resume, overwrite=overwrite) as workspace:
+            done = ranks.agree(tuple(workspace.finished))
+            probe = compress_blocks(job, calibration, keep, workspace, done, report, tell)
+            tell(Event("write", 0, 1, str(out)))
+            write_model(recipe, source, {**chosen, **gone}, workspace, report, probe)
+            finish(recipe, source, evaluation, workspace, report, tell, verify=verify)
+        if recipe.target is not None and levels is None:
+            shutil.rmtree(levels_place(out, levels))
         ranks.barrier()
         return report
-    with Workspace(out, made_by, resume=resume, overwrite=overwrite) as workspace:
-        done = ranks.agree(tuple(workspace.finished))
-        probe = compress_blocks(job, calibration, keep, workspace, done, report, tell)
-        tell(Event("write", 0, 1, str(out)))
-        write_model(recipe, source, {**chosen, **gone}, workspace, report, probe)
-        if evaluation is not None and recipe.evaluation is not None:
-            judge_result(workspace.model, source, evaluation, recipe.evaluation.generate, report, tell)
-        if verify:
-            check_result(workspace.model, source.device, report, tell)
-        write_reports(workspace, report)
-        workspace.publish()
-    if recipe.target is not None and levels is None:
-        shutil.rmtree(levels_place(out, levels))
-    shutil.rmtree(place, ignore_errors=True)
-    ranks.barrier()
-    return report
 
 
 def quantize(
@@ -224,7 +229,7 @@ def forecast(
     judge = recipe.evaluation
     samples = generating(source) if judge is not None and judge.generate and source.device.type == "cpu" else 0
     pruning = expected_peak(source, recipe.passes, tokens, TOKENS_AT_ONCE)
-    source, certain = sketched(source, recipe.passes)
+    source, certain, more = sketched(source, recipe.passes)
     chosen = make_plan(source, recipe.passes, given)
     files = shards.layout(output_headers(source, recipe.passes, chosen))
     memory = expected_memory(
@@ -239,7 +244,8 @@ def forecast(
     return Forecast(
         out=default_out(Path(model), recipe.passes, chosen) if out is None else Path(out),
         plan=chosen,
-        size_bytes=shards.total_bytes(files),
+        size_bytes=shards.total_bytes(files)
+        + more * max(header.dtype.itemsize for header in source.checkpoint.headers.values()),
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
         bits_per_weight=bits / weights if weights else 8 * source.dtype.itemsize,
         certain=certain,
@@ -276,6 +282,32 @@ def compress_blocks(
     if source.device.type == "cuda":
         report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(source.device)
     return probe
+
+
+def finished(out: Path, report: Report) -> Report:
+    """The report of a run that is complete already, and nothing left of how it was made."""
+    found = finished_report(out, report)
+    clear(pruning_place(out))
+    return found
+
+
+def finish(
+    recipe: Recipe,
+    source: ModelSource,
+    evaluation: Judged | None,
+    workspace: Workspace,
+    report: Report,
+    tell: Tell,
+    *,
+    verify: bool,
+) -> None:
+    """Judge and verify what was written, and let it appear."""
+    if evaluation is not None and recipe.evaluation is not None:
+        judge_result(workspace.model, source, evaluation, recipe.evaluation.generate, report, tell)
+    if verify:
+        check_result(workspace.model, source.device, report, tell)
+    write_reports(workspace, report)
+    workspace.publish()
 
 
 def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, report: Report, tell: Tell) -> None:

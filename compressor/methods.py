@@ -3,6 +3,7 @@
 A new one is a row of `METHODS`; what it is made of is in compressor/passes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,8 @@ def width(fmt: str, bits: float | None) -> float:
         if not FEWEST <= bits <= MOST:
             raise RecipeError(f"--format {fmt} --bits {bits:g}: vectors are for {FEWEST} to {MOST} bits a weight")
         return bits
+    if bits is not None and not math.isfinite(bits):
+        raise RecipeError(f"--bits {bits}: no number of bits")
     if bits is not None and bits != int(bits):
         raise RecipeError(f"--format {fmt} --bits {bits:g}: a fraction of a bit is for --format {VECTORS}")
     if fmt == INTEGERS:

@@ -52,7 +52,8 @@ def write_model(
     kernels = write_kernels(workspace, layouts_of(formats, source))
     packed = {"quantization_config": entry} if formats or source.peculiar else {}
     packed |= {sources.CONFIG_KEY: kernels} if formats else {}
-    config = json.dumps({**source.raw_config, **packed}, indent=2) + "\n"
+    plain = {key: value for key, value in source.raw_config.items() if key != "quantization_config"}  # its widths have gone
+    config = json.dumps({**plain, **packed}, indent=2) + "\n"
     workspace.write_text("config.json", config)
     copied = copy_other_files(source.path, workspace.model, workspace.out)
     beside = {name: file for rewriting in source.rewritings for name, file in rewriting.files.items()}

@@ -114,7 +114,7 @@ def prune_recipe(
         RecipeError: no recipe comes of it.
     """
     if bits is not None and by in ("width", "hidden"):
-        multiple = multiple or methods.GROUP_SIZE
+        multiple = methods.GROUP_SIZE if multiple is None else multiple
     step = {"ratio": ratio, "of": of, **_pruning(by, layout, score, heads=heads, multiple=multiple, mlp=of == "mlp")}
     quantized: list[dict[str, Any]] = []
     if bits is not None:

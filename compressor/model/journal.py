@@ -115,6 +115,15 @@ class Journal:
         return self.directory / f"{part}.safetensors"
 
 
+@contextlib.contextmanager
+def sound(path: Path) -> Iterator[None]:
+    """While a file that this project wrote is read: what is wrong with it, in one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path}: cannot be read ({error}); it is damaged: give --overwrite to start again") from error
+
+
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a journal; none if there is no journal."""
     lines: list[dict[str, Any]] = []

@@ -107,6 +107,21 @@ class Pruned:
     report: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Sketch:
+    """Names, dtypes and shapes as a pass that prunes will leave them, before any weight is read.
+
+    Args:
+        rewriting: The change; None if there is none.
+        certain: There is no other.
+        more: Parameters that there may be besides, if there is.
+    """
+
+    rewriting: Rewriting | None
+    certain: bool = True
+    more: int = 0
+
+
 @runtime_checkable
 class Prunes(Protocol):
     """A pass that makes the model smaller before any block is compressed, for which it reads text."""
@@ -114,8 +129,8 @@ class Prunes(Protocol):
     @property
     def label(self) -> str: ...  # file-name safe; empty if nothing goes
 
-    def sketch(self, source: "ModelSource") -> tuple[Rewriting | None, bool]:
-        """Names, dtypes and shapes as they will be, and whether that is certain; no weight is read."""
+    def sketch(self, source: "ModelSource") -> Sketch:
+        """What will be left."""
 
     def expected_memory(self, source: "ModelSource", tokens: int, batch: int) -> int:
         """Peak of its work in bytes (compressor/forecast.py), when so many calibration tokens go by in such batches."""

@@ -24,6 +24,7 @@ from compressor.errors import OutputError
 from compressor.model.journal import JOURNAL, LOCK, Journal, read_journal, save, sync, writing
 
 NOTE = ".note"
+UNFINISHED = (".partial", ".pruning", ".search")  # ends of the names of directories that runs work in
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt",
                 "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.tflite")  # fmt: skip
 
@@ -149,7 +150,7 @@ def copy_other_files(source: Path, to: Path, except_for: Path) -> list[str]:
     skipped = {path.resolve() for path in (except_for, except_for.with_name(except_for.name + ".partial"))}
     skipped |= {config.parent.resolve() for config in source.rglob("config.json") if config.parent != source}  # other models
     skipped |= {config.parent.resolve() for config in source.rglob("adapter_config.json") if config.parent != source}
-    skipped |= {path.resolve() for path in source.rglob("*.partial")}
+    skipped |= {path.resolve() for kind in UNFINISHED for path in source.rglob(f"*{kind}")}
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         hidden = any(part.startswith(".") for part in relative.parts)

@@ -13,6 +13,7 @@ for those before it; the least squares; and the error is relative for each token
 Shape suffixes: O out_features, I in_features, R rank.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.forecast import activations, block_parameters, collecting, largest_block
-from compressor.model.rewritten import Pruned, Rewriting
+from compressor.model.rewritten import Pruned, Rewriting, Sketch
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event
 from compressor.plan import block_names
@@ -62,13 +63,15 @@ class DistilBlocks(PruningPass):
     damp: float = 0.01
     seed: int = 0
     label: ClassVar[str] = ""
+    mends: ClassVar[bool] = True
+    pairs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise ValueError(f"steps: {self.steps} is negative; 0 leaves it at the fit")
         if self.rank < 1:
             raise ValueError(f"rank: {self.rank} is not a positive number")
-        if self.damp <= 0:
+        if not 0 < self.damp < math.inf:
             raise ValueError(f"damp: {self.damp} is not a positive number")
         Schedule(max(1, self.steps), self.batch, self.rate, self.seed)
 
@@ -77,9 +80,9 @@ class DistilBlocks(PruningPass):
         """Highest learning rate."""
         return RATES[self.train] if self.lr is None else self.lr
 
-    def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
+    def sketch(self, source: ModelSource) -> Sketch:
         """No shape changes."""
-        return None, True
+        return Sketch(None)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """Peak of training a block in fp32 with gradients and moments, between two streams, or of the fit."""
@@ -94,7 +97,6 @@ class DistilBlocks(PruningPass):
         Raises:
             RecipeError: nothing has been pruned.
         """
-        work.check_pruned("distil_blocks")
         twins = Twins.start(work)
         total = len(twins.student.layers)
         ends = [*work.source.numbers_in(work.original)[1:], len(work.original.layers)]  # where each block takes over to

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
+from torch import Tensor
+
 from compressor.forecast import collecting
-from compressor.model.rewritten import Pruned, Rewriting
+from compressor.model.rewritten import Pruned, Sketch
 from compressor.model.source import ModelSource
 from compressor.pruning.depth import STAYS, Depth, Parts, even, least, turns
 from compressor.pruning.searching import BRIEF, compared, comparing, searched
-from compressor.pruning.shapes import Of, going, parameters
+from compressor.pruning.shapes import going, parameters
 from compressor.pruning.stage import PruningPass, Work
 from compressor.recipe import Search
 from compressor.registry import node
@@ -32,7 +34,7 @@ class PruneDepth(PruningPass):
     """
 
     ratio: float
-    of: Of = "model"
+    of: Literal["model", "blocks"] = "model"
     parts: Parts = "blocks"
     by: Literal["search", "cosine", "even"] = "search"
     search: Search = BRIEF
@@ -46,13 +48,15 @@ class PruneDepth(PruningPass):
         """File-name safe."""
         return f"shorten{100 * self.ratio:g}" if self.ratio else ""
 
-    def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
+    def sketch(self, source: ModelSource) -> Sketch:
         """Without the first found that is small enough."""
         if not self.ratio:
-            return None, True
-        levels = Depth(source, self.parts)
-        choice = levels.enough(going(source, self.ratio, self.of), lambda count: even(len(levels.units), count))
-        return levels.without(choice), self.parts == "blocks"
+            return Sketch(None)
+        levels, wanted = Depth(source, self.parts), going(source, self.ratio, self.of)
+        choice = levels.enough(wanted, lambda count: even(len(levels.units), count))
+        gone = sum(unit.weights for unit, level in zip(levels.units, choice, strict=True) if level != STAYS)
+        alike = len({unit.weights for unit in levels.units}) == 1
+        return Sketch(levels.without(choice), alike, 0 if alike else gone - wanted)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """Peak of finding how far blocks turn what passes them, and of comparing what goes."""
@@ -65,11 +69,12 @@ class PruneDepth(PruningPass):
         if not self.ratio:
             return Pruned(None, {"pass": "prune_depth", "parameters": [before, before]})
         levels, wanted = Depth(source, self.parts), going(source, self.ratio, self.of)
+        text = work.text(self.search.tokens) if self.by == "search" else None
         ways = {"even": levels.enough(wanted, lambda count: even(len(levels.units), count))}
         if self.by != "even":
             turned = turns(work.job, work.stream(), self.parts, work.tell)
             ways["cosine"] = levels.enough(wanted, lambda count: least(turned, count))
-        contestants = self._searched(work, levels, wanted, ways) if self.by == "search" else []
+        contestants = self._searched(work, levels, wanted, ways, text) if text is not None else []
         choice = min(contestants, key=lambda one: one.kl).choice if contestants else ways[self.by]
         rewriting = levels.without(choice)
         gone = [unit for unit, level in zip(levels.units, choice, strict=True) if level != STAYS]
@@ -81,11 +86,13 @@ class PruneDepth(PruningPass):
         }
         return Pruned(rewriting, report)
 
-    def _searched(self, work: Work, levels: Depth, wanted: int, ways: Mapping[str, tuple[int, ...]]) -> list[Contestant]:
+    def _searched(
+        self, work: Work, levels: Depth, wanted: int, ways: Mapping[str, tuple[int, ...]], text_NS: Tensor
+    ) -> list[Contestant]:
         """Everything on the way to the best choice that the search found."""
         costs = [[0, unit.weights] for unit in levels.units]
         limit = sum(unit.weights for unit in levels.units) - wanted
-        with compared(work, levels, self.search) as fitness:
+        with compared(work, levels, self.search, text_NS) as fitness:
             return searched(work, fitness, ways, costs, limit, replace(self.search, radii=(1,)))
 
 

@@ -9,6 +9,7 @@ Sources: Ashkboos et al., "SliceGPT", ICLR 2024; Muralidharan et al., "Compact L
 Distillation", NeurIPS 2024, for `channels`. The fit is not theirs.
 """
 
+import math
 from dataclasses import replace
 
 from compressor.model.rewritten import Pruned
@@ -32,7 +33,7 @@ class PruneHidden(HiddenPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.damp <= 0:
+        if not 0 < self.damp < math.inf:
             raise ValueError(f"damp: {self.damp} is not a positive number")
 
     def prune(self, work: Work) -> Pruned:

@@ -99,7 +99,10 @@ class PruneTaylor(WidthPass):
             for step in range(done, self.steps):
                 chosen = drawn(self.seed, step, self.batch, len(lesson.tokens_NS))
                 loss = lesson.backward(whole, chosen, divergence if step else next_token)
-                ranks.sum_([loss, *(p.grad for p in whole.parameters() if p.grad is not None)])
+                trained = [p for p in whole.parameters() if p.requires_grad]
+                for p in trained:  # those of a rank that none of the samples fell to have none
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                ranks.sum_([loss, *(p.grad for p in trained if p.grad is not None)])
                 share = SCHEDULES[self.schedule]((step + 1) / self.steps)
                 for name, (block, part) in parts.items():
                     score_U = importance(block, part).cpu()

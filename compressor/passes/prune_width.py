@@ -43,6 +43,10 @@ class PruneWidth(WidthPass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.score == "cfsp" and self.heads and self.of != "mlp":
+            raise ValueError(
+                "score: cfsp looks at channels of the MLP alone; set heads: false (--no-heads), or another score"
+            )
         if not self.refit and self.score == "obs":
             raise ValueError(
                 "refit: `obs` chooses units by what they cost after the fit; name another score to do without it"
@@ -91,7 +95,8 @@ class PruneWidth(WidthPass):
     def _allocated(self, work: Work, way: Way, found: Sequence[Shape]) -> list[Tried]:
         """Every choice of widths, block by block, on the way to the best one."""
         wanted = ladders(work.source, found, self.ratio, self.multiple, self.alone)
-        with self.made(work, way, wanted, "ladders") as widths, compared(work, widths, self.search) as fitness:
+        text = work.text(self.search.tokens)
+        with self.made(work, way, wanted, "ladders") as widths, compared(work, widths, self.search, text) as fitness:
             ways = allocated(work, widths, found, going(work.source, self.ratio, self.of), self.search, fitness)
             return [Tried(one.name, widths.keep(one.choice), one.kl) for one in ways]
 

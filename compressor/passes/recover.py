@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.model.rewritten import Pruned, Rewriting
+from compressor.model.rewritten import Pruned, Sketch
 from compressor.model.source import ModelSource
 from compressor.pruning.lora import merged, student
 from compressor.pruning.shapes import parameters
@@ -43,6 +43,7 @@ class Recover(PruningPass):
     norms: bool = True
     seed: int = 0
     label: ClassVar[str] = ""
+    mends: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -54,9 +55,9 @@ class Recover(PruningPass):
         """Of the training."""
         return Schedule(self.steps, self.batch, self.lr, self.seed)
 
-    def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
+    def sketch(self, source: ModelSource) -> Sketch:
         """No shape changes."""
-        return None, True
+        return Sketch(None)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """Peak of the training."""
@@ -68,7 +69,6 @@ class Recover(PruningPass):
         Raises:
             RecipeError: nothing has been pruned.
         """
-        work.check_pruned("recover")
         file = work.once("recovered", self, partial(self._trained, work))
         found = read_tensors(file)
         losses: list[float] = found.pop(LOSSES).tolist()

@@ -273,28 +273,33 @@ def residual_norms(source: ModelSource, width: int) -> Norms:
     return found
 
 
-@torch.no_grad()
 def check(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation | None) -> None:
     """See that the first block computes the same, rotated.
 
     Raises:
         RecipeError: it does not.
     """
+    missed = off(source, rewriting, width, turn)
+    if not missed <= SAME:
+        raise RecipeError(
+            f"rotate: a block of `{source.model.config.model_type}` is off by {missed:.0%} when rotated: a norm in it takes "
+            "a mean, or stands where no linear layer reads it; set residual: false, or leave the pass out"
+        )
+
+
+@torch.no_grad()
+def off(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation | None) -> float:
+    """How far the first block is from what it computed, rotated, relative to that."""
     outputs = []
     for changes, ahead in (((), None), ((rewriting,), turn)):
-        one = ModelSource(source.path, source.device, torch.float32, changes)
+        one = ModelSource(source.path, source.device, torch.float32, (*source.rewritings, *changes))
         block = one.block(0)
         hidden = some_hidden(block, width)
         start = hidden if ahead is None else ahead(hidden.cpu()).to(hidden)
         outputs.append((block.forward(start) - start).cpu())
         one.release(block)
     expected = outputs[0] if turn is None else turn(outputs[0])
-    missed = float((outputs[1] - expected).norm() / expected.norm())
-    if not missed <= SAME:
-        raise RecipeError(
-            f"rotate: a block of `{source.model.config.model_type}` is off by {missed:.0%} when rotated: a norm in it takes "
-            "a mean, or stands where no linear layer reads it; set residual: false, or leave the pass out"
-        )
+    return float((outputs[1] - expected).norm() / expected.norm())
 
 
 EXPORT = Rotate

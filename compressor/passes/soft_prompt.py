@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from compressor.errors import RecipeError
 from compressor.model.journal import save, writing
-from compressor.model.rewritten import Pruned, Rewriting
+from compressor.model.rewritten import Pruned, Rewriting, Sketch
 from compressor.model.source import ModelSource
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, read_tensors
@@ -58,6 +58,7 @@ class SoftPrompt(PruningPass):
     judged: int = 8192
     seed: int = 0
     label: ClassVar[str] = ""
+    mends: ClassVar[bool] = True
     closes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -66,9 +67,9 @@ class SoftPrompt(PruningPass):
                 raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
         Schedule(self.steps, self.batch, self.lr, self.seed)
 
-    def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
+    def sketch(self, source: ModelSource) -> Sketch:
         """Nothing changes."""
-        return None, True
+        return Sketch(None)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """Peak of the training."""
@@ -80,7 +81,6 @@ class SoftPrompt(PruningPass):
         Raises:
             RecipeError: nothing has been pruned, or the prompt does not fit before the text.
         """
-        work.check_pruned("soft_prompt")
         length, longest = work.calibration.tokens.shape[1], work.source.max_positions
         if self.tokens + length > longest:
             shorter = f", or calibration.seq_len to {longest - self.tokens}" if longest - self.tokens > 1 else ""
@@ -105,6 +105,7 @@ class SoftPrompt(PruningPass):
     def _trained(self, work: Work, unfinished: Path) -> dict[str, Tensor]:
         """The prompt [P, D], and the divergence on other text without it and with it."""
         source, tokens_NS = work.source, work.calibration.tokens
+        other = replace(work.calibration, tokens=work.text(self.judged, "judged"))
         model = ModelSource(source.path, source.device, torch.float32, source.rewritings).whole()
         start_PD = model.get_input_embeddings()(_some(tokens_NS, self.tokens, self.seed).to(source.device))
         prompt_PD = nn.Parameter(start_PD.detach().clone())
@@ -114,7 +115,6 @@ class SoftPrompt(PruningPass):
         training = Training(schedule, [group], unfinished if work.ranks.first else None)
         prompted = partial(_prompted, model, prompt_PD)
         distil(work, prompted, training)
-        other = replace(work.calibration, tokens=work.text(self.judged))
         with Lesson.opened(replace(work, calibration=other)) as lesson:
             kl = [lesson.loss(model), lesson.loss(prompted)]
         return {PROMPT: prompt_PD.detach(), KL: torch.tensor(kl)}

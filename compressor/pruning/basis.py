@@ -19,7 +19,7 @@ from compressor.errors import RecipeError
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.passes._rotation import Rotation
-from compressor.passes.rotate import Changes, Norms, check, residual_norms
+from compressor.passes.rotate import SAME, Changes, Norms, off, residual_norms
 from compressor.pruning.readers import moment
 from compressor.pruning.residual import hidden_size
 from compressor.pruning.stage import Work, read_tensors
@@ -67,7 +67,7 @@ def turned(work: Work, basis: Basis) -> Turned:
     if not norms:
         raise RecipeError(
             f"{source.path}: no layer of a `{source.raw_config['model_type']}` reads the hidden state through a norm, "
-            "which would tell how strong its channels are; take from the blocks with prune_width or prune_depth"
+            "which would tell how strong its channels are; blocks may be narrowed with prune_width, or go with prune_depth"
         )
     if basis == "channels":
         file = work.once("channels", (), lambda _: {STRENGTH: moment(work, norms).diagonal()})
@@ -86,15 +86,25 @@ def _components(work: Work, norms: Norms) -> Turned:
     changes.outside()
     for block in blocks:
         changes.fold(block, norms)
-    check(source, changes.rewriting(), width, None)
+    _check(source, changes.rewriting(), width, None)
     folded = replace(work, source=source.rewritten(changes.rewriting()))
     found = read_tensors(work.once("components", (), lambda _: _eigen(moment(folded, norms))))
     turn = Rotation(torch.ones(width, dtype=torch.float64), (found[VECTORS],))
     changes.turn_outside(turn)
     for block in blocks:
         changes.residual(block, norms, turn)
-    check(source, changes.rewriting(), width, turn)
+    _check(source, changes.rewriting(), width, turn)
     return Turned(changes.rewriting(), norms, found[STRENGTH])
+
+
+def _check(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation | None) -> None:
+    """See that the first block computes the same in another basis."""
+    missed = off(source, rewriting, width, turn)
+    if not missed <= SAME:
+        raise RecipeError(
+            f"a block of `{source.model.config.model_type}` is off by {missed:.0%} in it: a norm takes a mean, or stands "
+            "where no linear layer reads it"
+        )
 
 
 def _eigen(moment_DD: Tensor) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ class Depth:
         if not found:
             raise RecipeError(
                 f"{self.source.path}: this architecture has no attention `self_attn` and MLP `mlp` that could go one by one; "
-                "take whole blocks (parts: blocks, --by depth)"
+                "whole blocks may (parts: blocks, --by depth)"
             )
         return found
 
@@ -109,7 +109,8 @@ def turns(job: Job, stream: CalibrationStream, parts: Parts, tell: Tell) -> list
     found: list[float] = []
     for index in range(len(job.source.layers)):
         block = job.source.block(index)
-        inner = [block.trying(Trial({}, {}, skips=(SUBLAYERS[1],)))] if parts == "sublayers" else []
+        both = parts == "sublayers" and len(substitutes(block.module)) == len(SUBLAYERS)
+        inner = [block.trying(Trial({}, {}, skips=(SUBLAYERS[1],)))] if both else []
         total = torch.zeros(len(inner) + 1, 2, dtype=torch.float64, device=job.ranks.device)
         for hidden in stream.hidden:
             x = hidden.to(job.ranks.device)
@@ -144,7 +145,8 @@ def fewer_sublayers(source: ModelSource, gone: frozenset[str]) -> Rewriting:
     """The model without some attentions and MLPs, by full name, which only our loader reads."""
     starts = tuple(f"{name}." for name in gone)
     removed = frozenset(stored for name, stored in source.names.items() if starts and name.startswith(starts))
-    return Rewriting({}, removed=removed, absent=gone)
+    widths = {name: count for name, count in source.unsaid.items() if name not in gone}
+    return Rewriting({}, removed=removed, absent=gone, widths=widths)
 
 
 def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
@@ -155,10 +157,11 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
         raise RecipeError(f"{source.path}: its blocks have different parameters, none can take the place of another")
     copies = {inside[new][name]: inside[old][name] for new, old in enumerate(kept) for name in inside[old] if new != old}
     removed = {stored for names in inside[len(kept) :] for stored in names.values()}
-    if "num_hidden_layers" not in source.raw_config:
+    number = type(source.model.config).attribute_map.get("num_hidden_layers", "num_hidden_layers")  # GPT-2: n_layer
+    if number not in source.raw_config:
         raise RecipeError(
-            f"{source.path}: config.json has the number of blocks elsewhere than in `num_hidden_layers`; only attentions and "
-            "MLPs can go (parts: sublayers, --by sublayers)"
+            f"{source.path}: config.json does not have the number of blocks in `{number}`, so whole blocks cannot go; "
+            "attentions and MLPs may (parts: sublayers, --by sublayers)"
         )
     lists = {**source.model.config.to_dict(), **source.raw_config}  # also what is derived from the number of a block
     config: dict[str, Any] = {
@@ -172,7 +175,7 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
         for part in SUBLAYERS
         if (count := source.unsaid.get(f"{source.prefix}.{old}.{part}")) is not None
     }
-    config |= {"num_hidden_layers": len(kept)}
+    config |= {number: len(kept)}
     return Rewriting({}, copies, config, removed=frozenset(removed), widths=widths, blocks=kept)
 
 

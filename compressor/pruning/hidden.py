@@ -1,9 +1,9 @@
 """What passes have in common that take hidden channels away: how many, in which basis, and what that does to shapes."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from compressor.forecast import collecting, hidden_size
-from compressor.model.rewritten import Pruned, Rewriting
+from compressor.model.rewritten import Pruned, Rewriting, Sketch
 from compressor.model.source import ModelSource
 from compressor.pruning.basis import Basis, apart
 from compressor.pruning.residual import Residual, fitting
@@ -26,6 +26,7 @@ class HiddenPass(PruningPass):
     of: Literal["model", "blocks"] = "model"
     basis: Basis = "pca"
     multiple: int | None = None
+    rebases: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -38,12 +39,12 @@ class HiddenPass(PruningPass):
         """File-name safe."""
         return f"slim{100 * self.ratio:g}" if self.ratio else ""
 
-    def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
+    def sketch(self, source: ModelSource) -> Sketch:
         """The shapes as they will be."""
         if not self.ratio:
-            return None, True
+            return Sketch(None)
         twice = apart(source, self.basis)
-        return twice.then(self.narrower(source, source.rewritten(twice)).sketch), True
+        return Sketch(twice.then(self.narrower(source, source.rewritten(twice)).sketch))
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """Peak of the fit, of two streams and a block of each; what leaves norms is of the width of the hidden state."""

@@ -7,13 +7,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from compressor.forecast import collecting
-from compressor.model.rewritten import Pruned, Rewriting
+from compressor.model.rewritten import Pruned, Rewriting, Sketch
 from compressor.model.source import ModelSource
 from compressor.pruning.allocation import called, ladders
 from compressor.pruning.parts import find_all
 from compressor.pruning.searching import BRIEF, compared, comparing
-from compressor.pruning.shapes import Of, Shape, parameters, shapes
-from compressor.pruning.stage import PruningPass, Work
+from compressor.pruning.shapes import Of, Shape, going, parameters, shapes
+from compressor.pruning.stage import ANEW, PruningPass, Work, named
 from compressor.pruning.widths import Narrows, Widths, sweep
 from compressor.recipe import Search
 from compressor.registry import node
@@ -60,7 +60,7 @@ class WidthPass(PruningPass):
             raise ValueError(f"ratio: {self.ratio} is not from 0 up to, without, 1")
         if self.multiple is not None and self.multiple < 1:
             raise ValueError(f"multiple: {self.multiple} is not a positive number")
-        if self.damp <= 0:
+        if not 0 < self.damp < math.inf:
             raise ValueError(f"damp: {self.damp} is not a positive number")
 
     @property
@@ -82,20 +82,23 @@ class WidthPass(PruningPass):
         """Those that are the same in every block and small enough."""
         return shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple, stock=self.stock)
 
-    def sketch(self, source: ModelSource) -> tuple[Rewriting | None, bool]:
-        """The first of the shapes that are small enough, and whether there is no other."""
+    def sketch(self, source: ModelSource) -> Sketch:
+        """The largest of the shapes that are small enough."""
         if not self.ratio:
-            return None, True
+            return Sketch(None)
         found, new, keep = self.shapes(source), {}, {}
+        largest = max(found, key=lambda shape: shape.parameters)
         for name, (block, part) in find_all(source).items():
-            keep[name] = found[0].keep[part.name]
+            keep[name] = largest.keep[part.name]
             for parameter, rows in part.rows.items():
                 at = f"{block.prefix}.{parameter}"
                 stored = source.names[at if at in source.names else f"{at}.weight"]
                 new[stored] = (keep[name] * rows, *source.checkpoint.headers[stored].shape[1:])
             stored = source.names[f"{block.prefix}.{part.writer}.weight"]
             new[stored] = (source.checkpoint.headers[stored].shape[0], keep[name] * part.columns)
-        return replace(self.said(source, found[0], keep), shapes=new), len(found) == 1 and not self.alone
+        most = parameters(source) - going(source, self.ratio, self.of) if self.alone else largest.parameters
+        rewriting = replace(self.said(source, largest, keep), shapes=new)
+        return Sketch(rewriting, len(found) == 1 and not self.alone, most - largest.parameters)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """Peak of orders and fits, which take some square matrices of the width of a writer, and of comparing shapes."""
@@ -116,7 +119,8 @@ class WidthPass(PruningPass):
             keep = {name: found[0].keep[part.name] for name, (_, part) in find_all(work.source).items()}
             return [Tried(called(found[0].keep), keep, 0.0)]
         wanted = ladders(work.source, found, self.ratio, self.multiple)
-        with self.made(work, way, wanted, "shapes") as widths, compared(work, widths, self.search) as fitness:
+        text = work.text(self.search.tokens)
+        with self.made(work, way, wanted, "shapes") as widths, compared(work, widths, self.search, text) as fitness:
             choices = [widths.uniform(shape.keep) for shape in found]
             losses = fitness(choices, range(fitness.samples))
             return [Tried(called(s.keep), widths.keep(c), kl) for s, c, kl in zip(found, choices, losses, strict=True)]
@@ -124,7 +128,7 @@ class WidthPass(PruningPass):
     def untouched(self, work: Work) -> Pruned:
         """What is left if nothing has to go."""
         count = parameters(work.source)
-        return Pruned(None, {"pass": _name(self), "parameters": [count, count]})
+        return Pruned(None, {"pass": named(self), "parameters": [count, count]})
 
     def narrowed(self, work: Work, way: Narrows, found: Sequence[Shape], tried: Sequence[Tried]) -> Pruned:
         """The model in the best of what was tried, made in some way."""
@@ -135,7 +139,7 @@ class WidthPass(PruningPass):
             choice, said = tuple(0 for _ in widths.units), self.said(work.source, shape, narrower)
             rewriting = replace(widths.rewriting(choice), config=said.config, widths=said.widths, files=said.files)
             report = {
-                "pass": _name(self),
+                "pass": named(self),
                 "parameters": [before, parameters(work.source.rewritten(rewriting))],
                 "keep": dict(best.keep if self.alone else shape.keep),
                 "tried": [{"name": one.name, "kl": one.kl} for one in tried] if len(tried) > 1 else [],
@@ -147,7 +151,7 @@ class WidthPass(PruningPass):
     def made(self, work: Work, way: Narrows, wanted: Mapping[str, Sequence[int]], name: str) -> Iterator[Widths]:
         """Every part in some widths, nobody else writing there."""
         known = {**work.known, "widths": hashlib.sha256(repr((way, sorted(wanted.items()))).encode()).hexdigest()}
-        levels = LevelDB(work.place / name, known)
+        levels = LevelDB(work.place / name, known, ANEW)
         with levels.open() if work.ranks.first else nullcontext():
             sweep(work.job, work.stream, way, wanted, levels, work.tell)
             yield Widths(work.source, levels)
@@ -156,8 +160,3 @@ class WidthPass(PruningPass):
 def nearest(tried: Sequence[Tried]) -> Tried:
     """The one that loses least."""
     return min(tried, key=lambda one: one.kl)
-
-
-def _name(step: WidthPass) -> str:
-    """As recipes have it."""
-    return type(step).__module__.rpartition(".")[2]

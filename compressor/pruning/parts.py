@@ -76,7 +76,7 @@ def find_parts(source: ModelSource, block: Block) -> list[Part]:
     if not all(isinstance(size, int) for size in sizes.values()) or not layers <= set(block.layers):
         raise RecipeError(
             f"{source.path}: width can be taken from gated blocks with q/k/v/o_proj and gate/up/down_proj layers of one size "
-            f"({FAMILIES}); model type `{config.get('model_type')}` has others; `prune_depth` can make it smaller"
+            f"({FAMILIES}); model type `{config.get('model_type')}` has others; `prune_depth` may make it smaller"
         )
     heads = int(config["num_attention_heads"])
     groups = int(config.get("num_key_value_heads") or heads)
@@ -96,7 +96,7 @@ def find_parts(source: ModelSource, block: Block) -> list[Part]:
             if name.startswith(f"{part.name}.") and name not in known and parameter.numel() > width:
                 raise RecipeError(
                     f"{block.prefix}.{name}: has {parameter.numel()} numbers that belong to heads or channels in a way that "
-                    "is not known, so width cannot be taken from this model; `prune_depth` can make it smaller"
+                    "is not known, so width cannot be taken from this model; `prune_depth` may make it smaller"
                 )
     return found
 

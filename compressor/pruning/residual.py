@@ -142,7 +142,8 @@ class Residual:
         if not missed <= SAME:
             raise RecipeError(
                 f"{self.source.path}: `{self.source.model.config.model_type}` is off by {missed:.0%} without hidden channels "
-                "that are zero: something in it depends on how many there are; take from the blocks with `prune_width`"
+                "that are zero: something in it depends on how many there are; blocks may be narrowed with `prune_width`, or "
+                "go with `prune_depth`"
             )
 
 
@@ -156,7 +157,7 @@ def hidden_size(source: ModelSource) -> int:
     if not isinstance(size, int) or not isinstance(getattr(source.model.config, EPS, None), float):
         raise RecipeError(
             f"{source.path}: hidden channels can go where config.json has `hidden_size` and norms take no mean (`{EPS}`); "
-            f"model type `{source.raw_config.get('model_type')}` is built otherwise; `prune_depth` can make it smaller"
+            f"model type `{source.raw_config.get('model_type')}` is built otherwise; `prune_depth` may make it smaller"
         )
     return size
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from compressor.absent import MLP
 from compressor.calibration.stats import Hessian, Mean
-from compressor.errors import RecipeError
 from compressor.pruning.parts import Part, values
 from compressor.types import Block, Stats
 
@@ -58,12 +57,9 @@ def cfsp(seen: Seen) -> Tensor:
     """A channel's shares of the three matrices, with its activation: Wang et al., "CFSP: An Efficient Structured Pruning
     Framework for LLMs with Coarse-to-Fine Activation Information", COLING 2025, the fine score. Shares are taken over the
     channels that meet in an output of down_proj or leave an input of the others; within one channel they are all the same.
-
-    Raises:
-        RecipeError: the part is no MLP.
+    The part is an MLP.
     """
-    if seen.part.name != MLP:
-        raise RecipeError("prune_width: `cfsp` scores channels of the MLP alone; set heads: false, or another score")
+    assert seen.part.name == MLP
     norm_I, down_OI = seen.square_I.sqrt(), seen.w_OI.abs()
     share_I = (down_OI / down_OI.sum(1, keepdim=True)).mean(0) * norm_I
     for name in (name for name in seen.part.rows if name in seen.block.layers):

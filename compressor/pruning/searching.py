@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from compressor.forecast import collecting, hidden_size
+from compressor.model.journal import writing
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource
 from compressor.pruning.stage import Work
@@ -25,13 +28,13 @@ BRIEF = Search(
 
 
 @contextmanager
-def compared(work: Work, levels: Levels, settings: Search) -> Iterator[Fitness]:
+def compared(work: Work, levels: Levels, settings: Search, text_NS: Tensor) -> Iterator[Fitness]:
     """What tells choices apart, on text that calibration does not read; the model is in memory as the settings say."""
     source, resident = work.source, settings.resident
     resident = fits_in_memory(work.job) if resident is None else resident
     kept = int(SHARE * available_memory(source.device)) if resident else 0
     with opened(source, resident=resident) as model:
-        yield Fitness(source, model, levels, work.text(settings.tokens), work.ranks, kept)
+        yield Fitness(source, model, levels, text_NS, work.ranks, kept)
 
 
 def comparing(source: ModelSource, settings: Search, batch: int) -> int:
@@ -72,5 +75,6 @@ def _place(work: Work, name: str) -> Path | None:
     """A file of the first rank's."""
     if not work.ranks.first:
         return None
-    work.place.mkdir(parents=True, exist_ok=True)
+    with writing(work.place):
+        work.place.mkdir(parents=True, exist_ok=True)
     return work.place / name

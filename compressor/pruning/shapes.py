@@ -98,7 +98,7 @@ def shapes(
         most = math.floor(1000 * smallest / parameters(source, of)) / 1000
         raise RecipeError(
             f"prune_width: ratio {ratio:g} of the parameters of the {of} cannot be taken from width alone, the most is "
-            f"{most}; give a smaller ratio, or take blocks away too with prune_depth"
+            f"{most} in steps of {step} channels; give a smaller ratio or multiple, or take blocks away too with prune_depth"
             + (f"; `{source.raw_config['model_type']}` takes no other number of heads: {refused}" if refused else "")
         )
     return allowed

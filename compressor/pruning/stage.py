@@ -1,7 +1,9 @@
 """The stage before compression in which passes make the model smaller, each the one that the last has left."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +17,9 @@ from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
 from compressor.calibration.stream import CalibrationStream
 from compressor.distributed import Ranks
-from compressor.errors import CalibrationError, RecipeError
+from compressor.errors import CalibrationError, OutputError, RecipeError
 from compressor.forecast import collecting
-from compressor.model.journal import save
+from compressor.model.journal import LOCK, Journal, save, sound, writing
 from compressor.model.rewritten import Prunes, Rewrites, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, Tell, open_stream
@@ -25,6 +27,8 @@ from compressor.recipe import Recipe
 from compressor.registry import node
 from compressor.search.text import search_text
 from compressor.types import Accumulator, Block, Format, Outcome, Pass, Stats
+
+ANEW = "give --overwrite to start again, or choose another --out"
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Work:
         known = hashlib.sha256(repr((sorted(self.known.items()), settings)).encode()).hexdigest()[:12]
         file = self.place / f"{name}-{known}.safetensors"
         if self.ranks.first:
-            self.place.mkdir(parents=True, exist_ok=True)
+            with writing(self.place):
+                self.place.mkdir(parents=True, exist_ok=True)
         if not self.ranks.agree(file.exists()):
             unfinished = file.with_suffix(".training")
             made = make(unfinished)
@@ -81,20 +86,9 @@ class Work:
         self.ranks.barrier()
         return file
 
-    def check_pruned(self, name: str) -> None:
-        """Refuse a pass, by its name, that makes good for what was taken away.
-
-        Raises:
-            RecipeError: nothing was.
-        """
-        if self.source is self.original:
-            raise RecipeError(
-                f"{name}: nothing was pruned, so nothing was lost; put `prune_width` or `prune_depth` before it"
-            )
-
-    def text(self, tokens: int) -> Tensor:
-        """Tokens [N, S], at least so many, that calibration does not read."""
-        return search_text(self.recipe, tokens, self.source, self.calibration)
+    def text(self, tokens: int, key: str = "search.tokens") -> Tensor:
+        """Tokens [N, S], at least so many, that calibration does not read; asked for by a key of the recipe."""
+        return search_text(self.recipe, tokens, self.source, self.calibration, key)
 
 
 def as_stored(source: ModelSource, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,7 +98,8 @@ def as_stored(source: ModelSource, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a file that `Work.once` made."""
-    return dict(load_file(file))
+    with sound(file):
+        return dict(load_file(file))
 
 
 def stored(file: Path, names: Iterable[str], **others: Any) -> Rewriting:
@@ -113,7 +108,7 @@ def stored(file: Path, names: Iterable[str], **others: Any) -> Rewriting:
 
 
 def _read(file: Path, name: str, old: Tensor) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
+    with sound(file), safe_open(file, framework="pt") as opened:
         new: Tensor = opened.get_tensor(name)
     return new.to(old.dtype)
 
@@ -129,6 +124,9 @@ class PruningPass:
     together: ClassVar[bool] = False
     sensitivity: ClassVar[bool] = False
     closes: ClassVar[bool] = False  # what it learns is of no use once a pass of this stage changes the model again
+    mends: ClassVar[bool] = False  # it makes good for what was taken away
+    pairs: ClassVar[bool] = False  # it compares blocks with the original's, one by one
+    rebases: ClassVar[bool] = False  # it leaves another hidden state between blocks than the original's
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """That of the calibration stream."""
@@ -163,16 +161,42 @@ def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
             raise RecipeError(
                 f"passes.{number}: changes the model that a prompt was learned for; put `soft_prompt` behind it"
             )
+        if isinstance(step, PruningPass) and step.pairs:
+            for first, before in enumerate(passes[:number]):
+                if isinstance(before, PruningPass) and before.rebases:
+                    raise RecipeError(
+                        f"passes.{number}: {named(step)} compares every block with the original's, but {named(before)} "
+                        f"(passes.{first}) leaves other hidden channels between blocks; put it before that, or take `recover`"
+                    )
 
 
-def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, bool]:
-    """The model with the shapes that it will have, and whether these are certain."""
+def check_pruned(step: Prunes, original: ModelSource, source: ModelSource) -> None:
+    """Refuse a pass that makes good for what was taken away.
+
+    Raises:
+        RecipeError: nothing was.
+    """
+    if isinstance(step, PruningPass) and step.mends and source is original:
+        raise RecipeError(
+            f"{named(step)}: nothing was pruned, so nothing was lost; put `prune_width` or `prune_depth` before it"
+        )
+
+
+def named(step: object) -> str:
+    """As recipes have it."""
+    return type(step).__module__.rpartition(".")[2]
+
+
+def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, bool, int]:
+    """The model with the shapes that it will have, whether these are certain, and how many parameters it may have besides."""
     check_order(source, passes)
-    certain = True
+    original, certain, more = source, True, 0
     for step in (step for step in passes if isinstance(step, Prunes)):
-        rewriting, sure = step.sketch(source)
-        source, certain = source if rewriting is None else source.rewritten(rewriting), certain and sure
-    return source, certain
+        check_pruned(step, original, source)
+        found = step.sketch(source)
+        source = source if found.rewriting is None else source.rewritten(found.rewriting)
+        certain, more = certain and found.certain, more + found.more
+    return source, certain, more
 
 
 def expected_peak(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int) -> int:
@@ -180,7 +204,7 @@ def expected_peak(source: ModelSource, passes: Sequence[Pass], tokens: int, batc
     most = 0
     for step in (step for step in passes if isinstance(step, Prunes)):
         most = max(most, step.expected_memory(source, tokens, batch))
-        rewriting, _ = step.sketch(source)
+        rewriting = step.sketch(source).rewriting
         source = source if rewriting is None else source.rewritten(rewriting)
     return most
 
@@ -206,6 +230,7 @@ def pruned(
             continue
         if calibration is None:
             raise CalibrationError(f"passes.{number}: needs calibration text")
+        check_pruned(step, original, source)
         found = step.prune(Work(recipe, original, source, calibration, ranks, place / str(number), known, tell))
         source = source if found.rewriting is None else source.rewritten(found.rewriting)
         done.append(found.report)
@@ -215,3 +240,54 @@ def pruned(
 def pruning_place(out: Path) -> Path:
     """Where what is made lies until the model is written."""
     return out.with_name(f"{out.name}.pruning")
+
+
+@contextmanager
+def held(place: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """While it is open, no other run works there; it goes afterwards, or if nothing is in it.
+
+    Args:
+        place: Of `pruning_place`.
+        resume: What an interrupted run has left may be used.
+        overwrite: It is removed.
+
+    Raises:
+        OutputError: another run works there, or has left something and nobody said what is to become of it.
+    """
+    lock = Journal(place, {})
+    lock.lock(place)
+    try:
+        if overwrite:
+            _empty(place)
+        if _content(place) and not resume:
+            raise OutputError(
+                f"{place}: holds what an interrupted run has made; give --resume to go on from there or --overwrite to start "
+                "again"
+            )
+        yield
+        shutil.rmtree(place)
+    finally:
+        lock.release()
+        if place.exists() and not _content(place):
+            shutil.rmtree(place)
+
+
+def clear(place: Path) -> None:
+    """Remove what is left there of a run that is complete.
+
+    Raises:
+        OutputError: another run works there.
+    """
+    if place.exists():
+        with held(place, resume=True, overwrite=False):
+            pass
+
+
+def _content(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.name != LOCK]
+
+
+def _empty(place: Path) -> None:
+    with writing(place):
+        for path in _content(place):
+            shutil.rmtree(path)

@@ -137,7 +137,8 @@ class Training:
             }
             new = self.file.with_suffix(".new")
             with writing(new):
-                torch.save(state, new)
+                with new.open("wb") as file:  # torch, given a path, has errors of its own
+                    torch.save(state, file)
                 sync(new)
                 new.rename(self.file)
 
@@ -245,9 +246,7 @@ def distil(
         def backward(step: int) -> Tensor:
             loss = lesson.backward(model, training.schedule.samples(step, len(lesson.tokens_NS)))
             if penalty is not None:
-                extra = penalty(step) / work.ranks.world
-                extra.backward()
-                loss += extra.detach().double()
+                (penalty(step) / work.ranks.world).backward()
             return loss
 
         for done, loss in descend(training, work.ranks, backward):

@@ -144,6 +144,7 @@ class Fitness:
             for choice, hidden in states.items():
                 total = torch.zeros((), dtype=torch.float64, device=self.source.device)
                 for batch, x in zip(batches, hidden, strict=True):
+                    assert self._teacher is not None
                     total += self._teacher.of_samples(batch).divergence(head(x.to(self.source.device))).sum()
                 found[choice] = total
         return torch.stack([found[choice] for choice in choices])
@@ -163,13 +164,14 @@ class Fitness:
         return self.levels.trial(unit, level, self.source.device, self.source.dtype)
 
     @torch.no_grad()
-    def _predicted(self) -> Teacher:
-        """What the dense model predicts for all samples of this rank."""
+    def _predicted(self) -> Teacher | None:
+        """What the dense model predicts for all samples of this rank; None if it has none."""
         states = list(self._inputs)
         for block in self.blocks():
             states = [block.forward(x.to(self.source.device)).to(x.device) for x in states]
         with self.head() as head:
-            return Teacher.joined([Teacher.of(head(x.to(self.source.device))) for x in states])
+            parts = [Teacher.of(head(x.to(self.source.device))) for x in states]
+        return Teacher.joined(parts) if parts else None
 
 
 def _batches(items: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compressor import registry
-from compressor.model.journal import Journal
+from compressor.model.journal import Journal, sound
 from compressor.plan import describe_option, read_option
 from compressor.types import Edits, Format, Kept, Option, QuantizedTensor, Stored, Trial
 
-REMEDY = "name another directory with --levels"
+NAMED = "name another directory with --levels"
 DENSE = "dense"  # the only part of a weight that is not packed
 Choice = tuple[int, ...]  # a level of each unit, in the order of the units
 
@@ -100,10 +100,11 @@ class LevelDB:
     Args:
         path: Of the directory.
         fingerprint: What must be equal for what is there to be used.
+        remedy: What to do if it is not, or if another run is writing there.
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, str]) -> None:
-        self.journal = Journal(path, fingerprint)
+    def __init__(self, path: Path, fingerprint: Mapping[str, str], remedy: str = NAMED) -> None:
+        self.journal, self.remedy = Journal(path, fingerprint), remedy
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -113,9 +114,9 @@ class LevelDB:
             OutputError: another run is writing there, or what is there is of another model or other data.
         """
         where = self.journal.directory
-        self.journal.lock(where, REMEDY)
+        self.journal.lock(where, self.remedy)
         try:
-            self.journal.resume(where, REMEDY)
+            self.journal.resume(where, self.remedy)
             yield
         finally:
             self.journal.release()
@@ -152,7 +153,7 @@ class LevelDB:
     def edits(self, unit: str, level: int) -> dict[str, Stored]:
         """A level's weights by layer inside the block, on the CPU."""
         found: dict[str, Stored] = {}
-        with safe_open(self.journal.part(unit), framework="pt") as opened:
+        with sound(self.journal.part(unit)), safe_open(self.journal.part(unit), framework="pt") as opened:
             names = list(opened.keys())
             for layer, known in self.journal.finished[unit]["stored"][level].items():
                 start = f"{level}/{layer}."

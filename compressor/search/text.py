@@ -10,8 +10,15 @@ from compressor.recipe import Recipe
 HELD_OUT = 8  # the text that only the last word is spoken on is this fraction of what the search sees
 
 
-def search_text(recipe: Recipe, tokens: int, source: ModelSource, calibration: Samples) -> Tensor:
+def search_text(recipe: Recipe, tokens: int, source: ModelSource, calibration: Samples, key: str = "search.tokens") -> Tensor:
     """Tokens [N, S], so many and for the last word an eighth more: what follows those of calibration in its source.
+
+    Args:
+        recipe: Says where from.
+        tokens: At least so many.
+        source: The model.
+        calibration: What is not read again.
+        key: What in the recipe asks for them, for the message.
 
     Raises:
         CalibrationError: there are too few.
@@ -25,5 +32,5 @@ def search_text(recipe: Recipe, tokens: int, source: ModelSource, calibration: S
             spec.source, load_tokenizer(source.path), samples=count + more, seq_len=length, seed=spec.seed
         )
     except CalibrationError as error:
-        raise CalibrationError(f"search.tokens {tokens}, besides those of calibration: {error}") from error
+        raise CalibrationError(f"{key} {tokens}, besides those of calibration: {error}") from error
     return everything.tokens[count:]

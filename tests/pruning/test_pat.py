@@ -22,12 +22,12 @@ from compressor.recipe import make_recipe
 STEPS = 10
 
 
-def run(model: Path, out: Path, text: Path, **options: Any) -> dict[str, Any]:
+def run(model: Path, out: Path, text: Path, *, resume: bool = False, **options: Any) -> dict[str, Any]:
     """What `pat` reports."""
     calibration = {"source": str(text), "samples": 8, "seq_len": 32}
     step = {"pass": "pat", "steps": STEPS, "batch": 4, "ratio": 0.3, **options}
     recipe = make_recipe({"passes": [step], "calibration": calibration, "evaluation": None})
-    (report,) = api.run(recipe, model, out, verify=False).pruning
+    (report,) = api.run(recipe, model, out, verify=False, resume=resume).pruning
     return dict(report)
 
 
@@ -158,7 +158,7 @@ def test_a_training_that_is_broken_off_goes_on_to_the_same(
         taken.append(training.done)
 
     monkeypatch.setattr(Training, "step", counts)
-    run(tiny("llama"), tmp_path / "out", text_file)
+    run(tiny("llama"), tmp_path / "out", text_file, resume=True)
     assert taken == [9, 10]
     one, two = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
     assert all(torch.equal(one[name], two[name]) for name in one)

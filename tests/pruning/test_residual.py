@@ -29,12 +29,12 @@ ALIKE = {"rtol": 0, "atol": 5e-5}
 GONE = torch.arange(128) % 4 == 1
 
 
-def run(model: Path, out: Path, text: Path, **options: Any) -> dict[str, Any]:
+def run(model: Path, out: Path, text: Path, *, resume: bool = False, **options: Any) -> dict[str, Any]:
     """What `prune_hidden` reports."""
     calibration = {"source": str(text), "samples": 16, "seq_len": 32}
     step = {"pass": "prune_hidden", **options}
     recipe = make_recipe({"passes": [step], "calibration": calibration, "evaluation": None})
-    (report,) = api.run(recipe, model, out, verify=False).pruning
+    (report,) = api.run(recipe, model, out, verify=False, resume=resume).pruning
     return dict(report)
 
 
@@ -152,10 +152,11 @@ def test_the_share_that_is_asked_for_goes_and_no_more_than_a_step_of_it(
     step = make_recipe({"passes": [{"pass": "prune_hidden", "ratio": 0.3, "of": of, "basis": basis, "multiple": 4}]}).passes[
         0
     ]
-    rewriting, certain = step.sketch(source)
-    narrow = source.rewritten(rewriting)
+    sketch = step.sketch(source)
+    assert sketch.rewriting is not None
+    narrow = source.rewritten(sketch.rewriting)
     built = AutoModelForCausalLM.from_config(narrow.model.config)
-    assert certain
+    assert sketch.certain
     assert parameters(narrow) == sum(p.numel() for p in built.parameters())
     after, before = parameters(narrow, of), parameters(source, of)
     assert after <= 0.7 * before
@@ -237,6 +238,6 @@ def test_a_run_that_is_broken_off_goes_on_to_the_same(
     assert made == ["components", "readers-0", "readers-1"]
     with monkeypatch.context() as patch:
         patch.setattr(Refit, "_block", lambda *given: pytest.fail("made again"))
-        run(tiny("llama"), tmp_path / "out", text_file, **options)
+        run(tiny("llama"), tmp_path / "out", text_file, resume=True, **options)
     one, two = tensors(tmp_path / "whole"), tensors(tmp_path / "out")
     assert all(torch.equal(one[name], two[name]) for name in one)

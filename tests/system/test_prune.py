@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from harness import TEXT, CommandLine, Fate, Fork, Result, contents, dies_at_call, dies_at_rename, on_ranks
+from safetensors.torch import load_file
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 SMALL = ("--samples", 4, "--seq-len", 64, "--no-eval")
@@ -82,6 +85,35 @@ def test_two_ranks_prune_the_same(by: str, tiny: Path, tmp_path: Path, compress:
     assert [result.code for result in results] == [0, 0], results[0].err
     one, two = (json.loads((tmp_path / name / "report.json").read_text())["pruning"][0] for name in ("one", "two"))
     assert (one.get("gone"), one.get("keep")) == (two.get("gone"), two.get("keep"))
+
+
+RANKED: dict[str, list[dict[str, object]]] = {
+    "a step that one rank has no sample of": [{"pass": "prune_taylor", "ratio": 0.1, "steps": 2, "batch": 1}],
+    "fewer samples to compare on than ranks": [{"pass": "prune_width", "ratio": 0.1, "search": {"tokens": 64}}],
+    "what is trained": [
+        {"pass": "prune_depth", "ratio": 0.1, "by": "even"},
+        {"pass": "distil_blocks", "steps": 2, "batch": 2},
+        {"pass": "recover", "steps": 2, "batch": 1},
+    ],
+}
+
+
+@pytest.mark.parametrize("passes", RANKED.values(), ids=RANKED)
+def test_three_ranks_leave_what_one_does(
+    passes: list[dict[str, object]], tiny: Path, tmp_path: Path, compress: Callable[..., Result]
+) -> None:
+    text = tmp_path / "text.txt"
+    recipe = tmp_path / "recipe.yaml"
+    data = {"source": str(text), "samples": 65, "seq_len": 256}
+    recipe.write_text(yaml.safe_dump({"passes": passes, "calibration": data, "evaluation": None}))
+    arguments = ("run", recipe, tiny, "--no-verify", "--dtype", "float32")
+    assert compress(*arguments, "--out", tmp_path / "one").code == 0
+    results = on_ranks(tmp_path / "log", *arguments, "--out", tmp_path / "three", fates=(None, None, None))
+    assert [result.code for result in results] == [0, 0, 0], results[0].err
+    one, three = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "three"))
+    assert one.keys() == three.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(three[name], tensor, rtol=0, atol=2e-4)
 
 
 DEATHS: dict[str, tuple[str, Fate]] = {

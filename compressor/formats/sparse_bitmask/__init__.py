@@ -77,9 +77,12 @@ class SparseBitmask:
         return f"sparse{amount}{NUMBERS[self.dtype][1]}"
 
     def gone(self, columns: int) -> int:
-        """Weights of a row that go, on average over the rows. Raises ValueError if a pattern does not divide a row."""
+        """Weights of a row that go, on average over the rows. Raises ValueError if none stays or a pattern divides no row."""
         if self.sparsity is not None:
-            return round(columns * self.sparsity)
+            gone = round(columns * self.sparsity)
+            if gone == columns:
+                raise ValueError(f"in_features {columns} are too few for sparsity {self.sparsity:g} to leave one; lower it")
+            return gone
         stay, of = self.group
         if columns % of:
             raise ValueError(f"in_features {columns} is not a multiple of {of}, as pattern {self.pattern} needs; use another")
