@@ -70,6 +70,11 @@ def find_parts(source: ModelSource, block: Block) -> list[Part]:
     Raises:
         RecipeError: the block is built otherwise.
     """
+    gone = [name for name in (ATTENTION, MLP) if f"{block.prefix}.{name}" in source.absent]
+    if gone:
+        raise RecipeError(
+            f"{source.path}: block {block.index} does without its {' and '.join(gone)}; width has to be taken before those go"
+        )
     config = source.raw_config
     sizes = {key: config.get(key) for key in ("num_attention_heads", "intermediate_size", "hidden_size")}
     layers = {f"{ATTENTION}.{name}_proj" for name in "qkvo"} | {f"{MLP}.{name}_proj" for name in ("gate", "up", "down")}

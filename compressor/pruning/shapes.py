@@ -10,7 +10,6 @@ import torch
 
 from compressor.absent import ATTENTION, MLP
 from compressor.errors import RecipeError, SourceError
-from compressor.model.block_configs import runs_code
 from compressor.model.source import ModelSource, skeleton
 from compressor.pruning.parts import Part, find_parts
 
@@ -70,7 +69,7 @@ def shapes(
     blocks = [source.block(index, load=False) for index in range(len(source.layers))]
     found = [find_parts(source, block) for block in blocks]
     counts = [{part.name: part.count for part in parts} for parts in found]
-    if any(count != counts[0] for count in counts) or runs_code(source.raw_config):
+    if any(count != counts[0] for count in counts) or source.widths:
         raise RecipeError(
             f"{source.path}: its blocks have widths of their own; only models whose blocks are alike can be pruned"
         )

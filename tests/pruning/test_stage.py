@@ -72,6 +72,8 @@ def test_it_is_turned_behind_what_was_the_second_block(
         ([RECOVER], "recover: nothing was pruned"),
         ([{**WIDTH, "ratio": 0}, RECOVER], "recover: nothing was pruned"),
         ([DISTIL, WIDTH], "distil_blocks: nothing was pruned"),
+        ([{**WIDTH, "layout": "per-layer"}, WIDTH], "its blocks have widths of their own"),
+        ([SUBLAYERS, WIDTH], "does without its (self_attn|mlp); width has to be taken before those go"),
     ],
 )
 def test_what_cannot_follow_is_refused_before_anything_is_done(

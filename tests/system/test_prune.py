@@ -155,6 +155,9 @@ def test_a_run_that_is_killed_goes_on_to_the_same(
         (("--score", "taylr"), "score: Input should be 'obs'"),
         (("--of", "heads"), "of: Input should be 'model'"),
         (("--multiple", 0), "multiple: 0 is not a positive number"),
+        (("--multiple", 0, "--bits", 4), "multiple: 0 is not a positive number"),
+        (("--multiple", 4096), "in steps of 4096 channels; give a smaller ratio or multiple"),
+        (("--bits", "nan"), "--bits nan: no number of bits"),
         (("--score", "cfsp"), "set heads: false"),
     ],
 )
