@@ -22,6 +22,7 @@ from compressor.types import (
     Plan,
     QuantizedTensor,
     Shares,
+    Suits,
     Tunes,
 )
 
@@ -60,12 +61,6 @@ def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = 
     """
     plan: dict[str, Option] = {}
     for step in (step for step in passes if step.options):
-        labels = [option.label for option in step.options]
-        if len(labels) > 1 and not step.chooses and not isinstance(step, Picks) and given is None:
-            raise RecipeError(
-                f"passes: {len(labels)} options ({', '.join(labels)}) and nothing that chooses among them; name one, give a "
-                "`target` (compress fit), or --plan"
-            )
         for index in range(len(source.layers)):
             block = source.block(index, load=False)
             for unit, layers in step.units(block).items():
@@ -110,17 +105,39 @@ def _check_given(given: Plan, plan: Plan) -> None:
 
 def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
     """What a pass may make of a unit: its one option, or those of several that can hold all of its layers."""
-    fitting = tuple(option for option in step.options if all(fits(option, block, name) for name in layers))
+    fitting = able(step, block, layers)
+    suited = [option for option in step.options if not isinstance(step, Suits) or step.suits(option, block, layers)]
+    if not suited:
+        found = sorted({str(block.dtypes[f"{name}.weight"]).removeprefix("torch.") for name in layers})
+        raise RecipeError(
+            f"{block.prefix}.{layers[0]}: stored as {' and '.join(found)}, for which the pass has no option among "
+            f"{', '.join(option.label for option in step.options)}"
+        )
     if not fitting:
         for name in layers:
-            _check_fit(step.options[0], block, name)
+            _check_fit(suited[0], block, name)
+    if len(suited) > 1 and not step.chooses and not isinstance(step, Picks):
+        raise RecipeError(
+            f"passes: {len(suited)} options ({', '.join(option.label for option in suited)}) and nothing that chooses among "
+            "them; name one, give a `target` (compress fit), or --plan"
+        )
     if isinstance(step, Picks) and len(step.options) > 1:
         try:
             picked: Option = step.pick(fitting, block, layers)
         except ValueError as error:
             raise RecipeError(f"{block.prefix}.{layers[0]}: {error}") from error
         return picked
-    return OneOf(fitting) if step.chooses else step.options[0]
+    return OneOf(fitting) if step.chooses else suited[0]
+
+
+def able(step: Pass, block: Block, layers: Sequence[str]) -> tuple[Any, ...]:
+    """The options of a pass that can hold all layers of a unit."""
+    return tuple(
+        option
+        for option in step.options
+        if all(fits(option, block, name) for name in layers)
+        and (not isinstance(step, Suits) or step.suits(option, block, layers))
+    )
 
 
 def fits(option: Option, block: Block, name: str) -> bool:

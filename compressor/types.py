@@ -416,6 +416,14 @@ class Picks(Protocol):
 
 
 @runtime_checkable
+class Suits(Protocol):
+    """A pass some of whose options are for layers of other checkpoints."""
+
+    def suits(self, option: Any, block: Block, layers: Sequence[str]) -> bool:
+        """Whether an option is for layers of a block that are stored alike."""
+
+
+@runtime_checkable
 class Shares(Protocol):
     """A pass that has layers of a block share what is stored."""
 

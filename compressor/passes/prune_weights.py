@@ -42,7 +42,7 @@ class PruneWeights:
 
     Args:
         score: What says which weights go.
-        sparsity: Share of them, from 0 up to, without, 1.
+        sparsity: Share of them, from 0 up to, without, 1; of several, a search gives each layer one (`target`).
         pattern: N:M instead, in quotes.
         refit: Move the weights that stay to the least squares of the layer's output.
         damp: Added to the diagonal of the Hessian, as a fraction of its mean.
@@ -52,7 +52,7 @@ class PruneWeights:
     """
 
     score: Literal["sparsegpt", "wanda", "ria", "magnitude"] = "sparsegpt"
-    sparsity: float | None = None
+    sparsity: float | tuple[float, ...] | None = None
     pattern: str | int | None = None
     refit: bool = True
     damp: float = 0.01
@@ -65,7 +65,10 @@ class PruneWeights:
     sensitivity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _ = self.formats
+        if len(self.formats) > len(NUMBERS) and self.stored == "dense":
+            raise ValueError("sparsity: stored dense all shares take as much, so there is nothing to choose; name one")
+        if not self.formats:
+            raise ValueError("sparsity: empty; name at least one share")
         if not 0 <= self.damp <= MAX_DAMP:
             raise ValueError(f"damp: {self.damp} is not in 0 … {MAX_DAMP:g}")
         for pattern in (*self.layers, *self.ignore):
@@ -73,8 +76,11 @@ class PruneWeights:
 
     @property
     def formats(self) -> tuple[SparseBitmask, ...]:
-        """One for each dtype that a checkpoint may have."""
-        return tuple(SparseBitmask(sparsity=self.sparsity, pattern=self.pattern, dtype=dtype) for dtype in NUMBERS)
+        """One for each share, or the pattern, and each dtype that a checkpoint may have."""
+        shares = self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
+        return tuple(
+            SparseBitmask(sparsity=share, pattern=self.pattern, dtype=dtype) for share in shares for dtype in NUMBERS
+        )
 
     @property
     def options(self) -> tuple[SparseBitmask, ...] | tuple[Kept, ...]:
@@ -83,6 +89,7 @@ class PruneWeights:
             return self.formats
         if self.sparsity is None:
             return (Kept(*self.formats[0].group),)
+        assert not isinstance(self.sparsity, tuple)
         stay = 1 - Fraction(self.sparsity).limit_denominator(10**6)
         return (Kept(*stay.as_integer_ratio()),)
 
@@ -94,16 +101,10 @@ class PruneWeights:
         """Units of a block: layers that are fused when served are stored alike."""
         return units(block, self.layers, self.ignore)
 
-    def pick(self, options: Sequence[SparseBitmask], block: Block, layers: Sequence[str]) -> SparseBitmask:
-        """The one in whose dtype the layers lie in the checkpoint. Raises ValueError if there is none."""
+    def suits(self, option: SparseBitmask | Kept, block: Block, layers: Sequence[str]) -> bool:
+        """Whether layers lie in the dtype of a format in the checkpoint."""
         dtypes = {block.dtypes[f"{name}.weight"] for name in layers}
-        found = [fmt for fmt in options if {NUMBERS[fmt.dtype][0]} == dtypes]
-        if not found:
-            names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-            raise ValueError(
-                f"stored as {names}; weights are pruned that are bfloat16, float16 or float32, all of a unit alike"
-            )
-        return found[0]
+        return isinstance(option, Kept) or dtypes == {NUMBERS[option.dtype][0]}
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, SparseBitmask | Kept]) -> Outcome:
         option_of = {name: choice[unit] for unit, names in self.units(block).items() if unit in choice for name in names}
@@ -142,8 +143,12 @@ class PruneWeights:
         if isinstance(option, SparseBitmask):
             return option
         try:
-            fmt = self.pick(self.formats, block, [name])
+            fmt = next(fmt for fmt in self.formats if self.suits(fmt, block, [name]))
             fmt.gone(block.shape(name)[1])
+        except StopIteration as error:
+            raise RecipeError(
+                f"{block.prefix}.{name}: is not of bfloat16, float16 or float32, and cannot be pruned"
+            ) from error
         except ValueError as error:
             raise RecipeError(f"{block.prefix}.{name}: {error}") from error
         return fmt

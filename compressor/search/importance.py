@@ -3,14 +3,18 @@
 Two orders after Dumitru et al., "Layer-Wise Quantization: A Pragmatic and Effective Method for Quantizing LLMs Beyond Integer
 Bit-Levels", 2024: LIM, how far a block turns what enters it, and ZD, the share of weights far above the mean; the least
 important units get fewer bits first. Hessian trace: Dong et al., "HAWQ-V2", NeurIPS 2020, equation 5, with the second moment
-of a layer's input in the place of the Hessian of the loss.
+of a layer's input in the place of the Hessian of the loss. OWL: Yin et al., "Outlier Weighed Layerwise Sparsity", ICML 2024,
+section 3.2, for single weights that go; what is far above the mean is told layer by layer here, there block by block.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
-from compressor.search.allocate import Budget, Table, by_order, milp
+from compressor.formats.sparse_bitmask import SparseBitmask
+from compressor.search.allocate import Budget, BudgetError, Table, by_order, milp
 from compressor.search.levels import Choice, Level, Together, Unit
 
+SPREAD = 0.08  # lambda of OWL
+STEPS = 400  # shares of all weights that are tried
 GOLDEN = 0.6180339887  # multiples of it, modulo 1, are spread evenly
 
 
@@ -37,6 +41,42 @@ def by_trace(units: Sequence[Unit], budget: Budget) -> Choice:
 def by_error(units: Sequence[Unit], budget: Budget) -> Choice:
     """The integer programme on errors of the block's output."""
     return milp(errors(units), budget)
+
+
+def by_salience(units: Sequence[Unit], budget: Budget) -> Choice:
+    """OWL: blocks with more weights far above the mean in what they do keep more, up to `SPREAD` on either side of all.
+
+    Raises:
+        BudgetError: levels differ in more than how many weights stay, or nothing fits.
+    """
+    if any(not isinstance(level.option, SparseBitmask) for unit in units for level in unit.levels):
+        raise BudgetError("OWL is for weights that stay or go")
+    budget.check()
+    weights = sum(unit.weights for unit in units)
+    by_block: dict[int, list[Unit]] = {}
+    for unit in units:
+        by_block.setdefault(unit.block, []).append(unit)
+    share = {
+        block: sum(unit.salience * unit.weights for unit in some) / sum(unit.weights for unit in some)
+        for block, some in by_block.items()
+    }
+    low, high = min(share.values()), max(share.values())
+    scaled = {block: 2 * SPREAD * (value - low) / max(high - low, 1e-30) for block, value in share.items()}
+    mean = sum(scaled[unit.block] * unit.weights for unit in units) / weights
+
+    def choice(stays: float) -> Choice:
+        return tuple(_nearest(unit, stays + scaled[unit.block] - mean) for unit in units)
+
+    fitting = [found for step in range(STEPS + 1) if budget.fits(found := choice(step / STEPS))]
+    if not fitting:
+        raise BudgetError("OWL: nothing fits")
+    return max(fitting, key=lambda found: next(iter(budget.used(found).values())))
+
+
+def _nearest(unit: Unit, stays: float) -> int:
+    """The level whose share of weights that stay is nearest to one."""
+    shares = [level.option.stays_of_all for level in unit.levels if isinstance(level.option, SparseBitmask)]
+    return min(range(len(shares)), key=lambda j: abs(shares[j] - stays))
 
 
 def errors(units: Sequence[Unit]) -> Table:
@@ -69,4 +109,5 @@ ALLOCATORS: Mapping[str, Callable[[Sequence[Unit], Budget], Choice]] = {
     "ZD": by_outliers,
     "Hessian trace": by_trace,
     "block errors": by_error,
+    "OWL": by_salience,
 }

@@ -65,6 +65,7 @@ class Unit:
     outliers: float  # share of weights more than a standard deviation above their mean
     trace: float  # mean of the diagonal of the Hessian of what the layers read
     levels: tuple[Level, ...]
+    salience: float = 0.0  # share of weights far above the mean in what they do to their outputs (OWL)
     seconds: float = field(default=0.0, compare=False)  # that its levels took, and its part of what the block takes besides
 
     def to_dict(self) -> dict[str, Any]:

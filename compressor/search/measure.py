@@ -21,11 +21,12 @@ from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.errors import RecipeError
 from compressor.model.source import return_freed_memory
 from compressor.pipeline import Event, Job, Tell
-from compressor.plan import fits
+from compressor.plan import able
 from compressor.search.clock import MEASURING, WRITING, Clock
 from compressor.search.levels import Level, LevelDB, Unit
 from compressor.types import GONE, Block, Format, Option, Pass, QuantizedTensor, Stored, Trial, dense, stored_bits
 
+OUTSTANDING = 5  # M of OWL
 JUDGED = 8192  # tokens that errors of a block's output are taken from
 
 
@@ -127,10 +128,10 @@ def planned_units(job: Job) -> list[Unit]:
     for block in (job.source.block(index, load=False) for index in range(len(job.source.layers))):
         for step in (step for step in job.passes if step.options):
             for unit, names in step.units(block).items():
-                able = [option for option in step.options if all(fits(option, block, name) for name in names)]
+                options = able(step, block, names)
                 _, _, levels = found.setdefault(f"{block.prefix}.{unit}", (block, names, []))
-                sizes = [sum(option.stored_bits(block.shape(name)) for name in names) for option in able]
-                levels += [Level(option, bits, 0.0, 0.0) for option, bits in zip(able, sizes, strict=True)]
+                sizes = [sum(option.stored_bits(block.shape(name)) for name in names) for option in options]
+                levels += [Level(option, bits, 0.0, 0.0) for option, bits in zip(options, sizes, strict=True)]
     return [
         Unit(
             name=full,
@@ -210,20 +211,23 @@ def _measured(
     found: dict[str, list[tuple[Level, dict[str, QuantizedTensor]]]] = {}
     layers_of: dict[str, tuple[str, ...]] = {}
     traces: dict[str, float] = {}
+    salience: dict[str, float] = {}
     for step in (step for step in job.passes if step.options):
         units = step.units(block)
         layers = [name for names in units.values() for name in names]
         stats = stream.collect(block, layers, step.needs)
-        able = {unit: _able(step, block, names, kept) for unit, names in units.items()}
+        offered = {unit: _able(step, block, names, kept) for unit, names in units.items()}
         if near is not None:
-            able = {unit: [o for o in options if o in near[f"{block.prefix}.{unit}"]] for unit, options in able.items()}
+            offered = {unit: [o for o in some if o in near[f"{block.prefix}.{unit}"]] for unit, some in offered.items()}
         for unit, names in units.items():
             layers_of[unit] = names
-            traces[unit] = float(stats[names[0], Hessian].value.diagonal().mean()) if Hessian in step.needs else 0.0
-        for option in step.options:
+            squares = stats[names[0], Hessian].value.diagonal() if Hessian in step.needs else torch.zeros(1)
+            traces[unit] = float(squares.mean())
+            salience[unit] = _outstanding([block.weight(name).float() for name in names], squares)
+        for option in (option for option in step.options if any(option in some for some in offered.values())):
             started = time.monotonic()
             edits = _applied(
-                job, step, block, stats, option, {u: units[u] for u, options in able.items() if option in options}
+                job, step, block, stats, option, {u: units[u] for u, options in offered.items() if option in options}
             )
             for unit, names in units.items():
                 own = {name: edits[name] for name in names if name in edits}
@@ -246,6 +250,7 @@ def _measured(
                 shift=shift,
                 outliers=_outliers(weights),
                 trace=traces[unit],
+                salience=salience[unit],
                 seconds=spent,
                 levels=tuple(level for level, _ in levels),
             ),
@@ -255,8 +260,8 @@ def _measured(
 
 def _able(step: Pass, block: Block, names: Sequence[str], kept: Collection[str] | None) -> list[Format]:
     """The options that a unit can be held in: of those to be measured, or of all if it can be held in none of them."""
-    able = [option for option in step.options if all(fits(option, block, name) for name in names)]
-    return [option for option in able if kept is None or option.label in kept] or able
+    options = list(able(step, block, names))
+    return [option for option in options if kept is None or option.label in kept] or options
 
 
 def _applied(
@@ -317,6 +322,14 @@ def _missed(job: Job, seen: _Seen, trial: Callable[[Tensor], Tensor]) -> float:
         total += torch.stack([part.square().sum().double() for part in (missed, y.float())])
     job.ranks.sum_([total])
     return float(total[0] / total[1])
+
+
+def _outstanding(weights: Sequence[Tensor], squares_I: Tensor) -> float:
+    """Share of weights whose size times the norm of what they meet is more than `OUTSTANDING` times the mean."""
+    scores = [w.abs() * squares_I.sqrt() for w in weights]
+    count = sum(score.numel() for score in scores)
+    mean = sum(float(score.double().sum()) for score in scores) / count
+    return sum(int((score > OUTSTANDING * mean).sum()) for score in scores) / count
 
 
 def _outliers(weights: Sequence[Tensor]) -> float:

@@ -76,6 +76,11 @@ class SparseBitmask:
         amount = f"{self.group[0]}of{self.group[1]}" if self.sparsity is None else f"{100 * self.sparsity:g}"
         return f"sparse{amount}{NUMBERS[self.dtype][1]}"
 
+    @property
+    def stays_of_all(self) -> float:
+        """Share of the weights that stay."""
+        return self.group[0] / self.group[1] if self.sparsity is None else 1 - self.sparsity
+
     def gone(self, columns: int) -> int:
         """Weights of a row that go, on average over the rows. Raises ValueError if none stays or a pattern divides no row."""
         if self.sparsity is not None:
