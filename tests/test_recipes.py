@@ -21,6 +21,8 @@ def test_every_shipped_recipe_runs(path, tiny, tmp_path):
         few = {"steps": 3, "learn": 3, "judged": 64, "batch": 2}
         changes += [f"passes.{i}.{key}={count}" for key, count in few.items() if getattr(step, key, 0)]
         changes += [f"passes.{i}.{change}" for change in SEARCH if isinstance(getattr(step, "search", None), Search)]
+        if isinstance(getattr(step, "sparsity", None), tuple):
+            changes.append(f"passes.{i}.sparsity=[0.5, 0.9]")
     report = api.run(load_recipe(path, changes), tiny("llama", max_position_embeddings=256), tmp_path / "out", device="cpu")
     blocks = json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"]
     assert len(report.rows) == (7 * blocks if any(step.options for step in recipe.passes) else 0)
