@@ -15,6 +15,8 @@ import argparse
 import json
 import math
 import platform
+import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,24 +38,29 @@ from compressor.calibration.hidden import keeping
 from compressor.calibration.stats import Hessian, Mean
 from compressor.cli._quiet import quiet
 from compressor.distributed import Ranks
+from compressor.evaluation.predict import final_hidden
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, open_stream
 from compressor.pruning.depth import Depth, least, turns
 from compressor.pruning.parts import Part, find_parts
 from compressor.pruning.scores import SCORES, Seen
 from compressor.pruning.shapes import parameters
-from compressor.search.fitness import Fitness, opened
+from compressor.search.fitness import Fitness, Teacher, opened
 from compressor.search.levels import Level, Unit
 from compressor.shorthands import prune_recipe
-from compressor.types import Block, Trial
+from compressor.types import Trial
 
 MOST = 0.6  # of the KL divergence of the best of the others
+CPU = torch.device("cpu")
 COARSE = 13.1  # temperature of CFSP's allocation: 131072 tokens over the 10^4 of its code
 OURS: Mapping[str, Mapping[str, Any]] = {
     "width": {},
     "width, any number": {"multiple": 1},
     "depth": {"by": "depth"},
+    "hidden": {"by": "hidden"},
+    "sublayers": {"by": "sublayers"},
     "per-layer": {"layout": "per-layer"},
+    "block-configs": {"layout": "block-configs"},
     "width, recovered": {"recover": 150},
 }
 
@@ -189,29 +196,19 @@ def narrowed(source: ModelSource, seen: Observed, keep: Keep, *, bias: bool = Fa
     return made
 
 
-def written(model: Path, source: ModelSource, report: Any) -> list[Trial]:
-    """A model that was pruned, block for block."""
-    new = ModelSource(model, torch.device("cpu"))
-    gone = {index for step in report.pruning for index in step.get("gone", ())}
-    stays = [index for index in range(len(source.layers)) if index not in gone]
-    return [
-        Trial({}, {}, whole=True) if index in gone else Trial(_weights(new.block(stays.index(index))), {})
-        for index in range(len(source.layers))
-    ]
+def lost(source: ModelSource, model: Path, tokens_NS: Tensor) -> float:
+    """KL divergence of a model that was written from the original, as `Fitness` has it."""
+    found, batches = [], list(tokens_NS.split(1))
+    one, other = (each.logits(final_hidden(each, batches, lambda: None)) for each in (source, ModelSource(model, CPU)))
+    with torch.no_grad():
+        for wanted, logits in zip(one, other, strict=True):
+            found.append(Teacher.of(wanted).divergence(logits).mean())
+    return float(torch.stack(found).mean())
 
 
-def _weights(block: Block) -> dict[str, Tensor]:
-    return {
-        n.removesuffix(".weight") if n.removesuffix(".weight") in block.layers else n: p
-        for n, p in block.module.named_parameters()
-    }
-
-
-def contestants(
-    options: argparse.Namespace, source: ModelSource, seen: Observed, going: float, cost: Mapping[str, int], place: Path
-) -> tuple[dict[str, Sequence[Trial]], dict[str, float]]:
-    """Everybody's blocks, and seconds of ours."""
-    others: dict[str, Callable[[], Keep]] = {
+def others(source: ModelSource, seen: Observed, going: float, cost: Mapping[str, int]) -> dict[str, Sequence[Trial]]:
+    """Blocks as others have them."""
+    ways: dict[str, Callable[[], Keep]] = {
         "CFSP": lambda: cfsp(seen, going, cost),
         "FLAP": lambda: flap(seen, going, cost),
         "Wanda-sp, channels": lambda: uniform(seen, "wanda", going, cost, heads=False),
@@ -220,14 +217,21 @@ def contestants(
         "magnitude, heads too": lambda: uniform(seen, "magnitude", going, cost, heads=True),
     }
     made: dict[str, Sequence[Trial]] = {
-        name: narrowed(source, seen, keep(), bias=name == "FLAP") for name, keep in others.items()
+        name: narrowed(source, seen, keep(), bias=name == "FLAP") for name, keep in ways.items()
     }
     depth = Depth(source)
     away = depth.enough(math.ceil(going * parameters(source, "blocks")), lambda count: least(seen.turned, count))
     made["cosine, blocks"] = [
         depth.trial(unit.name, level, source.device, source.dtype) for unit, level in zip(depth.units, away, strict=True)
     ]
-    seconds = {}
+    return made
+
+
+def ours(
+    options: argparse.Namespace, source: ModelSource, texts: Mapping[str, Tensor], going: float, place: Path
+) -> list[dict[str, Any]]:
+    """A row for each of ours."""
+    rows = []
     for name in options.ours:
         out, started = place / f"{name}{going}", time.monotonic()
         recipe = prune_recipe(
@@ -239,10 +243,17 @@ def contestants(
             seq_len=options.seq_len,
             evaluate=False,
         )
-        report = run(recipe, options.model, out, verify=False)
-        seconds[f"ours, {name}"] = time.monotonic() - started
-        made[f"ours, {name}"] = written(out, source, report)
-    return made, seconds
+        run(recipe, options.model, out, verify=False)
+        seconds = time.monotonic() - started
+        rows.append(row(going, f"ours, {name}", {text: lost(source, out, tokens) for text, tokens in texts.items()}, seconds))
+        shutil.rmtree(out)
+        sys.stderr.write(f"{rows[-1]}\n")
+    return rows
+
+
+def row(ratio: float, name: str, kl: Mapping[str, float], seconds: float | None = None) -> dict[str, Any]:
+    """What is kept of a contestant."""
+    return {"ratio": ratio, "name": name, "kl": dict(kl), "mean": sum(kl.values()) / len(kl), "seconds": seconds}
 
 
 def main() -> int:
@@ -261,7 +272,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     quiet()
-    source, ranks = ModelSource(options.model, torch.device("cpu")), Ranks()
+    source, ranks = ModelSource(options.model, CPU), Ranks()
     tokenizer = load_tokenizer(options.model)
     calibration = load_samples(str(options.calibration), tokenizer, samples=options.samples, seq_len=options.seq_len, seed=0)
     texts = {
@@ -273,7 +284,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         for ratio in options.ratios:
-            made, seconds = contestants(options, source, seen, ratio, cost, Path(place))
+            made = others(source, seen, ratio, cost)
             found: dict[str, dict[str, float]] = {name: {} for name in made}
             with opened(source, resident=True) as model:
                 for text, tokens in texts.items():
@@ -281,13 +292,11 @@ def main() -> int:
                     choices = [(n,) * len(source.layers) for n in range(len(made))]
                     for name, kl in zip(made, fitness(choices, range(len(tokens))), strict=True):
                         found[name][text] = kl
-            rows += [
-                {"ratio": ratio, "name": name, "kl": kls, "mean": sum(kls.values()) / len(kls), "seconds": seconds.get(name)}
-                for name, kls in found.items()
-            ]
+            rows += [row(ratio, name, kls) for name, kls in found.items()]
+            rows += ours(options, source, texts, ratio, Path(place))
     before = [row for file in options.beside for row in json.loads(file.read_text())["rows"]]
-    each = {(row["ratio"], row["name"]): row for row in [*before, *rows]}
-    return conclude(options, sorted(each.values(), key=lambda row: row["ratio"]), list(texts))
+    each = {(one["ratio"], one["name"]): one for one in [*before, *rows]}
+    return conclude(options, sorted(each.values(), key=lambda one: float(one["ratio"])), list(texts))
 
 
 def conclude(options: argparse.Namespace, rows: list[dict[str, Any]], texts: Sequence[str]) -> int:
