@@ -22,9 +22,9 @@ def prune(
     by: Annotated[
         str,
         typer.Option(
-            help="width (channels and heads, keeps more quality), hidden (channels of the hidden state, in every layer), "
-            "depth (blocks, faster at small batches) or sublayers "
-            "(attentions and MLPs one by one: more to choose among, but only compressor.load reads the result)."
+            help="width (channels and heads of each block), hidden (channels of the hidden state, in every layer: keeps most "
+            "where the architecture allows it, and stores a tied embedding twice), depth (blocks, faster at small batches) or "
+            "sublayers (attentions and MLPs one by one: more to choose among, but only compressor.load reads the result)."
         ),
     ] = "width",
     layout: Annotated[
@@ -85,8 +85,8 @@ def prune(
 ) -> None:
     """Take parameters away from MODEL: what is left is smaller and faster.
 
-    Every block keeps the same shape, so the result loads wherever the original does, but for --by sublayers and --layout
-    per-layer. What remains is fitted to the original's own outputs; --recover trains it too.
+    Every block keeps the same shape, so the result loads wherever the original does, but for --by sublayers and other
+    layouts. What remains is fitted to the original's own outputs; --recover trains it too.
 
     Example: `compress prune --ratio 0.25 model/`, or `compress prune --ratio 0.25 --recover 300 --bits 4 model/`
     """
