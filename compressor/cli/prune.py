@@ -23,8 +23,8 @@ def prune(
         str,
         typer.Option(
             help="width (channels and heads of each block), hidden (channels of the hidden state, in every layer: keeps most "
-            "where the architecture allows it, and stores a tied embedding twice), depth (blocks, faster at small batches) or "
-            "sublayers (attentions and MLPs one by one: more to choose among, but only compressor.load reads the result)."
+            "where the architecture allows it, and stores a tied embedding twice), depth (blocks, faster at small batches) "
+            "or sublayers (attentions and MLPs one by one: more to choose among, but only compressor.load reads the result)."
         ),
     ] = "width",
     layout: Annotated[
