@@ -119,7 +119,7 @@ def run(
     report = new_report(recipe, source, out, made_by, calibration)
     place = pruning_place(out)
     if resume and out.exists() and not overwrite:
-        return finished(out, report)
+        return finished(out, report, ranks)
     prunes = ranks.first and any(isinstance(step, Prunes) for step in recipe.passes)
     with held(place, resume=resume, overwrite=overwrite) if prunes else nullcontext():
         source, report.pruning = pruned(recipe, source, calibration, ranks, place, made_by, tell)
@@ -284,10 +284,11 @@ def compress_blocks(
     return probe
 
 
-def finished(out: Path, report: Report) -> Report:
+def finished(out: Path, report: Report, ranks: Ranks) -> Report:
     """The report of a run that is complete already, and nothing left of how it was made."""
     found = finished_report(out, report)
-    clear(pruning_place(out))
+    if ranks.first:
+        clear(pruning_place(out))
     return found
 
 

@@ -70,7 +70,8 @@ def allocated(
     each = {name: part.parameters(block) for name, (block, part) in find_all(work.source).items()}
     costs = [[each[u.name] * o.keep for level in u.levels if isinstance(o := level.option, Kept)] for u in widths.units]
     ways = {called(shape.keep): widths.uniform(shape.keep) for shape in found}
-    return searched(work, fitness, ways, costs, sum(max(row) for row in costs) - going, settings)
+    whole = sum(unit.weights for unit in widths.units)  # also of parts whose number is settled, and less than that
+    return searched(work, fitness, ways, costs, whole - going, settings)
 
 
 def called(keep: Mapping[str, int]) -> str:

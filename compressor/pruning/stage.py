@@ -290,4 +290,7 @@ def _content(place: Path) -> list[Path]:
 def _empty(place: Path) -> None:
     with writing(place):
         for path in _content(place):
-            shutil.rmtree(path)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

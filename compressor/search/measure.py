@@ -221,9 +221,10 @@ def _measured(
             offered = {unit: [o for o in some if o in near[f"{block.prefix}.{unit}"]] for unit, some in offered.items()}
         for unit, names in units.items():
             layers_of[unit] = names
-            squares = stats[names[0], Hessian].value.diagonal() if Hessian in step.needs else torch.zeros(1)
-            traces[unit] = float(squares.mean())
-            salience[unit] = _outstanding([block.weight(name).float() for name in names], squares)
+            squares = stats[names[0], Hessian].value.diagonal() if Hessian in step.needs else None
+            traces[unit] = 0.0 if squares is None else float(squares.mean())
+            weights = [block.weight(name).float() for name in names]
+            salience[unit] = 0.0 if squares is None else _outstanding(weights, squares)
         for option in (option for option in step.options if any(option in some for some in offered.values())):
             started = time.monotonic()
             edits = _applied(

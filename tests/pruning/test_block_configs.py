@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_per_layer import ALIKE, CPU, UNEVEN, WIDTHS, dense, logits, run, with_silence
+from test_per_layer import ALIKE, CPU, SEARCH, UNEVEN, WIDTHS, dense, logits, run, with_silence
 from tiny_models import change_config, some_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import configuration_auto
@@ -18,6 +18,7 @@ from compressor.errors import RecipeError, SourceError
 from compressor.inspection import inspect_model
 from compressor.model import block_configs
 from compressor.model.source import ModelSource
+from compressor.pruning.shapes import parameters
 from compressor.runtime import hf
 from compressor.verification.verify import verify
 
@@ -55,6 +56,20 @@ def test_stock_transformers_computes_what_ours_does_by_the_file_beside_the_weigh
     assert "quantization_config" not in config(tmp_path / "out")
     torch.testing.assert_close(logits(trusting(tmp_path / "out")), dense(model), **ALIKE)
     torch.testing.assert_close(logits(compressor.load(tmp_path / "out", dtype=torch.float32)), dense(model), **ALIKE)
+
+
+def test_heads_that_go_in_all_blocks_count(text_file: Path, tmp_path: Path, tiny_copy: Callable[..., Path]) -> None:
+    """One of two groups is of no use: with it most of what has to go has gone."""
+    columns = {f"model.layers.{index}.self_attn.o_proj": 64 for index in range(2)}
+    model = with_silence(tiny_copy("llama"), columns)
+    step = {**BLOCKS, "ratio": 0.2, "of": "blocks", "search": {**SEARCH, "rounds": 1}}
+    (report,) = run(model, tmp_path / "out", text_file, step).pruning
+    before, after = report["parameters"]
+    assert {count for name, count in report["keep"].items() if name.endswith("self_attn")} == {1}
+    assert config(tmp_path / "out")["num_key_value_heads"] == 1
+    whole = parameters(ModelSource(model, CPU), "blocks")
+    step_of_both = 3 * 128 * 32  # channels of one block at a time
+    assert 0.2 * whole <= before - after < 0.2 * whole + 2 * step_of_both
 
 
 def test_it_is_saved_and_read_again_by_either(out: Path, tmp_path: Path) -> None:
