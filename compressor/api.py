@@ -123,6 +123,7 @@ def run(
     prunes = ranks.first and any(isinstance(step, Prunes) for step in recipe.passes)
     with held(place, resume=resume, overwrite=overwrite) if prunes else nullcontext():
         source, report.pruning = pruned(recipe, source, calibration, ranks, place, made_by, tell)
+        report.seconds = time.monotonic() - started if report.pruning else 0.0
         chosen = make_plan(source, recipe.passes, given) if recipe.target is None else {}
         if recipe.target is not None:
             judged = evaluation.tokens if evaluation is not None else 0
@@ -241,13 +242,13 @@ def forecast(
         batch=TOKENS_AT_ONCE,
     )
     bits, weights = total_bits(source, model_formats(source, recipe.passes, chosen))
+    widest = max(header.dtype.itemsize for header in source.checkpoint.headers.values())
     return Forecast(
         out=default_out(Path(model), recipe.passes, chosen) if out is None else Path(out),
         plan=chosen,
-        size_bytes=shards.total_bytes(files)
-        + more * max(header.dtype.itemsize for header in source.checkpoint.headers.values()),
+        size_bytes=shards.total_bytes(files) + more * widest,
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
-        bits_per_weight=bits / weights if weights else 8 * source.dtype.itemsize,
+        bits_per_weight=bits / weights if weights else 8 * widest,
         certain=certain,
         expected_peak_memory_bytes=LIBRARIES_BYTES + max(memory, pruning, samples),
     )
@@ -277,7 +278,7 @@ def compress_blocks(
                 assert calibration is not None
                 batches = job.ranks.mine(calibration.batches(TOKENS_AT_ONCE))
                 probe = tuning.tune(job, number, batches, keep, workspace, report, tell)
-    report.seconds = time.monotonic() - started
+    report.seconds += time.monotonic() - started
     report.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if source.device.type == "cuda":
         report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(source.device)

@@ -21,7 +21,7 @@ model = AutoModelForCausalLM.from_pretrained("{out}"{trust})
 ```
 
 """
-CODE = """The code that this trusts is `decilm.py`, beside the weights.
+CODE = """The code that this trusts is `decilm.py`, beside the weights. `AutoTokenizer.from_pretrained` takes the same.
 
 """
 DEQUANTISED = """Plain transformers dequantises the weights. With `import compressor` before, or by `compressor.load("{out}")`

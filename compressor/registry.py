@@ -115,6 +115,17 @@ def describe(thing: Any) -> Any:
     return own
 
 
+def over(default: Any) -> BeforeValidator:
+    """Field annotation: what a mapping leaves out is as in the field's default, not as in its class."""
+    return BeforeValidator(lambda spec: _merged(describe(default), spec))
+
+
+def _merged(known: Any, given: Any) -> Any:
+    if not (isinstance(known, Mapping) and isinstance(given, Mapping)):
+        return given
+    return {**known, **{key: _merged(known.get(key), value) for key, value in given.items()}}
+
+
 def named(kind: str) -> BeforeValidator:
     """Field annotation: `Annotated[Format, named("format")]` accepts `{format: int_group, bits: 4}`."""
 

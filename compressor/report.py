@@ -36,7 +36,7 @@ class Report:
     source_size_bytes: int = 0
     layout: str = ""  # quant_method of config.json, or `dense`
     runs_code: bool = False  # transformers has to run a file of the result (compressor/model/block_configs.py)
-    seconds: float = 0.0  # of compression, evaluation not included
+    seconds: float = 0.0  # of pruning and compression, evaluation not included
     peak_memory_bytes: int = 0
     peak_device_memory_bytes: int = 0
     quality: Mapping[str, Any] | None = None  # see compressor.evaluation.quality

@@ -13,7 +13,10 @@ from compressor.cli._compress import compress
 def prune(
     model: a.Model = Path(),
     ratio: Annotated[
-        float, typer.Option(help="Share of the parameters that goes: 0.25 takes a quarter of them away.")
+        float,
+        typer.Option(
+            help="Share of the parameters that goes: 0.25 takes a quarter of them away, or more up to the next whole part."
+        ),
     ] = 0.25,
     of: Annotated[
         str,

@@ -69,7 +69,7 @@ def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
         install, humming, needs = (
             f"{install}, with trust_remote_code=True",
             f"{humming} (--trust-remote-code)",
-            f"{needs} too",
+            f"{needs} (--trust-remote-code)",
         )
         gguf = (
             gguf

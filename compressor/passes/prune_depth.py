@@ -7,7 +7,7 @@ evolution, compressor/search) from the better of two rules; they can also be tak
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from compressor.pruning.searching import BRIEF, compared, comparing, searched
 from compressor.pruning.shapes import going, parameters
 from compressor.pruning.stage import PruningPass, Work
 from compressor.recipe import Search
-from compressor.registry import node
+from compressor.registry import node, over
 from compressor.search.find import Contestant
 
 
@@ -37,7 +37,7 @@ class PruneDepth(PruningPass):
     of: Literal["model", "blocks"] = "model"
     parts: Parts = "blocks"
     by: Literal["search", "cosine", "even"] = "search"
-    search: Search = BRIEF
+    search: Annotated[Search, over(BRIEF)] = BRIEF
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:

@@ -53,6 +53,11 @@ class PruneWidth(WidthPass):
             )
 
     @property
+    def label(self) -> str:
+        """File-name safe."""
+        return super().label if self.layout == "uniform" or not self.ratio else f"{super().label}-{self.layout}"
+
+    @property
     def alone(self) -> tuple[str, ...]:
         """Kinds of parts that get widths of their own in every block."""
         return {"uniform": (), "per-layer": (ATTENTION, MLP), "block-configs": (MLP,)}[self.layout]

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from compressor.forecast import collecting
 from compressor.model.rewritten import Pruned, Rewriting, Sketch
@@ -16,7 +17,7 @@ from compressor.pruning.shapes import Of, Shape, going, parameters, shapes
 from compressor.pruning.stage import ANEW, PruningPass, Work, named
 from compressor.pruning.widths import Narrows, Widths, sweep
 from compressor.recipe import Search
-from compressor.registry import node
+from compressor.registry import node, over
 from compressor.search.levels import LevelDB
 
 SQUARES = 4 + 3 * 8  # bytes for each element of a Hessian: as collected, and three such matrices in fp64
@@ -53,7 +54,7 @@ class WidthPass(PruningPass):
     heads: bool = True
     multiple: int | None = None
     damp: float = 0.01
-    search: Search = BRIEF
+    search: Annotated[Search, over(BRIEF)] = BRIEF
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:

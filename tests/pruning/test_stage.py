@@ -260,3 +260,15 @@ def test_the_loss_of_a_penalised_training_is_a_divergence(model: Path, recipe: C
     step = {"pass": "compresso", "ratio": 0.2, "of": "mlp", "multiple": 32, "steps": 6, "batch": 2, "search": SEARCH}
     (report,) = api.run(recipe(step), model, tmp_path / "out", verify=False).pruning
     assert all(loss >= 0 for loss in report["loss"])
+
+
+@pytest.mark.parametrize("step", [WIDTH, DEPTH], ids=["width", "depth"])
+def test_a_setting_of_the_search_leaves_the_others_as_they_are(step: dict[str, Any], recipe: Callable[..., Any]) -> None:
+    plain = {key: value for key, value in step.items() if key != "search"}
+    (whole,) = recipe(plain).passes
+    (one,) = recipe({**plain, "search": {"tokens": 64, "evolve": {"generations": 2}}}).passes
+    assert (one.search.tokens, one.search.evolve.generations) == (64, 2)
+    assert one.search.table_tokens == whole.search.table_tokens
+    assert one.search.evolve.stages == whole.search.evolve.stages
+    with pytest.raises(RecipeError, match="no such key"):
+        recipe({**plain, "search": {"tokns": 64}})
