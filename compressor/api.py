@@ -111,8 +111,6 @@ def run(
     expected = make_plan(small, recipe.passes, given) if recipe.target is None else {}
     out = default_out(Path(model), recipe.passes, expected, recipe.target) if out is None else Path(out)
     check_target(out, Path(model), resume=resume, overwrite=overwrite)
-    if recipe.target is None:
-        check_space(out, shards.total_bytes(shards.layout(output_headers(small, recipe.passes, expected))))
     calibration, evaluation = load_data(recipe, source)
     check_shares(calibration, ranks)
     made_by = fingerprint(recipe, source, calibration) | ({} if given is None else fingerprint_plan(given))
@@ -120,6 +118,8 @@ def run(
     place = pruning_place(out)
     if resume and out.exists() and not overwrite:
         return finished(out, report, ranks)
+    if recipe.target is None:
+        check_space(out, shards.total_bytes(shards.layout(output_headers(small, recipe.passes, expected))))
     prunes = ranks.first and any(isinstance(step, Prunes) for step in recipe.passes)
     with held(place, resume=resume, overwrite=overwrite) if prunes else nullcontext():
         source, report.pruning = pruned(recipe, source, calibration, ranks, place, made_by, tell)

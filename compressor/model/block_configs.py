@@ -34,12 +34,8 @@ def runs_code(config: Mapping[str, Any]) -> bool:
 
 def changes(config: Mapping[str, Any], channels: Sequence[int]) -> dict[str, Any]:
     """Entries of config.json for a Llama whose MLPs have so many channels, block by block."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    attention = {
-        "no_op": False,
-        "replace_with_linear": False,
-        "n_heads_in_group": heads // config.get("num_key_value_heads", heads),
-    }
+    hidden = config["hidden_size"]
+    attention = {"no_op": False, "replace_with_linear": False, "n_heads_in_group": _group(config)}
     known = all(count % ROUND == 0 for count in channels)
     blocks = [
         {
@@ -94,14 +90,18 @@ def widths(config: Mapping[str, Any], where: str) -> dict[str, int]:
     if not runs_code(config):
         return {}
     try:
-        heads = config["num_attention_heads"]
-        alike = heads // config.get("num_key_value_heads", heads)
-        found = [_channels(block, alike, config["hidden_size"]) for block in config["block_configs"]]
+        found = [_channels(block, _group(config), config["hidden_size"]) for block in config["block_configs"]]
         if len(found) != config["num_hidden_layers"]:
             raise ValueError(f"there are {len(found)} for {config['num_hidden_layers']} blocks")
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise SourceError(f"{where}: block_configs cannot be read ({error})") from error
     return {f"{PREFIX}.{index}.{MLP}": count for index, count in enumerate(found)}
+
+
+def _group(config: Mapping[str, Any]) -> int:
+    """Query heads that share a head of keys and values."""
+    heads: int = config["num_attention_heads"]
+    return heads // (config.get("num_key_value_heads") or heads)
 
 
 def _channels(block: Mapping[str, Mapping[str, Any]], alike: int, hidden: int) -> int:

@@ -21,6 +21,7 @@ from compressor.model.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.source import ModelSource
 from compressor.types import Format
 
+TRUST = " (--trust-remote-code)"
 KERNEL_BITS = (4, 8)  # of the kernels for 16-bit activations (Marlin) in vLLM and SGLang
 SERVED_FLOATS = frozenset({
     "nvfp4", "nvfp4-nvfp4", "mxfp4", "fp8-tensor", "fp8-channel", "fp8-tensor-fp8", "fp8-channel-fp8",
@@ -66,16 +67,9 @@ def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
     too_odd = too_odd or ("with activations of 8 bits it takes weights of 8 bits only" if narrow else None)
     gguf = "reads GGUF files only" + ("" if layout else "; its convert_hf_to_gguf.py makes one")
     if runs_code(source.raw_config):
-        install, humming, needs = (
-            f"{install}, with trust_remote_code=True",
-            f"{humming} (--trust-remote-code)",
-            f"{needs} (--trust-remote-code)",
-        )
-        gguf = (
-            gguf
-            if layout or rounded(source.raw_config)
-            else f"reads GGUF files only; this takes multiples of {ROUND} channels"
-        )
+        install, humming, needs = f"{install}, with trust_remote_code=True", f"{humming}{TRUST}", f"{needs}{TRUST}"
+        odd_widths = f"reads GGUF files only; this takes multiples of {ROUND} channels"
+        gguf = gguf if layout or rounded(source.raw_config) else odd_widths
     return (
         Runtime("compressor", True, "compressor.load", True),
         Runtime("transformers", stock is None, stock or install, True),

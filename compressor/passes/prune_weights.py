@@ -102,9 +102,10 @@ class PruneWeights:
         return units(block, self.layers, self.ignore)
 
     def suits(self, option: SparseBitmask | Kept, block: Block, layers: Sequence[str]) -> bool:
-        """Whether layers lie in the dtype of a format in the checkpoint."""
+        """Whether layers lie in the dtype of a format in the checkpoint; stored dense, in that of any."""
+        formats = self.formats if isinstance(option, Kept) else (option,)
         dtypes = {block.dtypes[f"{name}.weight"] for name in layers}
-        return isinstance(option, Kept) or dtypes == {NUMBERS[option.dtype][0]}
+        return any(dtypes == {NUMBERS[fmt.dtype][0]} for fmt in formats)
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, SparseBitmask | Kept]) -> Outcome:
         option_of = {name: choice[unit] for unit, names in self.units(block).items() if unit in choice for name in names}
@@ -142,13 +143,9 @@ class PruneWeights:
         """What says how many weights of a layer stay, also where they are stored dense."""
         if isinstance(option, SparseBitmask):
             return option
+        fmt = next(fmt for fmt in self.formats if self.suits(fmt, block, [name]))
         try:
-            fmt = next(fmt for fmt in self.formats if self.suits(fmt, block, [name]))
             fmt.gone(block.shape(name)[1])
-        except StopIteration as error:
-            raise RecipeError(
-                f"{block.prefix}.{name}: is not of bfloat16, float16 or float32, and cannot be pruned"
-            ) from error
         except ValueError as error:
             raise RecipeError(f"{block.prefix}.{name}: {error}") from error
         return fmt

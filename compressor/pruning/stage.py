@@ -261,8 +261,8 @@ def held(place: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
             _empty(place)
         if _content(place) and not resume:
             raise OutputError(
-                f"{place}: holds what an interrupted run has made; give --resume to go on from there or --overwrite to start "
-                "again"
+                f"{place}: holds what a run has made that did not come to its end; give --resume to go on from there or "
+                "--overwrite to start again"
             )
         yield
         shutil.rmtree(place)

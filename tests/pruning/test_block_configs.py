@@ -72,6 +72,15 @@ def test_heads_that_go_in_all_blocks_count(text_file: Path, tmp_path: Path, tiny
     assert 0.2 * whole <= before - after < 0.2 * whole + 2 * step_of_both
 
 
+@pytest.mark.parametrize("groups", [{}, {"num_key_value_heads": None}, {"num_key_value_heads": 8}])
+def test_without_a_number_of_groups_every_head_is_one(groups: dict[str, Any]) -> None:
+    """As transformers has it of Llama."""
+    llama = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 1, **groups}
+    written = {**llama, **block_configs.changes(llama, [48])}
+    assert written["block_configs"][0]["attention"]["n_heads_in_group"] == 1
+    assert block_configs.widths(written, "here") == {"model.layers.0.mlp": 48}
+
+
 def test_it_is_saved_and_read_again_by_either(out: Path, tmp_path: Path) -> None:
     trusting(out).save_pretrained(tmp_path / "theirs")
     compressor.load(out, dtype=torch.float32).save_pretrained(tmp_path / "ours")

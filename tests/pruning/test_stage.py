@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_per_layer import ALIKE, CPU, SEARCH, logits, with_silence
-from tiny_models import change_config, some_tokens
+from tiny_models import some_tokens
 from transformers import AutoModelForCausalLM
 
 import compressor
@@ -100,7 +100,6 @@ def test_sublayers_go_where_some_are_missing(by: str, model: Path, recipe: Calla
 def uneven(tiny_copy: Callable[..., Path], recipe: Callable[..., Any], tmp_path: Path) -> Path:
     """A model whose second block has a narrower MLP."""
     silent = with_silence(tiny_copy("llama", num_hidden_layers=4), {"model.layers.1.mlp.down_proj": 224})
-    change_config(silent, dtype="float32")
     step = {**WIDTH, "layout": "per-layer", "ratio": 0.2, "heads": False}
     api.run(recipe(step), silent, tmp_path / "uneven", verify=False)
     return tmp_path / "uneven"
@@ -176,10 +175,13 @@ def test_two_runs_do_not_prune_at_one_place(model: Path, recipe: Callable[..., A
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_left_of_a_complete_run_is_cleared_up(model: Path, recipe: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_is_left_of_a_complete_run_is_cleared_up(
+    model: Path, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     api.run(recipe(DEPTH), model, out, verify=False)
     (pruning_place(out) / "0").mkdir(parents=True)  # as if the kill had come after OUT appeared
+    monkeypatch.setattr("compressor.api.check_space", lambda *given: pytest.fail("nothing is to be written"))
     assert api.run(recipe(DEPTH), model, out, resume=True).out == "out"
     assert not pruning_place(out).exists()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import change_tensors
 from transformers import AutoModelForCausalLM
 
 import compressor
@@ -111,3 +112,16 @@ def test_several_shares_need_something_that_chooses(tiny: Callable[..., Path], t
 def test_shares_that_make_no_sense(change: dict[str, Any], said: str, text_file: Path) -> None:
     with pytest.raises(RecipeError, match=said):
         recipe(text_file, **change)()
+
+
+@pytest.mark.parametrize("stored", ["bitmask", "dense"])
+def test_a_dtype_that_no_option_is_for_is_refused_before_anything_is_done(
+    stored: str, tiny_copy: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    model = tiny_copy("llama")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    change_tensors(model, lambda tensors: tensors.update({name: tensors[name].double()}))
+    with pytest.raises(
+        RecipeError, match=r"layers\.1\.self_attn\.o_proj: stored as float64, for which the pass has no option"
+    ):
+        api.forecast(recipe(text_file, sparsity=0.5, stored=stored)(), model, tmp_path / "out")
