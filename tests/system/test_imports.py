@@ -18,7 +18,8 @@ PRUNING = (
 )
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
-    ("types", "errors", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes"),
+    ("errors", "reading"),
+    ("types", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes"),
     ("_on_import",),
     ("kernels",),
     ("registry", "report", "report_html", "distributed"),
