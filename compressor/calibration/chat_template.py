@@ -15,6 +15,7 @@ What a template can write is found out by rendering a copy of the conversation i
 import itertools
 import json
 from collections.abc import Iterator, Sequence, Set
+from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from compressor.calibration.chat import REASONING, SPEAKERS, Conversation, Turn,
 from compressor.errors import CalibrationError
 from compressor.reading import cause, elide, parse_json
 
+MOST_KINDS = 8  # whose forms are tried: 2⁸ renderings at most; conversations have 3 or 4
 LOST = {
     "parts": "the content of {} turns",
     "nothing": "{} turns without content",
@@ -76,35 +78,30 @@ def _choose_forms(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
     kinds = sorted({kind for turn in conversation.turns for kind in _kinds(turn)})
     if not kinds:
         return frozenset()
-    marked, where = _Marked(conversation.turns), conversation.where
-
-    def attempt(changed: Set[Kind]) -> str | Exception:
+    if len(kinds) > MOST_KINDS:
+        raise _refused(conversation.where, f"{len(kinds)} kinds of content where {MOST_KINDS} can be told apart")
+    marked = _Marked(conversation.turns)
+    best: tuple[tuple[int, int, int, int], Set[Kind], str] | None = None
+    failure = ""
+    for changed in map(frozenset, chain.from_iterable(combinations(kinds, size) for size in range(len(kinds) + 1))):
         try:
-            return _apply(tokenizer, [_changed(turn, changed) for turn in marked.turns], conversation.options)
+            text = _apply(tokenizer, [_changed(turn, changed) for turn in marked.turns], conversation.options)
         except Exception as error:  # a template can raise anything
-            return error
-
-    given: str | Exception = attempt(frozenset())
-    if isinstance(given, str) and marked.score(given)[:3] == (0, 0, 0) and all(marked.shows(kind, given) for kind in kinds):
-        return frozenset()
-    chosen: frozenset[Kind] = frozenset(kinds)
-    text = attempt(chosen)
-    if isinstance(text, Exception) and isinstance(given, str):
-        chosen, text = frozenset(), given
-    tried: frozenset[Kind] | None = None
-    while tried != chosen:
-        tried = chosen
-        for kind in sorted(chosen):  # back to the form that the row has, where that does no harm
-            other = attempt(chosen - {kind})
-            if isinstance(other, str) and (isinstance(text, Exception) or marked.score(other) >= marked.score(text)):
-                chosen, text = chosen - {kind}, other
-    if isinstance(text, Exception):
-        raise _refused(where, cause(given if isinstance(given, Exception) else text))
-    if marked.score(text)[0] < 0:
-        raise _refused(where, "it would print lists or objects as Python writes them")
-    lost = next((kind for kind in kinds if kind in chosen and not marked.shows(kind, text)), None)
+            failure = failure or cause(error)
+            continue
+        score = marked.score(text)
+        if best is None or score > best[0]:
+            best = score, changed, text
+        if score[:3] == (0, 0, 0) and all(marked.shows(kind, text) for kind in kinds):
+            break
+    if best is None:
+        raise _refused(conversation.where, failure)
+    score, chosen, text = best
+    if score[0] < 0:
+        raise _refused(conversation.where, "it would print lists or objects as Python writes them")
+    lost = next((kind for kind in sorted(chosen) if not marked.shows(kind, text)), None)
     if lost is not None:
-        raise _refused(where, f"it leaves out {LOST[lost.data].format(lost.role)}")
+        raise _refused(conversation.where, f"it leaves out {LOST[lost.data].format(lost.role)}")
     return chosen
 
 

@@ -104,7 +104,7 @@ def load_samples(
             break
     if len(ids) < wanted:
         raise CalibrationError(
-            f"{source}: {len(ids)} tokens of text, where {samples} samples of {seq_len} tokens need {wanted}; "
+            f"{elide(source, 100)}: {len(ids)} tokens of text, where {samples} samples of {seq_len} tokens need {wanted}; "
             "name a larger source, or lower --samples or --seq-len"
         )
     tokens = torch.tensor(ids[:wanted]).view(samples, seq_len)
@@ -116,7 +116,7 @@ def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
     top = int(tokens.max())
     if top >= vocab_size:
         raise CalibrationError(
-            f"{source}: token {top} is not in the model's vocabulary of {vocab_size}; tokenizer and model differ"
+            f"{elide(source, 100)}: token {top} is not in the model's vocabulary of {vocab_size}; tokenizer and model differ"
         )
 
 
@@ -161,7 +161,7 @@ def documents(source: str, seed: int, split: Split) -> Iterator[Document]:
     else:
         rows = list(_file(Path(source), whole=split == "all"))
         if not rows:
-            raise CalibrationError(f"{source}: holds no text; calibration needs some")
+            raise CalibrationError(f"{elide(source, 100)}: holds no text; calibration needs some")
         if split != "all":
             random.Random(seed).shuffle(rows)
         yield from (row for row in rows if in_split(row, split))
@@ -288,7 +288,7 @@ def _dataset(source: str, seed: int | None) -> Iterator[Document]:
 
     name, config, split, column, *rest = (*source.removeprefix("hf:").split(":"), *[""] * 4)[:5]
     if not name or any(rest):
-        raise CalibrationError(f"{source}: not of the form hf:NAME[:CONFIG][:SPLIT][:COLUMN]")
+        raise CalibrationError(f"{elide(source, 100)}: not of the form hf:NAME[:CONFIG][:SPLIT][:COLUMN]")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         ordered = rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)

@@ -191,6 +191,13 @@ def test_parts_are_joined_only_in_turns_whose_parts_the_template_cannot_write(
     assert read(template(text), row) == "<user>[a][b]<assistant>a\nb"
 
 
+def test_parts_of_an_answer_are_joined_while_arguments_stay_an_object(template: Template, read: Callable[..., str]) -> None:
+    tokenizer = template(ITEMS)
+    turns = calling(content=None)
+    stored = [*turns[:2], {**turns[2], "content": [{"type": "text", "text": "18 degrees"}]}, turns[3]]
+    assert read(tokenizer, {"messages": stored}) == tokenizer.apply_chat_template(turns, tokenize=False)
+
+
 def test_a_template_that_takes_nothing_but_parts_receives_them(template: Template, read: Callable[..., str]) -> None:
     text = "{% for turn in messages %}{% for part in turn.content %}[{{ part['text'] + '' }}]{% endfor %}{% endfor %}"
     parts = [{"type": "text", "text": "a"}]
@@ -205,6 +212,17 @@ def test_a_turn_without_content_is_empty_where_the_template_would_print_none(
     calls = "{% for call in turn.tool_calls or [] %}<{{ call.function.name }}>{% endfor %}"
     tokenizer = template(f"{{% for turn in messages %}}{{{{ {content} }}}}{calls}{{% endfor %}}")
     assert read(tokenizer, {"messages": calling(content=None)}) == "Weather in Rome?<weather>18 degreesIt is warm."
+
+
+def test_keys_of_tool_calls_that_are_null_are_not_there(template: Template, read: Callable[..., str]) -> None:
+    tokenizer = template("{% for call in messages[1].tool_calls %}{{ call.function.name }}{{ call.id }}{% endfor %}")
+    turns = calling(content="")
+    turns[1]["tool_calls"][0]["id"] = None
+    assert read(tokenizer, {"messages": turns}) == "weather"
+
+
+def test_content_without_parts_is_empty(template: Template, read: Callable[..., str]) -> None:
+    assert read(template(PRINTED), {"messages": asking([])}) == "<user><assistant>18 degrees"
 
 
 def test_the_answer_of_a_tool_may_be_an_object(template: Template, read: Callable[..., str]) -> None:
