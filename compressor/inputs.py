@@ -9,13 +9,14 @@ import torch
 
 from compressor.calibration.data import Samples, Split, check_vocabulary, load_samples, load_tokenizer
 from compressor.distributed import Ranks
-from compressor.errors import RecipeError, SourceError
+from compressor.errors import CalibrationError, RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
 from compressor.model.checkpoint import native_dtype
 from compressor.model.rewritten import Progress, Prunes, silent
 from compressor.model.source import ModelSource
 from compressor.plan import rewritten
+from compressor.reading import file_exists
 from compressor.recipe import Recipe
 from compressor.types import Pass
 
@@ -123,7 +124,7 @@ def calibration_source(model: Path) -> str | None:
 
 def _place(source: str) -> str:
     """The same for every way to write the same file."""
-    return str(Path(source).resolve()) if Path(source).is_file() else source
+    return str(Path(source).resolve()) if file_exists(Path(source), CalibrationError) else source
 
 
 def check_shares(calibration: Samples | None, ranks: Ranks) -> None:

@@ -56,6 +56,18 @@ def cause(error: BaseException) -> str:
     return elide(" ".join(str(error).split()) or type(error).__name__, 120)
 
 
+def file_exists(path: Path, error: type[CompressorError]) -> bool:
+    """Return whether a path is that of a file.
+
+    Raises:
+        CompressorError: (`error`) a directory on the way that must not be entered, or a name that no file can have.
+    """
+    try:
+        return path.is_file()
+    except (OSError, ValueError) as reason:
+        raise error(f"{elide(str(path), 150)}: cannot be read ({cause(reason)})") from reason
+
+
 def read_bytes(path: Path, error: type[CompressorError], remedy: str = "get it again from where it came") -> bytes:
     """Read a whole file.
 
@@ -107,6 +119,17 @@ def parse_json(text: str | bytes, where: str, error: type[CompressorError], reme
     except (ValueError, RecursionError) as reason:
         raise error(f"{elide(where, 150)}: not valid JSON ({_reason(reason)}); {remedy}") from reason
     return data
+
+
+def parse_json_lines(text: str, where: str, error: type[CompressorError], remedy: str) -> Iterator[tuple[int, Any]]:
+    r"""Parse JSON Lines and yield pairs of line number (from 1) and data; lines without data are left out.
+
+    Only `\n` (and so `\r\n`) ends a line: the other line separators of Unicode stand in JSON texts as they are.
+    Args and errors are those of `parse_json`; `where` is the file, to which the line is added.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip(" \t\r"):
+            yield number, parse_json(line, f"{where}:{number}", error, remedy)
 
 
 def read_json(path: Path, error: type[CompressorError], remedy: str = "get it again from where it came") -> Any:

@@ -1,7 +1,8 @@
 """Calibration and evaluation tokens: from where the text comes, and how it is cut into samples.
 
 A source is `builtin` (the standard library's files), a `.txt`, `.jsonl` or `.parquet` file, or a data set of the hub,
-`hf:NAME[:CONFIG][:SPLIT][:COLUMN]`.
+`hf:NAME[:CONFIG][:SPLIT][:COLUMN]`. A row of a data set holds a text or a conversation (see compressor.calibration.chat);
+where it holds both, the text is read. Rows whose text is empty are left out, other rows without text are refused.
 Every source yields documents; a document belongs to the held-out split by the hash of its text (the built-in ones: of
 their path), so calibration and evaluation never share one. Documents are visited in a seeded order (all of a source, for
 evaluation, in its own order, a plain text uncut), tokenised only until there are enough tokens, joined (with the end token
@@ -11,7 +12,8 @@ between them, if the tokenizer has one) and cut into samples of exactly `seq_len
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +23,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compressor.calibration import stdlib
+from compressor.calibration.chat import Conversation, json_name, make_conversation, without_nulls
+from compressor.calibration.chat_template import render
 from compressor.errors import CalibrationError
 from compressor.model.block_configs import llama_config
+from compressor.reading import cause, elide, file_exists, parse_json, parse_json_lines, read_text
 
 TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 CHUNK = 2000  # characters: a text file is cut at blank lines into documents of at least this many
 SEPARATOR = "<|endoftext|>"  # unless it says by itself where they end
-Document = str | list[dict[str, str]]  # a text, or the turns of a conversation
+TURNS = re.compile(r"\s*\[\s*\{")  # how the turns of a conversation begin that are stored as JSON text
+KINDS = "a .txt, .jsonl or .parquet file"
+Document = str | Conversation
 Split = Literal["calibration", "held-out", "all"]  # `all` of the built-in text is its held-out part, too
 SHUFFLE_BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
 
@@ -97,7 +104,7 @@ def load_samples(
             break
     if len(ids) < wanted:
         raise CalibrationError(
-            f"{source}: {len(ids)} tokens of text, where {samples} samples of {seq_len} tokens need {wanted}; "
+            f"{elide(source, 100)}: {len(ids)} tokens of text, where {samples} samples of {seq_len} tokens need {wanted}; "
             "name a larger source, or lower --samples or --seq-len"
         )
     tokens = torch.tensor(ids[:wanted]).view(samples, seq_len)
@@ -109,7 +116,7 @@ def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
     top = int(tokens.max())
     if top >= vocab_size:
         raise CalibrationError(
-            f"{source}: token {top} is not in the model's vocabulary of {vocab_size}; tokenizer and model differ"
+            f"{elide(source, 100)}: token {top} is not in the model's vocabulary of {vocab_size}; tokenizer and model differ"
         )
 
 
@@ -121,11 +128,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Document, joined: bool,
     end = [tokenizer.eos_token_id] if joined and tokenizer.eos_token_id is not None else []
     if isinstance(document, str):
         return [*end, *tokenizer(document, add_special_tokens=special, verbose=False)["input_ids"]]
-    if tokenizer.chat_template is None:
-        raise CalibrationError(
-            "the data holds conversations but the tokenizer has no chat template; use a data set of plain text"
-        )
-    text = tokenizer.apply_chat_template(document, tokenize=False)
+    text = render(tokenizer, document)  # with the special tokens that the template writes
     return [*end, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
@@ -138,7 +141,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -
         return ids or [tokenizer.bos_token_id]
     if tokenizer.chat_template is None:
         raise CalibrationError("the tokenizer has no chat template; leave out --chat")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template can raise anything
+        raise CalibrationError(f"prompt: the tokenizer's chat template fails ({cause(error)}); leave out --chat") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -153,52 +161,63 @@ def documents(source: str, seed: int, split: Split) -> Iterator[Document]:
     else:
         rows = list(_file(Path(source), whole=split == "all"))
         if not rows:
-            raise CalibrationError(f"{source}: holds no text; calibration needs some")
+            raise CalibrationError(f"{elide(source, 100)}: holds no text; calibration needs some")
         if split != "all":
             random.Random(seed).shuffle(rows)
         yield from (row for row in rows if in_split(row, split))
 
 
-def in_split(document: str | Sequence[Any], split: Split) -> bool:
+def in_split(document: Document, split: Split) -> bool:
     """Whether a document belongs to a split."""
     return split == "all" or is_held_out(document) == (split == "held-out")
 
 
-def is_held_out(document: str | Sequence[Any]) -> bool:
-    """Whether a document is kept for evaluation: one in twenty, by the hash of its content."""
-    text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+def is_held_out(document: Document) -> bool:
+    """Whether a document is kept for evaluation: one in twenty, by the hash of its text or its turns."""
+    text = document if isinstance(document, str) else json.dumps(document.turns, sort_keys=True, default=str)
     return stdlib.in_held_out_share(text)
 
 
 def _file(path: Path, whole: bool) -> Iterable[Document]:
     """The documents of a file; `whole` leaves a plain text in one piece."""
-    if not path.is_file():
-        raise CalibrationError(
-            f"{path}: no such file; data is `builtin`, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]"
-        )
+    name = elide(str(path), 100)
+    if not file_exists(path, CalibrationError):
+        found = "is a directory" if path.is_dir() else "no such file"
+        raise CalibrationError(f"{name}: {found}; data is `builtin`, {KINDS}, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]")
+    kind = path.suffix.lower()
+    if kind == ".txt":
+        text = read_text(path, CalibrationError, "store it as UTF-8")
+        return _chunks(text.replace("\r\n", "\n").replace("\r", "\n"), whole)
+    if kind == ".jsonl":
+        text = read_text(path, CalibrationError, "store it as UTF-8")
+        lines = parse_json_lines(text, str(path), CalibrationError, "correct this line")
+        return _rows((f"{name}:{number}", row) for number, row in lines)
+    if kind == ".parquet":
+        return _rows((f"{name}: row {number}", row) for number, row in enumerate(_parquet(path, name)))
+    raise CalibrationError(f"{name}: unknown kind of file; data is {KINDS}")
+
+
+def _parquet(path: Path, name: str) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
     try:
-        if path.suffix == ".txt":
-            return list(_chunks(path.read_text(encoding="utf-8"), whole))
-        if path.suffix == ".jsonl":
-            return list(_lines(path))
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-            return [content(row, None, f"{path}: row {n}") for n, row in enumerate(rows)]
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path}: cannot be read as {path.suffix} ({error}); check the file") from error
-    raise CalibrationError(f"{path}: unknown kind of file; data is .txt, .jsonl or .parquet")
+        return [_arrow_row(row) for row in pyarrow.parquet.read_table(path).to_pylist()]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise CalibrationError(f"{name}: cannot be read as .parquet ({cause(error)}); check the file") from error
 
 
-def _lines(path: Path) -> Iterator[Document]:
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            raise CalibrationError(f"{path}:{n}: cannot be read as JSON ({error}); correct this line") from error
-        if row is not None:
-            yield content(row, None, f"{path}:{n}")
+def _arrow_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row, without the keys that Arrow adds inside them."""
+    return {column: without_nulls(value) for column, value in row.items()}
+
+
+def _rows(rows: Iterable[tuple[str, Any]], column: str | None = None) -> Iterator[Document]:
+    """The documents of rows and where they stand, without the empty ones."""
+    for where, row in rows:
+        document = content(row, column, where)
+        if document != "":
+            yield document
 
 
 def _chunks(text: str, whole: bool) -> Iterator[str]:
@@ -220,34 +239,47 @@ def _chunks(text: str, whole: bool) -> Iterator[str]:
 
 
 def content(row: Any, column: str | None, where: str) -> Document:
-    """The text or conversation of one row of a data set.
+    """The text or conversation of one row of a data set; the empty text if that is all the row has.
+
+    Args:
+        row: A text, or an object whose keys are columns.
+        column: Column to be read; None for the first of TEXT_COLUMNS and CHAT_COLUMNS that is not empty.
+        where: Start of messages: file and line.
 
     Raises:
-        CalibrationError: the row has no column that is known to hold text.
+        CalibrationError: no column that is known to hold text, or one that holds something else.
     """
     if isinstance(row, str):
         return row
-    if isinstance(row, dict):
-        for name in (column,) if column else (*TEXT_COLUMNS, *CHAT_COLUMNS):
-            value = row.get(name)
-            if isinstance(value, str):
-                return value
-            if name in row and value is None:
-                raise CalibrationError(f"{where}: `{name}` is null where text is needed; leave the row out")
-            if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-                return [_turn(turn) for turn in value]
-    named = f"column `{column}`" if column else f"one of the columns {', '.join((*TEXT_COLUMNS, *CHAT_COLUMNS))}"
-    have = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict):
+        raise CalibrationError(f"{where}: is {json_name(row)} where an object with text is needed; correct it")
+    names = (column,) if column else (*TEXT_COLUMNS, *CHAT_COLUMNS)
+    present = [name for name in names if row.get(name) is not None]
+    filled = [name for name in present if row[name] not in ("", [])]
+    if filled:
+        return _value(row[filled[0]], filled[0], row, where)
+    if any(row[name] == "" for name in present):
+        return ""
+    if present:
+        raise CalibrationError(f"{where}: the conversation in `{present[0]}` has no turns; leave the row out")
+    empty = next((name for name in names if name in row), None)
+    if empty is not None:
+        raise CalibrationError(f"{where}: `{empty}` is null where text is needed; leave the row out")
+    named = f"column `{elide(column, 40)}`" if column else f"one of the columns {', '.join(names)}"
+    have = elide(", ".join(row), 50) or "none"
     raise CalibrationError(f"{where}: needs text or a conversation in {named}, has {have}; rename the column")
 
 
-def _turn(turn: dict[str, Any]) -> dict[str, str]:
-    """A turn with the keys `role` and `content`; ShareGPT's `from` and `value` are understood."""
-    role = str(turn.get("role", turn.get("from", "user")))
-    return {
-        "role": {"human": "user", "gpt": "assistant"}.get(role, role),
-        "content": str(turn.get("content", turn.get("value", ""))),
-    }
+def _value(value: Any, column: str, row: dict[str, Any], where: str) -> Document:
+    """What a column holds."""
+    if isinstance(value, str) and column not in TEXT_COLUMNS and TURNS.match(value):
+        value = parse_json(value, f"{where}: `{column}`", CalibrationError, "correct it")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and any(isinstance(turn, dict) for turn in value):
+        return make_conversation(value, row, where)
+    found = f"a list of {json_name(value[0])}" if isinstance(value, list) else json_name(value)
+    raise CalibrationError(f"{where}: `{elide(column, 40)}` is {found} where text or a list of turns is needed; correct it")
 
 
 def _dataset(source: str, seed: int | None) -> Iterator[Document]:
@@ -256,16 +288,16 @@ def _dataset(source: str, seed: int | None) -> Iterator[Document]:
 
     name, config, split, column, *rest = (*source.removeprefix("hf:").split(":"), *[""] * 4)[:5]
     if not name or any(rest):
-        raise CalibrationError(f"{source}: not of the form hf:NAME[:CONFIG][:SPLIT][:COLUMN]")
+        raise CalibrationError(f"{elide(source, 100)}: not of the form hf:NAME[:CONFIG][:SPLIT][:COLUMN]")
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         ordered = rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        for n, row in enumerate(ordered):
-            yield content(row, column or None, f"{source}: row {n}")
+        order = "" if seed is None else f" (in the order of seed {seed})"
+        named = ((f"{elide(source, 100)}: row {n}{order}", _arrow_row(row)) for n, row in enumerate(ordered))
+        yield from _rows(named, column or None)
     except CalibrationError:
         raise
     except Exception as error:  # the hub's client raises a dozen unrelated kinds
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CalibrationError(
-            f"{source}: the data set cannot be loaded ({reason}); check its name and the network"
+            f"{elide(source, 100)}: the data set cannot be loaded ({cause(error)}); check its name and the network"
         ) from error

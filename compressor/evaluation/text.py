@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from compressor.calibration.data import Document, Split, documents, encode
 from compressor.errors import CalibrationError, RecipeError
 from compressor.evaluation.score import Passage
+from compressor.reading import elide
 
 CHARACTERS = 64  # that a token stands for at most, on average: so much of a long text is tokenised
 
@@ -110,7 +111,7 @@ def load_text(
         least = "a document of 2 tokens" if protocol.documents else f"one sample of {protocol.seq_len}"
         which = "held-out " if split == "held-out" else ""
         raise CalibrationError(
-            f"{source}: its {which}text has not enough tokens for {least}; "
+            f"{elide(source, 100)}: its {which}text has not enough tokens for {least}; "
             "name a larger source, lower --seq-len, or when compressing give --no-eval"
         )
     digest = hashlib.sha256()

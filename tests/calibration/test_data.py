@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerBase
 
 from compressor.assets import DEMO_MODEL
 from compressor.calibration import data, stdlib
+from compressor.calibration.chat import Conversation
 from compressor.errors import CalibrationError
 
 
@@ -65,9 +66,7 @@ def test_only_as_many_documents_are_tokenised_as_needed(lines, tokenizer, monkey
 def test_conversations_go_through_the_chat_template(tmp_path, tokenizer):
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
     expected = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert tokenizer.decode(data.encode(tokenizer, turns, joined=False)) == expected
-    sharegpt = {"conversations": [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]}
-    assert data.content(sharegpt, None, "row") == turns
+    assert tokenizer.decode(data.encode(tokenizer, Conversation(turns), joined=False)) == expected
 
 
 def test_parquet_and_text_files_are_read(tmp_path, tokenizer):
@@ -108,7 +107,7 @@ def test_a_hub_data_set_is_streamed_by_name_config_split_and_column(monkeypatch)
     ("name", "content", "message"),
     [
         ("a.jsonl", "", "holds no text"),
-        ("a.jsonl", "{broken\n", "cannot be read"),
+        ("a.jsonl", "{broken\n", "a.jsonl:1: not valid JSON"),
         ("a.jsonl", '{"title": "x"}\n', "has title; rename the column"),
         ("a.csv", "text\n", "unknown kind of file"),
         ("a.parquet", "not parquet", "cannot be read"),

@@ -176,7 +176,7 @@ def test_a_label_is_an_index_a_letter_or_a_text(tmp_path: Path, label: Any) -> N
     ("lines", "message"),
     [
         ("", "holds no questions"),
-        ('{"question": "a"\n', ":1: cannot be read as JSON"),
+        ('{"question": "a"\n', ":1: not valid JSON"),
         ('{"text": "a b"}\n\n[1]\n', ":3: a list where an object"),
         ('{"prompt": "a", "reply": "b"}\n', ":1: no known form of question has the keys prompt, reply; known are"),
         ('{"question": "a", "choices": ["x", "y"], "label": 2}\n', r":1: label 2 is none of 0 … 1; correct this line"),
@@ -227,3 +227,32 @@ SHARED = Path(__file__).parents[3] / "shared/data/tasks"
 def test_the_usual_tasks_fit_the_forms(name: str, kind: str, count: int) -> None:
     questions = read(SHARED / name)
     assert (questions.kind, len(questions.rows)) == (kind, count)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_byte_order_mark_line_ends_of_windows_and_separators_in_texts_are_read(tmp_path: Path, name: str) -> None:
+    rows = [{"context": "one\u2028two\x85", "target": "three"}] * 2
+    content = ("\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert list(read(path).rows) == rows
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8b\x08" + bytes(40), gzip.compress(b"{}" * 99)[:-9], b"plain"])
+def test_a_damaged_archive_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"a.jsonl.gz: cannot be read \(.*\); check the file"):
+        read(tmp_path / "a.jsonl.gz")
+
+
+def test_an_archive_that_grows_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_BYTES", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b" " * 1001))
+    with pytest.raises(RecipeError, match="more than 1,000 bytes"):
+        read(tmp_path / "a.jsonl.gz")
+
+
+def test_a_row_of_deeply_nested_lists_is_named_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one two"}\n' + "[" * 100_000)
+    with pytest.raises(RecipeError, match=r"a.jsonl:2: not valid JSON \(nested too deeply\)"):
+        read(tmp_path / "a.jsonl")

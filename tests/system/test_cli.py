@@ -60,10 +60,10 @@ BAD_DATA = {
     "an empty text file": ("empty.txt", "", ("holds no text",)),
     "a text file of blank lines": ("blank.txt", "\n\n  \n", ("holds no text",)),
     "too little text": ("short.txt", "hello there", ("tokens of text", "4 samples of 64", "256", "--samples")),
-    "text that is not UTF-8": ("latin.txt", b"caf\xe9", ("latin.txt", "utf-8")),
+    "text that is not UTF-8": ("latin.txt", b"caf\xe9", ("latin.txt", "UTF-8")),
     "JSON lines cut short": ("cut.jsonl", '{"text": "whole"}\n{"text": ', ("cut.jsonl",)),
     "JSON lines without a column of text": ("columns.jsonl", '{"body": "a"}\n', ("columns.jsonl:1", "body", "text")),
-    "JSON lines of numbers": ("numbers.jsonl", "1\n2\n", ("numbers.jsonl:1", "int")),
+    "JSON lines of numbers": ("numbers.jsonl", "1\n2\n", ("numbers.jsonl:1", "a number")),
     "a damaged Parquet file": ("bad.parquet", "PAR", ("bad.parquet",)),
     "conversations without a chat template": (
         "chat.jsonl",

@@ -12,14 +12,15 @@ and are not asked.
 """
 
 import gzip
-import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from compressor.errors import RecipeError
 from compressor.evaluation.tasks.questions import LONGEST_ANSWER, Kind, Questions, prompt
+from compressor.reading import MAX_BYTES, cause, elide, file_exists, parse_json_lines, read_text
 
 SHOTS = 5
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -50,17 +51,18 @@ def read(path: Path, longest_answer: int = LONGEST_ANSWER) -> Questions:
     rows = list(_rows(path))
     if not rows:
         raise RecipeError(f"{path}: holds no questions; name another file")
-    kind, convert = _form(path, rows[0][1])
+    kind, convert = _form(path, *rows[0])
     made = []
     for line, row in rows:
         try:
             made.append(convert(row))
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(
-                f"{path}:{line}: {', '.join(row)} do not make a question like the first line's ({error}); correct this line"
+                f"{path}:{line}: {elide(', '.join(row))} do not make a question like the first line's ({cause(error)}); "
+                "correct this line"
             ) from error
         except ValueError as error:
-            raise RecipeError(f"{path}:{line}: {error}; correct this line") from error
+            raise RecipeError(f"{path}:{line}: {cause(error)}; correct this line") from error
     name = path.name.removesuffix(".gz").removesuffix(".jsonl")
     if kind == "choice" and all(len(BLANK.findall(row["context"])) == 1 for row in made):
         return Questions(name, "blank", [_filled(row) for row in made])
@@ -72,28 +74,32 @@ def read(path: Path, longest_answer: int = LONGEST_ANSWER) -> Questions:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    if not path.is_file() or not path.name.endswith(SUFFIXES):
-        raise RecipeError(f"{path}: no such task file; name a .jsonl or .jsonl.gz file, or a task of lm-evaluation-harness")
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = raw.decode("utf-8").split("\n")
-    except (OSError, EOFError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error}); check the file") from error
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RecipeError(f"{path}:{n}: cannot be read as JSON ({error}); correct this line") from error
+    if not path.name.endswith(SUFFIXES) or not file_exists(path, RecipeError):
+        raise RecipeError(
+            f"{elide(str(path), 150)}: no such task file; name a .jsonl or .jsonl.gz file, or a task of lm-evaluation-harness"
+        )
+    for line, row in parse_json_lines(_text_of(path), str(path), RecipeError, "correct this line"):
         if not isinstance(row, dict):
             raise RecipeError(
-                f"{path}:{n}: a {type(row).__name__} where an object with a question is needed; correct this line"
+                f"{path}:{line}: a {type(row).__name__} where an object with a question is needed; correct this line"
             )
-        yield n, row
+        yield line, row
 
 
-def _form(path: Path, first: Row) -> tuple[Kind, Callable[[Row], Row]]:
+def _text_of(path: Path) -> str:
+    if path.suffix != ".gz":
+        return read_text(path, RecipeError, "check the file")
+    try:
+        with gzip.open(path) as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes")
+        return content.decode("utf-8-sig")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise RecipeError(f"{path}: cannot be read ({cause(error)}); check the file") from error
+
+
+def _form(path: Path, line: int, first: Row) -> tuple[Kind, Callable[[Row], Row]]:
     if "choices" in first and any(key in first for key in (*ASKED, *CONTINUED)):
         return "choice", _choice
     if any(set(pair) <= first.keys() for pair in PAIRS):
@@ -103,7 +109,7 @@ def _form(path: Path, first: Row) -> tuple[Kind, Callable[[Row], Row]]:
     if {"context", "target"} <= first.keys() or "text" in first:
         return "cloze", _cloze
     raise RecipeError(
-        f"{path}:1: no known form of question has the keys {', '.join(first)}; known are "
+        f"{path}:{line}: no known form of question has the keys {elide(', '.join(first))}; known are "
         "question, choices, label; good, bad; text; context, target; question, answer"
     )
 
