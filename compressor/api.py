@@ -20,6 +20,7 @@ from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.fitting import find_plan, fit_recipe, levels_place, settle, shortened
 from compressor.forecast import expected_memory, generating
+from compressor.host import known_state
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
@@ -67,6 +68,7 @@ class Forecast:
         return {**vars(self), "out": str(self.out), "exact": self.exact, "plan": describe_plan(self.plan)}
 
 
+@known_state()
 def run(
     recipe: Recipe | str | Path,
     model: str | Path = ".",
@@ -204,6 +206,7 @@ def prune(
     return run(prune_recipe(ratio, **options), model, out, tell=tell, **of_run)
 
 
+@known_state()
 def forecast(
     recipe: Recipe,
     model: str | Path,

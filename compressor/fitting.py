@@ -18,6 +18,7 @@ from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
 from compressor.distributed import Ranks
 from compressor.errors import OutputError, RecipeError
+from compressor.host import known_state
 from compressor.inputs import check_shares, load_data, open_model
 from compressor.judging import silent
 from compressor.model import shards
@@ -45,6 +46,7 @@ DROP = "prune"  # what lets attentions and MLPs go, among numbers to mix
 FEWEST = 20  # steps of training that are worth while
 
 
+@known_state()
 def fit_recipe(
     model: Path,
     *,
@@ -135,6 +137,7 @@ def target_bytes(target: Target, source: ModelSource) -> int:
     return int((1 - target.ratio) * sum(file.stat().st_size for file in source.checkpoint.files()))
 
 
+@known_state()
 def search_plan(
     recipe: Recipe | str | Path,
     model: str | Path = ".",

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from compressor.errors import SourceError
+from compressor.host import known_state
 from compressor.model.checkpoint import read_config
 from compressor.model.source import ModelSource
 from compressor.verification.check import Check, Progress, attempt
@@ -17,6 +18,7 @@ from compressor.verification.values import check_reference, check_values
 CPU = torch.device("cpu")
 
 
+@known_state()
 def verify(
     directory: Path,
     reference: Path | None = None,

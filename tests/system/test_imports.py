@@ -19,7 +19,7 @@ PRUNING = (
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
     ("errors", "reading"),
-    ("types", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes"),
+    ("types", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes", "host"),
     ("_on_import",),
     ("kernels",),
     ("registry", "report", "report_html", "distributed"),
