@@ -27,6 +27,7 @@ from compressor.model.journal import replace_text
 from compressor.model.rewritten import Prunes, Rewrites
 from compressor.model.source import ModelSource
 from compressor.passes._training import Schedule
+from compressor.patterns import check_patterns
 from compressor.pipeline import Event, Job, Tell, open_stream
 from compressor.plan import make_plan, output_headers
 from compressor.plan_file import to_text
@@ -147,6 +148,7 @@ def search_plan(
     overwrite: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    required: Sequence[str] = (),
     tell: Tell = silent,
 ) -> Found:
     """Find the best plan for a recipe's target, and write that alone; arguments as of `run`.
@@ -166,6 +168,7 @@ def search_plan(
     if out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already; give --overwrite to replace it or choose another --out")
     source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
+    unmatched = check_patterns(source, recipe.passes, required)
     calibration, _ = load_data(replace(recipe, evaluation=None), source)
     check_shares(calibration, ranks)
     found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell, started=started)
@@ -173,7 +176,7 @@ def search_plan(
         replace_text(out, to_text(found.plan))
         if levels is None:
             shutil.rmtree(levels_place(out, levels))
-    return found
+    return replace(found, warnings=unmatched)
 
 
 def levels_place(out: Path, levels: str | Path | None) -> Path:

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from compressor.access import check_readable, kind_of
 from compressor.calibration import stdlib
 from compressor.errors import CalibrationError
 from compressor.model.block_configs import llama_config
 
 TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.jinja")  # what transformers may read for a tokenizer
 CHUNK = 2000  # characters: a text file is cut at blank lines into documents of at least this many
 SEPARATOR = "<|endoftext|>"  # unless it says by itself where they end
 Document = str | list[dict[str, str]]  # a text, or the turns of a conversation
@@ -52,6 +54,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         CalibrationError: there is none that can be loaded without running code from the checkpoint.
     """
+    check_readable((file for kind in TOKENIZER_FILES for file in sorted(path.glob(kind))), CalibrationError)
     if not any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
@@ -172,7 +175,8 @@ def is_held_out(document: str | Sequence[Any]) -> bool:
 
 def _file(path: Path, whole: bool) -> Iterable[Document]:
     """The documents of a file; `whole` leaves a plain text in one piece."""
-    if not path.is_file():
+    check_readable([path], CalibrationError)
+    if kind_of(path, CalibrationError) != "file":
         raise CalibrationError(
             f"{path}: no such file; data is `builtin`, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]"
         )

@@ -18,7 +18,7 @@ PRUNING = (
 )
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
-    ("errors", "reading"),
+    ("errors", "reading", "access"),
     ("types", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes", "host"),
     ("_on_import",),
     ("kernels",),
@@ -27,7 +27,7 @@ FLOORS = (
     ("formats",),
     ("model", "calibration"),
     ("passes",),
-    ("plan", "evaluation"),
+    ("plan", "evaluation", "patterns"),
     ("plan_file", "forecast"),
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from compressor.access import check_readable
 from compressor.errors import RecipeError
 from compressor.evaluation.tasks.questions import LONGEST_ANSWER, Kind, Questions, prompt
 
@@ -72,6 +73,7 @@ def read(path: Path, longest_answer: int = LONGEST_ANSWER) -> Questions:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
+    check_readable([path], RecipeError)
     if not path.is_file() or not path.name.endswith(SUFFIXES):
         raise RecipeError(f"{path}: no such task file; name a .jsonl or .jsonl.gz file, or a task of lm-evaluation-harness")
     try:
