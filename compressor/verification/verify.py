@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from compressor.access import check_readable
 from compressor.errors import SourceError
 from compressor.host import known_state
 from compressor.model.checkpoint import read_config
@@ -36,10 +37,11 @@ def verify(
     Returns: one entry for each check, in order; a failed one does not stop those that are still possible.
 
     Raises:
-        SourceError: no model directory, or a manifest that cannot be read.
+        SourceError: no model directory, or a manifest or weights that cannot be read at all.
     """
     for place in (directory, *([reference] if reference is not None else [])):
         read_config(place)
+        check_readable(sorted(place.glob("*.safetensors*")), SourceError)
     manifest = read_manifest(directory)
     checks = [
         attempt("files", lambda: check_files(directory)),
