@@ -3,7 +3,7 @@
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.fitting import find_plan, fit_recipe, levels_place, settle, shortened
 from compressor.forecast import expected_memory, generating
+from compressor.host import known_state
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
@@ -27,12 +28,13 @@ from compressor.model.rewritten import Prunes
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, check_space, check_target
 from compressor.output import default_out, write_model
+from compressor.patterns import check_patterns
 from compressor.pipeline import Event, Job, Tell
 from compressor.plan import describe_plan, make_plan, model_formats, output_headers, total_bits
 from compressor.plan_file import offering, read_plan
 from compressor.provenance import fingerprint, fingerprint_plan, finished_report, new_report
 from compressor.pruning.stage import clear, expected_peak, held, pruned, pruning_place, sketched
-from compressor.recipe import Recipe, load_recipe
+from compressor.recipe import Recipe, changed_patterns, load_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
 from compressor.shorthands import prune_recipe, quantize_recipe
@@ -56,6 +58,7 @@ class Forecast:
     bits_per_weight: float  # over the compressed layers: exact, or at most that
     expected_peak_memory_bytes: int
     certain: bool  # that of the shapes which a pass may choose among there is only one
+    warnings: tuple[str, ...]  # of the recipe and the model; `run` warns of more
 
     @property
     def exact(self) -> bool:
@@ -67,6 +70,7 @@ class Forecast:
         return {**vars(self), "out": str(self.out), "exact": self.exact, "plan": describe_plan(self.plan)}
 
 
+@known_state()
 def run(
     recipe: Recipe | str | Path,
     model: str | Path = ".",
@@ -79,6 +83,7 @@ def run(
     verify: bool = True,
     device: str | None = None,
     dtype: str | None = None,
+    required: Sequence[str] = (),
     tell: Tell = silent,
 ) -> Report:
     """Compress a model as a recipe says and write a model directory.
@@ -95,6 +100,7 @@ def run(
         device: `cpu` or `cuda`; None takes a GPU if there is one.
         dtype: Calibration runs in; None takes the checkpoint's where the hardware computes in it, else float32.
             The result is always compared with the original in float32.
+        required: Patterns of layers that must match something; others of the recipe that match nothing are warned of.
         tell: Called with progress.
 
     Raises:
@@ -107,14 +113,14 @@ def run(
     recipe = recipe if given is None else offering(recipe, given)
     source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
     source, given, gone = settle(source, given)
-    small = sketched(source, recipe.passes)[0]
+    small, unmatched = shaped(source, recipe, required)
     expected = make_plan(small, recipe.passes, given) if recipe.target is None else {}
     out = default_out(Path(model), recipe.passes, expected, recipe.target) if out is None else Path(out)
     check_target(out, Path(model), resume=resume, overwrite=overwrite)
     calibration, evaluation = load_data(recipe, source)
     check_shares(calibration, ranks)
     made_by = fingerprint(recipe, source, calibration) | ({} if given is None else fingerprint_plan(given))
-    report = new_report(recipe, source, out, made_by, calibration)
+    report = new_report(recipe, source, out, made_by, calibration, unmatched)
     place = pruning_place(out)
     if resume and out.exists() and not overwrite:
         return finished(out, report, ranks)
@@ -171,7 +177,7 @@ def quantize(
         options: Of `quantize_recipe`, and resume, overwrite, verify, device, dtype of `run`.
     """
     of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
-    return run(quantize_recipe(bits, **options), model, out, tell=tell, **of_run)
+    return run(quantize_recipe(bits, **options), model, out, required=given_patterns(options), tell=tell, **of_run)
 
 
 def fit(model: str | Path = ".", out: str | Path | None = None, *, tell: Tell = silent, **options: Any) -> Report:
@@ -185,7 +191,7 @@ def fit(model: str | Path = ".", out: str | Path | None = None, *, tell: Tell = 
     """
     keys = ("levels", "resume", "overwrite", "verify", "device", "dtype")
     of_run = {key: options.pop(key) for key in keys if key in options}
-    return run(fit_recipe(Path(model), **options), model, out, tell=tell, **of_run)
+    return run(fit_recipe(Path(model), **options), model, out, required=given_patterns(options), tell=tell, **of_run)
 
 
 def prune(
@@ -201,9 +207,21 @@ def prune(
         options: Of `prune_recipe`, and resume, overwrite, verify, device, dtype of `run`.
     """
     of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
-    return run(prune_recipe(ratio, **options), model, out, tell=tell, **of_run)
+    return run(prune_recipe(ratio, **options), model, out, required=given_patterns(options), tell=tell, **of_run)
 
 
+def shaped(source: ModelSource, recipe: Recipe, required: Sequence[str]) -> tuple[ModelSource, list[str]]:
+    """Return the model in the shape in which its blocks are compressed, and warnings of patterns that match nothing there."""
+    small = sketched(source, recipe.passes)[0]
+    return small, check_patterns(small, recipe.passes, required)
+
+
+def given_patterns(options: Mapping[str, Any]) -> list[str]:
+    """Return the patterns of layers among the options of a shorthand."""
+    return [*options.get("ignore", ()), *changed_patterns(options.get("changes", ()))]
+
+
+@known_state()
 def forecast(
     recipe: Recipe,
     model: str | Path,
@@ -212,8 +230,9 @@ def forecast(
     plan: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    required: Sequence[str] = (),
 ) -> Forecast:
-    """What `run` would do and how large the result would be, from the headers alone.
+    """What `run` would do and how large the result would be, from the headers alone; arguments as of `run`.
 
     Raises:
         RecipeError: (among others) the recipe has a target, so that the plan is known only after a search.
@@ -231,6 +250,7 @@ def forecast(
     samples = generating(source) if judge is not None and judge.generate and source.device.type == "cpu" else 0
     pruning = expected_peak(source, recipe.passes, tokens, TOKENS_AT_ONCE)
     source, certain, more = sketched(source, recipe.passes)
+    unmatched = check_patterns(source, recipe.passes, required)
     chosen = make_plan(source, recipe.passes, given)
     files = shards.layout(output_headers(source, recipe.passes, chosen))
     memory = expected_memory(
@@ -250,6 +270,7 @@ def forecast(
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
         bits_per_weight=bits / weights if weights else 8 * widest,
         certain=certain,
+        warnings=tuple(unmatched),
         expected_peak_memory_bytes=LIBRARIES_BYTES + max(memory, pruning, samples),
     )
 

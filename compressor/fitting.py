@@ -18,6 +18,7 @@ from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
 from compressor.distributed import Ranks
 from compressor.errors import OutputError, RecipeError
+from compressor.host import known_state
 from compressor.inputs import check_shares, load_data, open_model
 from compressor.judging import silent
 from compressor.model import shards
@@ -26,6 +27,7 @@ from compressor.model.journal import replace_text
 from compressor.model.rewritten import Prunes, Rewrites
 from compressor.model.source import ModelSource
 from compressor.passes._training import Schedule
+from compressor.patterns import check_patterns
 from compressor.pipeline import Event, Job, Tell, open_stream
 from compressor.plan import make_plan, output_headers
 from compressor.plan_file import to_text
@@ -45,6 +47,7 @@ DROP = "prune"  # what lets attentions and MLPs go, among numbers to mix
 FEWEST = 20  # steps of training that are worth while
 
 
+@known_state()
 def fit_recipe(
     model: Path,
     *,
@@ -135,6 +138,7 @@ def target_bytes(target: Target, source: ModelSource) -> int:
     return int((1 - target.ratio) * sum(file.stat().st_size for file in source.checkpoint.files()))
 
 
+@known_state()
 def search_plan(
     recipe: Recipe | str | Path,
     model: str | Path = ".",
@@ -144,6 +148,7 @@ def search_plan(
     overwrite: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    required: Sequence[str] = (),
     tell: Tell = silent,
 ) -> Found:
     """Find the best plan for a recipe's target, and write that alone; arguments as of `run`.
@@ -163,6 +168,7 @@ def search_plan(
     if out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already; give --overwrite to replace it or choose another --out")
     source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
+    unmatched = check_patterns(source, recipe.passes, required)
     calibration, _ = load_data(replace(recipe, evaluation=None), source)
     check_shares(calibration, ranks)
     found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell, started=started)
@@ -170,7 +176,7 @@ def search_plan(
         replace_text(out, to_text(found.plan))
         if levels is None:
             shutil.rmtree(levels_place(out, levels))
-    return found
+    return replace(found, warnings=unmatched)
 
 
 def levels_place(out: Path, levels: str | Path | None) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from compressor.access import kind_of
 from compressor.calibration.data import Samples, Split, check_vocabulary, load_samples, load_tokenizer
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError, RecipeError, SourceError
@@ -15,8 +16,8 @@ from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
 from compressor.model.checkpoint import native_dtype
 from compressor.model.rewritten import Progress, Prunes, silent
 from compressor.model.source import ModelSource
+from compressor.model.writer import other_files
 from compressor.plan import rewritten
-from compressor.reading import file_exists
 from compressor.recipe import Recipe
 from compressor.types import Pass
 
@@ -45,6 +46,7 @@ def open_model(
     Reads headers only, unless a pass changes the whole model.
     """
     source = ModelSource(model, device, computation_dtype(device, dtype, model))
+    other_files(model)  # will be copied in the end: what cannot be read is to be said now
     shaped = source.absent or source.widths
     dense = shaped and not source.packed() and not source.hadamard and source.cache is None
     if "quantization_config" in source.raw_config and not dense:
@@ -124,7 +126,7 @@ def calibration_source(model: Path) -> str | None:
 
 def _place(source: str) -> str:
     """The same for every way to write the same file."""
-    return str(Path(source).resolve()) if file_exists(Path(source), CalibrationError) else source
+    return str(Path(source).resolve()) if kind_of(Path(source), CalibrationError) == "file" else source
 
 
 def check_shares(calibration: Samples | None, ranks: Ranks) -> None:

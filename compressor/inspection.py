@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.host import known_state
 from compressor.model.runtimes import Runtime, runtimes
 from compressor.model.shards import NAMES
 from compressor.model.source import ModelSource
@@ -87,6 +88,7 @@ class Inspection:
         return {**asdict(self), "kinds": [*map(sized, self.kinds)], "tensors": [*map(sized, self.tensors)]}
 
 
+@known_state()
 def inspect_model(path: Path) -> Inspection:
     """Read the headers of a model directory.
 

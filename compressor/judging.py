@@ -16,6 +16,7 @@ from compressor.evaluation.tasks.subject import Place
 from compressor.evaluation.tasks.work import Work
 from compressor.evaluation.text import make_protocol
 from compressor.forecast import generating
+from compressor.host import known_state
 from compressor.inputs import Judged, calibration_source, computation_dtype, judged, sample_length
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource, return_freed_memory
@@ -48,6 +49,7 @@ def evaluate(
     return evaluate_all([model], reference, tell=tell, **options)[0]
 
 
+@known_state()
 def evaluate_all(
     models: Sequence[str | Path],
     reference: str | Path | None = None,
@@ -116,6 +118,7 @@ def judge(
     return measure(everyone, text.texts, text.protocol, original, dtype=models[0].dtype, tell=progress)
 
 
+@known_state()
 def answer_tasks(
     model: str | Path,
     names: Sequence[str],
@@ -158,6 +161,7 @@ def answer_tasks(
     )
 
 
+@known_state()
 def check_tasks(model: str | Path, names: Sequence[str], limit: int | None, seed: int) -> None:
     """Refuse tasks that cannot be loaded.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from compressor.access import check_readable
 from compressor.errors import RecipeError
 from compressor.plan import describe_plan, read_option
 from compressor.recipe import Recipe
@@ -24,6 +25,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         RecipeError: not a plan.
     """
+    check_readable([path], RecipeError)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

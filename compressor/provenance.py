@@ -8,7 +8,7 @@ import hashlib
 import json
 import platform
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -56,7 +56,12 @@ def fingerprint_model(source: ModelSource) -> str:
 
 
 def new_report(
-    recipe: Recipe, source: ModelSource, out: Path, made_by: Mapping[str, str], calibration: Samples | None
+    recipe: Recipe,
+    source: ModelSource,
+    out: Path,
+    made_by: Mapping[str, str],
+    calibration: Samples | None,
+    warnings: Sequence[str] = (),
 ) -> Report:
     """A report with everything that is known before the run."""
     spec = recipe.calibration
@@ -81,6 +86,7 @@ def new_report(
         versions=versions(),
         command=command(source, out),
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
+        warnings=list(warnings),
     )
 
 

@@ -56,18 +56,6 @@ def cause(error: BaseException) -> str:
     return elide(" ".join(str(error).split()) or type(error).__name__, 120)
 
 
-def file_exists(path: Path, error: type[CompressorError]) -> bool:
-    """Return whether a path is that of a file.
-
-    Raises:
-        CompressorError: (`error`) a directory on the way that must not be entered, or a name that no file can have.
-    """
-    try:
-        return path.is_file()
-    except (OSError, ValueError) as reason:
-        raise error(f"{elide(str(path), 150)}: cannot be read ({cause(reason)})") from reason
-
-
 def read_bytes(path: Path, error: type[CompressorError], remedy: str = "get it again from where it came") -> bytes:
     """Read a whole file.
 

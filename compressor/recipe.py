@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import yaml
 
+from compressor.access import check_readable, kind_of
 from compressor.errors import RecipeError
 from compressor.registry import describe, named, node, validate
 
@@ -205,9 +206,11 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: not a recipe, or a change that does not fit.
     """
-    if path.is_dir():
+    kind = kind_of(path, RecipeError)
+    check_readable([path], RecipeError)
+    if kind == "directory":
         raise RecipeError(f"{path}: is a directory where a recipe file is needed; write `compress run RECIPE MODEL`")
-    if not path.is_file():
+    if kind is None:
         raise RecipeError(f"{path}: no such recipe file; the shipped ones are in recipes/")
     try:
         data = yaml.safe_load(path.read_text())
@@ -225,6 +228,27 @@ def make_recipe(data: Any, changes: Sequence[str] = (), where: str = "recipe") -
     for change in changes:
         _set(data, change)
     return validate(Recipe, data, where)
+
+
+def changed_patterns(changes: Sequence[str]) -> list[str]:
+    """Return the patterns of layers that `--set` changes give, as values of a key `layers` or `ignore`."""
+    data: dict[str, Any] = {}
+    for change in changes:
+        path, _, text = change.partition("=")
+        value: Any = yaml.safe_load(text)
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        data[change] = value
+    return _patterns(data, inside=False)
+
+
+def _patterns(data: Any, inside: bool) -> list[str]:
+    """Collect the texts below the keys `layers` and `ignore` of plain data."""
+    if isinstance(data, dict):
+        return [found for key, value in data.items() for found in _patterns(value, inside or key in ("layers", "ignore"))]
+    if isinstance(data, list):
+        return [found for value in data for found in _patterns(value, inside)]
+    return [data] if inside and isinstance(data, str) else []
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compressor.access import check_readable
 from compressor.card import model_card
 from compressor.errors import OutputError
 from compressor.model.journal import replace_text
@@ -36,6 +37,7 @@ def read_report(directory: Path) -> dict[str, Any]:
         OutputError: there is none that can be read, or it is not such as runs write.
     """
     file = directory / REPORT
+    check_readable([file], OutputError)
     if not file.is_file():
         raise OutputError(f"{directory}: no {REPORT} here; it is written by `compress quantize` and `compress run`")
     try:

@@ -22,15 +22,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from compressor.access import check_readable, kind_of
 from compressor.calibration import stdlib
 from compressor.calibration.chat import Conversation, json_name, make_conversation, without_nulls
 from compressor.calibration.chat_template import render
 from compressor.errors import CalibrationError
 from compressor.model.block_configs import llama_config
-from compressor.reading import cause, elide, file_exists, parse_json, parse_json_lines, read_text
+from compressor.reading import cause, elide, parse_json, parse_json_lines, read_text
 
 TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.jinja")  # what transformers may read for a tokenizer
 CHUNK = 2000  # characters: a text file is cut at blank lines into documents of at least this many
 SEPARATOR = "<|endoftext|>"  # unless it says by itself where they end
 TURNS = re.compile(r"\s*\[\s*\{")  # how the turns of a conversation begin that are stored as JSON text
@@ -59,6 +61,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         CalibrationError: there is none that can be loaded without running code from the checkpoint.
     """
+    check_readable((file for kind in TOKENIZER_FILES for file in sorted(path.glob(kind))), CalibrationError)
     if not any(
         (path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
     ):
@@ -181,7 +184,8 @@ def is_held_out(document: Document) -> bool:
 def _file(path: Path, whole: bool) -> Iterable[Document]:
     """The documents of a file; `whole` leaves a plain text in one piece."""
     name = elide(str(path), 100)
-    if not file_exists(path, CalibrationError):
+    check_readable([path], CalibrationError)
+    if kind_of(path, CalibrationError) != "file":
         found = "is a directory" if path.is_dir() else "no such file"
         raise CalibrationError(f"{name}: {found}; data is `builtin`, {KINDS}, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]")
     kind = path.suffix.lower()

@@ -1,6 +1,7 @@
 """What `run` and the shorthands have in common once there is a recipe."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ def compress(
     *,
     plan: Path | None = None,
     levels: Path | None = None,
+    required: Sequence[str],
     resume: bool,
     overwrite: bool,
     verify: bool,
@@ -26,7 +28,7 @@ def compress(
     device: str | None,
     dtype: str | None,
 ) -> None:
-    """Run a recipe, or say what it would do, and print the result."""
+    """Run a recipe, or say what it would do, and print the result; arguments as of `api.run`."""
     from compressor import api
     from compressor.cli._quiet import quiet
     from compressor.distributed import Ranks
@@ -37,7 +39,7 @@ def compress(
     if dry_run:
         if not first:
             return
-        forecast = api.forecast(recipe, model, out, plan=plan, device=device, dtype=dtype)
+        forecast = api.forecast(recipe, model, out, plan=plan, device=device, dtype=dtype, required=required)
         print_json(forecast.to_dict()) if as_json else print_forecast(forecast)
         return
     try:
@@ -53,6 +55,7 @@ def compress(
                 verify=verify,
                 device=device,
                 dtype=dtype,
+                required=required,
                 tell=tell,
             )
     except KeyboardInterrupt:

@@ -174,8 +174,7 @@ def print_report(report: "Report", out: str) -> None:
         ("page", f"{out}/report.html"),
     ]
     print_table(out, ("", ""), rows)
-    for warning in report.warnings:
-        sys.stderr.write(f"warning: {warning}\n")
+    print_warnings(report.warnings)
 
 
 def pruned(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -256,3 +255,11 @@ def print_forecast(forecast: "Forecast") -> None:
         ("expected peak memory", size(forecast.expected_peak_memory_bytes)),
     ]
     print_table("dry run", ("", ""), rows)
+    print_warnings(forecast.warnings)
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Write each warning on a line of stderr."""
+    sys.stdout.flush()  # of stdout and stderr in one terminal, warnings come last
+    for warning in warnings:
+        sys.stderr.write(f"warning: {warning}\n")

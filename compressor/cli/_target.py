@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compressor.cli._show import print_table
+from compressor.cli._show import print_table, print_warnings
 
 if TYPE_CHECKING:
     from compressor.search.find import Found
@@ -44,3 +44,4 @@ def print_found(found: "Found") -> None:
         for one in sorted(found.contestants, key=lambda one: -one.kl)
     ]
     print_table("choices, judged on text that none was made on", ("", "bits/weight", "KL", "after"), rows)
+    print_warnings(found.warnings)

@@ -45,7 +45,7 @@ def fit(
     Example: `compress fit model/ --size 4GB`, or `compress fit model/ --bits 2.5 --time 30m`
     """
     from compressor.fitting import fit_recipe
-    from compressor.recipe import to_yaml
+    from compressor.recipe import changed_patterns, to_yaml
 
     recipe = fit_recipe(
         model,
@@ -70,6 +70,7 @@ def fit(
         model,
         out,
         levels=levels,
+        required=[*(ignore or ()), *changed_patterns(changes or ())],
         resume=resume,
         overwrite=overwrite,
         verify=verify,

@@ -93,7 +93,7 @@ def prune(
 
     Example: `compress prune --ratio 0.25 model/`, or `compress prune --ratio 0.25 --recover 300 --bits 4 model/`
     """
-    from compressor.recipe import to_yaml
+    from compressor.recipe import changed_patterns, to_yaml
     from compressor.shorthands import prune_recipe
 
     recipe = prune_recipe(
@@ -120,6 +120,7 @@ def prune(
         recipe,
         model,
         out,
+        required=changed_patterns(changes or ()),
         resume=resume,
         overwrite=overwrite,
         verify=verify,

@@ -73,7 +73,7 @@ def quantize(
 
     Example: `compress quantize --bits 4 model/`, or `compress quantize --format nvfp4 --activations 4 model/`
     """
-    from compressor.recipe import to_yaml
+    from compressor.recipe import changed_patterns, to_yaml
     from compressor.shorthands import quantize_recipe
 
     recipe = quantize_recipe(
@@ -99,6 +99,7 @@ def quantize(
         recipe,
         model,
         out,
+        required=[*(ignore or ()), *changed_patterns(changes or ())],
         resume=resume,
         overwrite=overwrite,
         verify=verify,

@@ -46,7 +46,7 @@ def search(
     from compressor.distributed import Ranks
     from compressor.fitting import fit_recipe, search_plan
     from compressor.judging import silent
-    from compressor.recipe import load_recipe
+    from compressor.recipe import changed_patterns, load_recipe
 
     quiet()
     wanted = (
@@ -70,6 +70,16 @@ def search(
     )
     first = Ranks.from_environment(device).first
     with progress() if first else nullcontext(silent) as tell:
-        found = search_plan(wanted, model, out, levels=levels, overwrite=overwrite, device=device, dtype=dtype, tell=tell)
+        found = search_plan(
+            wanted,
+            model,
+            out,
+            levels=levels,
+            overwrite=overwrite,
+            device=device,
+            dtype=dtype,
+            required=[*(ignore or ()), *changed_patterns(changes or ())],
+            tell=tell,
+        )
     if first:
         print_json(found.to_dict()) if as_json else t.print_found(found)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import SourceError
+from compressor.reading import elide
 from compressor.types import LinearLike
 
 FUSED = {
@@ -25,6 +26,22 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }  # by the name of the fused layer in vLLM
 FLATTENING = ("opt",)  # model types that hand some layers activations [tokens, channels], without a batch dimension
+# What a model type is that is no causal language model, by the mappings of transformers that list it; the first that fits.
+OTHER_KINDS = {
+    "a vision-language model": ("IMAGE_TEXT_TO_TEXT",),
+    "an audio model": (
+        *("SPEECH_SEQ_2_SEQ", "CTC", "RNNT", "TDT", "AUDIO_CLASSIFICATION", "AUDIO_FRAME_CLASSIFICATION"),
+        *("AUDIO_XVECTOR", "TEXT_TO_WAVEFORM", "TEXT_TO_SPECTROGRAM"),
+    ),
+    "an encoder-decoder": ("SEQ_TO_SEQ_CAUSAL_LM",),
+    "a multimodal model": ("MULTIMODAL_LM",),
+    "an encoder (masked language model)": ("MASKED_LM", "TEXT_ENCODING"),
+    "a vision model": (
+        *("IMAGE", "BACKBONE", "IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "DEPTH_ESTIMATION", "VIDEO_CLASSIFICATION"),
+        *("ZERO_SHOT_IMAGE_CLASSIFICATION", "MASK_GENERATION", "UNIVERSAL_SEGMENTATION", "KEYPOINT_MATCHING"),
+    ),
+    "a time series model": ("TIME_SERIES_PREDICTION", "TIME_SERIES_CLASSIFICATION", "TIME_SERIES_REGRESSION"),
+}
 
 
 class LinearKind:
@@ -118,6 +135,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
     """Refuse what is no decoder, and what could only be read by running code from the checkpoint."""
+    from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
@@ -125,6 +143,22 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise SourceError(f"{where}: config.json names no model_type; is this a transformers checkpoint?")
     if kind not in CONFIG_MAPPING:
         remote = " without running code from the checkpoint, which compress never does" if "auto_map" in config else ""
-        raise SourceError(f"{where}: the installed transformers does not know model type `{kind}`{remote}; a newer one may")
+        raise SourceError(
+            f"{where}: the installed transformers does not know model type `{elide(kind, 60)}`{remote}; a newer one may"
+        )
     if config.get("is_encoder_decoder"):
         raise SourceError(f"{where}: model type `{kind}` is an encoder-decoder; only decoders of causal models are supported")
+    if CONFIG_MAPPING[kind] not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SourceError(
+            f"{where}: model type `{kind}` is {_other_kind(kind)}; name a model that only reads and writes text"
+        )
+
+
+def _other_kind(kind: str) -> str:
+    """Return what a model type is that transformers has no causal language model for."""
+    from transformers.models.auto import modeling_auto
+
+    for words, tasks in OTHER_KINDS.items():
+        if any(kind in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", ()) for task in tasks):
+            return f"{words}, which is not supported yet"
+    return "not a causal language model"

@@ -11,7 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from compressor.access import check_readable, kind_of
 from compressor.errors import SourceError
+from compressor.reading import cause
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -79,12 +81,14 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         SourceError: not a model directory, or not a JSON object.
     """
-    if not path.exists():
+    kind = kind_of(path, SourceError)
+    if kind is None:
         raise SourceError(f"{path}: no such directory; MODEL is a local Hugging Face model directory, download it first")
-    if path.is_file():
+    if kind == "file":
         raise SourceError(f"{path}: is a file; MODEL is the directory, here {path.parent}")
     file = path / "config.json"
-    if not file.is_file():
+    check_readable([path, file], SourceError)
+    if kind_of(file, SourceError) != "file":
         raise SourceError(f"{path}: no config.json here; MODEL is a Hugging Face model directory with safetensors weights")
     try:
         config: dict[str, Any] = json.loads(file.read_text())
@@ -112,6 +116,7 @@ def find_shards(path: Path) -> Mapping[str, str]:
     Raises:
         SourceError: no safetensors here, or an index that is damaged or points elsewhere.
     """
+    check_readable([path / SINGLE, path / INDEX], SourceError)
     if (path / SINGLE).is_file():
         return dict.fromkeys(read_header(path / SINGLE), SINGLE)
     index = path / INDEX
@@ -124,6 +129,7 @@ def find_shards(path: Path) -> Mapping[str, str]:
         for shard in shards:
             if Path(shard).name != shard or shard in (".", ".."):
                 raise SourceError(f"{index}: shard {shard!r} points outside the model directory; refusing to read it")
+            check_readable([path / shard], SourceError)
             if not (path / shard).is_file():
                 raise SourceError(f"{path}: shard {shard} is named in the index but missing; download it")
         return weight_map
@@ -157,5 +163,7 @@ def read_header(shard: Path) -> dict[str, Header]:
         if unknown:
             raise SourceError(f"{shard}: tensors of dtype {', '.join(unknown)}, which cannot be read; use the original model")
         return {name: Header(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in entries.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise SourceError(f"{shard}: cannot be read ({cause(error)})") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise SourceError(f"{shard}: not a whole safetensors file ({error}); download it again") from error

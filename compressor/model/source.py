@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from compressor.absent import leave_out
+from compressor.access import check_readable, kind_of
 from compressor.activations import InputRounding, input_rounding, round_inputs
 from compressor.errors import SourceError
 from compressor.hadamard import Blocks, turn_inputs
@@ -37,9 +38,11 @@ from compressor.model.packed import PackedLayers
 from compressor.model.quantization_config import absent_sublayers, cache_rounding, sublayer_widths, turned_layers
 from compressor.model.rewritten import Rewriting, Rewritten
 from compressor.narrow import narrow
+from compressor.reading import elide
 from compressor.types import Arguments, Block, Format, QuantizedTensor
 
 Kept = TypeVar("Kept")
+GENERATION = "generation_config.json"
 
 
 class ModelSource:
@@ -457,16 +460,18 @@ def return_freed_memory() -> None:
 
 def skeleton(path: Path, dtype: torch.dtype, changes: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedModel:
     """The model that transformers builds from a directory's configs, changed: parameters on the meta device, buffers real."""
+    check_readable([path / GENERATION], SourceError)
+    generation = kind_of(path / GENERATION, SourceError)
     try:
         config = _config(path, changes)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if (path / "generation_config.json").is_file():  # end tokens above all
+        if generation is not None:  # end tokens above all
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # a config can be wrong in as many ways as there are models
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = elide(" ".join(str(error).split()) or type(error).__name__, 150)
         raise SourceError(f"{path}: transformers cannot build a causal language model from config.json: {reason}") from error
     assert isinstance(model, PreTrainedModel)
     return model.eval().requires_grad_(False)

@@ -20,7 +20,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compressor.errors import OutputError
+from compressor.access import check_readable
+from compressor.errors import OutputError, SourceError
 from compressor.model.journal import JOURNAL, LOCK, Journal, read_journal, save, sync, writing
 
 NOTE = ".note"
@@ -147,23 +148,39 @@ def copy_other_files(source: Path, to: Path, except_for: Path) -> list[str]:
     Returns: their names as written.
     """
     copied = []
-    skipped = {path.resolve() for path in (except_for, except_for.with_name(except_for.name + ".partial"))}
-    skipped |= {config.parent.resolve() for config in source.rglob("config.json") if config.parent != source}  # other models
-    skipped |= {config.parent.resolve() for config in source.rglob("adapter_config.json") if config.parent != source}
-    skipped |= {path.resolve() for kind in UNFINISHED for path in source.rglob(f"*{kind}")}
-    for file in sorted(source.rglob("*")):
+    for file in other_files(source, except_for, except_for.with_name(except_for.name + ".partial")):
         relative = file.relative_to(source)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if not file.is_file() or hidden or any(file.match(pattern) for pattern in WEIGHT_FILES):
-            continue
-        if skipped.intersection(file.resolve().parents) or relative.as_posix() == "config.json":
-            continue
         target = to / ("README.source.md" if relative.as_posix() == "README.md" else relative)
         with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
         copied.append(target.relative_to(to).as_posix())
     return copied
+
+
+def other_files(source: Path, *except_for: Path) -> list[Path]:
+    """Return every file of a model directory that holds no weights and belongs to no other model, after opening each.
+
+    Raises:
+        SourceError: one of them, or a directory, cannot be read.
+    """
+    skipped = {path.resolve() for path in except_for}
+    skipped |= {config.parent.resolve() for config in source.rglob("config.json") if config.parent != source}  # other models
+    skipped |= {config.parent.resolve() for config in source.rglob("adapter_config.json") if config.parent != source}
+    skipped |= {path.resolve() for kind in UNFINISHED for path in source.rglob(f"*{kind}")}
+    found = []
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or any(file.match(pattern) for pattern in WEIGHT_FILES):
+            continue
+        place = file.parent.resolve() / file.name
+        if skipped.intersection((place, *place.parents)) or relative.as_posix() == "config.json":
+            continue
+        check_readable([file], SourceError)
+        if file.is_file():
+            found.append(file)
+    return found
 
 
 def check_target(out: Path, model: Path, *, resume: bool, overwrite: bool) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor.distributed import compute_device
+from compressor.host import known_state
 from compressor.kernels.cuda import sources
 from compressor.kernels.dispatch import AUTO
 from compressor.model.checkpoint import native_dtype, read_config
@@ -22,6 +23,7 @@ from compressor.runtime.linear import packed_linear_module
 log = logging.getLogger(__name__)
 
 
+@known_state()
 def load(
     path: str | Path,
     device: str = "cpu",
@@ -82,6 +84,7 @@ def _kernel(directory: Path, brought: Mapping[str, str], device: torch.device, k
     return kernel
 
 
+@known_state()
 def generate(
     path: str | Path,
     prompt: str,

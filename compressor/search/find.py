@@ -66,12 +66,13 @@ class Found:
     contestants: Sequence[Contestant]
     steps: Sequence[Mapping[str, Any]]  # rounds and generations: stage, number, fitness, seconds, scored
     training: float  # share of the steps of training that there is time for
+    warnings: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
         rows = [{key: value for key, value in asdict(one).items() if key != "choice"} for one in self.contestants]
         steps = [{key: value for key, value in step.items() if key != "choice"} for step in self.steps]
-        return {"best": self.best.name, "contestants": rows, "steps": steps}
+        return {"best": self.best.name, "contestants": rows, "steps": steps, "warnings": list(self.warnings)}
 
 
 class Trail:

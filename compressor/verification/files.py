@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from compressor.access import check_readable
 from compressor.errors import SourceError
 from compressor.model.checkpoint import SINGLE, Checkpoint, find_shards
 from compressor.model.shards import Span, spans
@@ -78,6 +79,7 @@ def check_copies(directory: Path, manifest: Manifest | None) -> str:
     problems = []
     for name, known in manifest.files.items():
         file = directory / name
+        check_readable([file], SourceError)
         if not file.is_file():
             problems.append(f"{file}: is missing")
         elif hashlib.sha256(file.read_bytes()).hexdigest() != known:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.access import check_readable
 from compressor.errors import SourceError
 from compressor.model.shards import NAMES
 from compressor.verification.probe import Record
@@ -71,6 +72,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         SourceError: it cannot be read.
     """
     file = directory / MANIFEST
+    check_readable([file], SourceError)
     if not file.is_file():
         return None
     try:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from compressor.access import check_readable
 from compressor.errors import SourceError
+from compressor.host import known_state
 from compressor.model.checkpoint import read_config
 from compressor.model.source import ModelSource
 from compressor.verification.check import Check, Progress, attempt
@@ -17,6 +19,7 @@ from compressor.verification.values import check_reference, check_values
 CPU = torch.device("cpu")
 
 
+@known_state()
 def verify(
     directory: Path,
     reference: Path | None = None,
@@ -34,10 +37,11 @@ def verify(
     Returns: one entry for each check, in order; a failed one does not stop those that are still possible.
 
     Raises:
-        SourceError: no model directory, or a manifest that cannot be read.
+        SourceError: no model directory, or a manifest or weights that cannot be read at all.
     """
     for place in (directory, *([reference] if reference is not None else [])):
         read_config(place)
+        check_readable(sorted(place.glob("*.safetensors*")), SourceError)
     manifest = read_manifest(directory)
     checks = [
         attempt("files", lambda: check_files(directory)),

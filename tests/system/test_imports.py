@@ -18,8 +18,8 @@ PRUNING = (
 )
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
-    ("errors", "reading"),
-    ("types", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes"),
+    ("errors", "reading", "access"),
+    ("types", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes", "host"),
     ("_on_import",),
     ("kernels",),
     ("registry", "report", "report_html", "distributed"),
@@ -27,7 +27,7 @@ FLOORS = (
     ("formats",),
     ("model", "calibration"),
     ("passes",),
-    ("plan", "evaluation"),
+    ("plan", "evaluation", "patterns"),
     ("plan_file", "forecast"),
     ("verification", "results"),
     ("pipeline", "inputs", "output", "provenance"),

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from compressor.access import check_readable, kind_of
 from compressor.errors import RecipeError
 from compressor.evaluation.tasks.questions import LONGEST_ANSWER, Kind, Questions, prompt
-from compressor.reading import MAX_BYTES, cause, elide, file_exists, parse_json_lines, read_text
+from compressor.reading import MAX_BYTES, cause, elide, parse_json_lines, read_text
 
 SHOTS = 5
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -74,7 +75,8 @@ def read(path: Path, longest_answer: int = LONGEST_ANSWER) -> Questions:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    if not path.name.endswith(SUFFIXES) or not file_exists(path, RecipeError):
+    check_readable([path], RecipeError)
+    if not path.name.endswith(SUFFIXES) or kind_of(path, RecipeError) != "file":
         raise RecipeError(
             f"{elide(str(path), 150)}: no such task file; name a .jsonl or .jsonl.gz file, or a task of lm-evaluation-harness"
         )
