@@ -32,11 +32,13 @@ from compressor.kv_cache import KEYS, VALUES, CacheScales, attach, attentions
 from compressor.model.architecture import check_config, decoder_blocks, linear_layers
 from compressor.model.block_configs import as_llama, llama_config, widths
 from compressor.model.checkpoint import Checkpoint, read_config
+from compressor.model.limits import check_limits
 from compressor.model.names import checkpoint_names
 from compressor.model.packed import PackedLayers
 from compressor.model.quantization_config import absent_sublayers, cache_rounding, sublayer_widths, turned_layers
 from compressor.model.rewritten import Rewriting, Rewritten
 from compressor.narrow import narrow
+from compressor.reading import cause
 from compressor.types import Arguments, Block, Format, QuantizedTensor
 
 Kept = TypeVar("Kept")
@@ -57,6 +59,7 @@ class ModelSource:
         self.raw_config = {**read_config(path), **self.config_changes}
         check_config(as_llama(self.raw_config, str(path)), str(path))
         self.checkpoint = functools.reduce(Rewritten, rewritings, Checkpoint(path))
+        check_limits(as_llama(self.raw_config, str(path)), len(self.checkpoint.headers), str(path))
         self.model = skeleton(path, dtype, self.config_changes)
         self.absent = absent_sublayers(self.raw_config, str(path)).union(*(rewriting.absent for rewriting in rewritings))
         leave_out(self.model, self.absent, str(path))
@@ -466,7 +469,7 @@ def skeleton(path: Path, dtype: torch.dtype, changes: Mapping[str, Any] = Mappin
         if (path / "generation_config.json").is_file():  # end tokens above all
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # a config can be wrong in as many ways as there are models
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = cause(error)
         raise SourceError(f"{path}: transformers cannot build a causal language model from config.json: {reason}") from error
     assert isinstance(model, PreTrainedModel)
     return model.eval().requires_grad_(False)

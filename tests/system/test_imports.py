@@ -18,7 +18,7 @@ PRUNING = (
 )
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
-    ("errors", "reading"),
+    ("errors", "reading", "patterns"),
     ("types", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes"),
     ("_on_import",),
     ("kernels",),
