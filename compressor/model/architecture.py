@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import SourceError
 from compressor.patterns import expression
+from compressor.reading import elide
 from compressor.types import LinearLike
 
 FUSED = {
@@ -123,6 +124,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise SourceError(f"{where}: config.json names no model_type; is this a transformers checkpoint?")
     if kind not in CONFIG_MAPPING:
         remote = " without running code from the checkpoint, which compress never does" if "auto_map" in config else ""
-        raise SourceError(f"{where}: the installed transformers does not know model type `{kind}`{remote}; a newer one may")
+        unknown = f"the installed transformers does not know model type `{elide(kind, 40)}`{remote}"
+        raise SourceError(f"{where}: {unknown}; a newer one may")
     if config.get("is_encoder_decoder"):
         raise SourceError(f"{where}: model type `{kind}` is an encoder-decoder; only decoders of causal models are supported")

@@ -252,21 +252,22 @@ def _from_group(group: Mapping[str, Any], where: str) -> Format:
     ordered = weights.get("actorder") not in (*STATIC, None, False)
     if layout not in LAYOUTS or ordered:
         raise SourceError(
-            f"{where}: quantized as {layout} with actorder {weights.get('actorder')}; "
+            f"{where}: quantized as {elide(layout, 40)} with actorder {elide(weights.get('actorder'), 20)}; "
             f"only {', '.join((*LAYOUTS, *FLOATS))} without a stored order can be read"
         )
     if weights.get("type") != "int" or weights.get("strategy") not in STRATEGIES:
         raise SourceError(
-            f"{where}: quantization scheme {weights.get('type')}/{weights.get('strategy')} cannot be read; "
-            "only packed integers per group or channel can"
+            f"{where}: quantization scheme {elide(weights.get('type'), 40)}/{elide(weights.get('strategy'), 40)} cannot be "
+            "read; only packed integers per group or channel can"
         )
-    return IntGroup(
-        bits=weights["num_bits"],
-        group_size=weights.get("group_size") or -1,
-        symmetric=weights.get("symmetric", True),
-        packed=LAYOUTS[layout],
-        activations="int8" if _activations(group, ["int8"], where) else None,
-    )
+    fields = {
+        "bits": weights["num_bits"],
+        "group_size": weights.get("group_size") or -1,
+        "symmetric": weights.get("symmetric", True),
+        "packed": LAYOUTS[layout],
+        "activations": "int8" if _activations(group, ["int8"], where) else None,
+    }
+    return registry.validate(IntGroup, fields, where="int_group")
 
 
 def _float(layout: str, group: Mapping[str, Any], where: str) -> Format:
