@@ -88,7 +88,7 @@ def validate(cls: type[T], values: Any, where: str) -> T:
         if first["type"] in ("missing", "missing_argument"):
             raise RecipeError(f"{path}: this key is required") from error
         message = elide(first["msg"].removeprefix("Value error, "), 150)
-        got = "" if isinstance(first.get("ctx", {}).get("error"), ValueError) else f", got {elide(first['input'])}"
+        got = "" if isinstance(first.get("ctx", {}).get("error"), ValueError) else f", got {elide(repr(first['input']))}"
         raise RecipeError(f"{path}: {message}{got}") from error
 
 

@@ -31,7 +31,7 @@ def check_limits(config: Mapping[str, Any], tensors: int, where: str) -> None:
         where: Model directory, for errors.
 
     Raises:
-        SourceError: a number is beyond what a model can have, or there are no blocks, or more than tensors.
+        SourceError: a number is beyond what a model can have, or the blocks are fewer than 0 or more than the tensors.
     """
     kind = config["model_type"]
     for key, value in _numbers({name: entry for name, entry in config.items() if name != "quantization_config"}):
@@ -42,7 +42,7 @@ def check_limits(config: Mapping[str, Any], tensors: int, where: str) -> None:
                 f"{limit:,} are supported; {REMEDY}"
             )
     blocks = config.get(CONFIG_MAPPING[kind].attribute_map.get(BLOCKS, BLOCKS))
-    if isinstance(blocks, int) and not 0 < blocks <= tensors:
+    if isinstance(blocks, int) and not 0 <= blocks <= tensors:
         raise SourceError(
             f"{where}: cannot build a model from config.json: it has {blocks:,} decoder blocks where the checkpoint has "
             f"{tensors:,} tensors; {REMEDY}"

@@ -38,7 +38,7 @@ from compressor.model.packed import PackedLayers
 from compressor.model.quantization_config import absent_sublayers, cache_rounding, sublayer_widths, turned_layers
 from compressor.model.rewritten import Rewriting, Rewritten
 from compressor.narrow import narrow
-from compressor.reading import cause
+from compressor.reading import elide
 from compressor.types import Arguments, Block, Format, QuantizedTensor
 
 Kept = TypeVar("Kept")
@@ -469,7 +469,7 @@ def skeleton(path: Path, dtype: torch.dtype, changes: Mapping[str, Any] = Mappin
         if (path / "generation_config.json").is_file():  # end tokens above all
             model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     except Exception as error:  # a config can be wrong in as many ways as there are models
-        reason = cause(error)
+        reason = elide(" ".join(str(error).split()) or type(error).__name__, 160)
         raise SourceError(f"{path}: transformers cannot build a causal language model from config.json: {reason}") from error
     assert isinstance(model, PreTrainedModel)
     return model.eval().requires_grad_(False)
