@@ -8,11 +8,30 @@
   x KernelError        a kernel that was asked for is missing or cannot do what it should
 """
 
+MAX_MESSAGE = 300  # characters
+
 
 class CompressorError(Exception):
-    """Base class; the CLI prints its message without a traceback and exits with its status."""
+    """Base class; the CLI prints its message without a traceback and exits with its status.
+
+    Args:
+        message: One sentence. Of one that is too long the middle is left out: its start names the place, its end the remedy.
+            Characters that do not print become spaces: values from files could break the line or steer a terminal.
+    """
 
     status = 2  # could not run; 1 is for a check that failed
+
+    def __init__(self, message: str = "") -> None:
+        printable = "".join(character if character.isprintable() else " " for character in message)
+        super().__init__(shorten(printable, MAX_MESSAGE))
+
+
+def shorten(text: str, limit: int) -> str:
+    """Return a text of at most `limit` characters, its middle left out if it is longer."""
+    if len(text) <= limit:
+        return text
+    tail = (limit - 1) // 2
+    return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 class RecipeError(CompressorError): ...

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, shorten
 
 MAX_DEPTH = 64  # containers inside one another; config.json of the largest published models has 6
 MAX_NODES = 10_000_000  # values in one JSON file; the index of a model with 10⁶ tensors has 10⁶
@@ -23,26 +23,40 @@ MAX_YAML_NODES = (
 )
 MAX_INTEGER = 2**64  # beyond every size, offset and count
 MAX_BYTES = 2**30  # of one file that is read whole
+MAX_JSON_BYTES = 2**26  # parsed, it takes some thirty times as much memory; the index of a model with 10⁵ tensors has 2**23
+MAX_YAML_BYTES = 2**21  # a megabyte takes ten seconds; the plan of a model with 10⁴ layers has 10⁶
+MAX_NUMBER = 400  # characters of a number in YAML
 MAX_QUOTED = 80  # characters of a value that a message repeats
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: `2020-01-01` is the text that it is in JSON."""
+    """YAML without dates and merged mappings.
+
+    `2020-01-01` is the text that it is in JSON. `<<` is a key as any other: merging can double what it merges in every line.
+    """
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """Construct a number of a sane length: `1:1:…` counts in sixties, and takes quadratic time."""
+    if len(node.value) > MAX_NUMBER:
+        raise ValueError(f"a number of {len(node.value):,} characters")
+    whole = node.tag == "tag:yaml.org,2002:int"
+    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
+
+
 def elide(value: object, limit: int = MAX_QUOTED) -> str:
     """Return a value as text of at most `limit` characters, its middle left out if it is longer."""
-    text = value if isinstance(value, str) else repr(value)
-    if len(text) <= limit:
-        return text
-    tail = (limit - 1) // 2
-    return f"{text[: limit - 1 - tail]}…{text[len(text) - tail :]}"
+    return shorten(value if isinstance(value, str) else repr(value), limit)
 
 
 def cause(error: BaseException) -> str:
@@ -73,7 +87,7 @@ def read_bytes(path: Path, error: type[CompressorError], remedy: str = "get it a
     except (OSError, ValueError) as reason:  # ValueError: a NUL character in the name
         raise error(f"{elide(str(path), 150)}: cannot be read ({cause(reason)})") from reason
     if len(content) > MAX_BYTES:
-        raise error(f"{path}: is longer than {MAX_BYTES:,} bytes; {remedy}")
+        raise error(f"{elide(str(path), 150)}: is longer than {MAX_BYTES:,} bytes; {remedy}")
     return content
 
 
@@ -102,6 +116,8 @@ def parse_json(text: str | bytes, where: str, error: type[CompressorError], reme
         CompressorError: (`error`) not JSON, or beyond the limits of this module.
     """
     try:
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"longer than {MAX_JSON_BYTES:,} bytes")
         data = json.loads(text)
         check_plain(data)
     except (ValueError, RecursionError) as reason:
@@ -141,9 +157,11 @@ def parse_yaml(text: str, where: str, error: type[CompressorError], remedy: str)
     Args and errors are those of `parse_json`.
     """
     try:
+        if len(text) > MAX_YAML_BYTES:
+            raise ValueError(f"longer than {MAX_YAML_BYTES:,} bytes")
         data = yaml.load(text, _Loader)
         check_plain(data, MAX_YAML_NODES)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as reason:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, LookupError, AttributeError, ArithmeticError) as reason:
         raise error(f"{elide(where, 150)}: not valid YAML ({_reason(reason)}); {remedy}") from reason
     return data
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, dataclass_transform, get_args
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from compressor.errors import RecipeError
+from compressor.reading import elide
 
 T = TypeVar("T")
 PACKAGES = {"pass": "passes", "format": "formats"}  # the key that names a thing in a recipe -> where it lives
@@ -48,7 +49,7 @@ def build(kind: str, spec: Any) -> Any:
         return spec
     if not isinstance(spec, Mapping) or kind not in spec:
         raise RecipeError(
-            f"expected a mapping with the key `{kind}`, got {spec!r}; write for example `{kind}: {available(kind)[0]}`"
+            f"expected a mapping with the key `{kind}`, got {elide(spec)}; write for example `{kind}: {available(kind)[0]}`"
         )
     name = str(spec[kind])
     return validate(exported(kind, name), {key: value for key, value in spec.items() if key != kind}, where=name)
@@ -61,7 +62,7 @@ def exported(kind: str, name: str) -> Any:
         RecipeError: there is none.
     """
     if "." not in name and name not in available(kind):
-        raise RecipeError(f"no {kind} named `{name}`; {suggestion(name, available(kind))}")
+        raise RecipeError(f"no {kind} named `{elide(name)}`; {suggestion(name, available(kind))}")
     try:
         return importlib.import_module(name if "." in name else f"compressor.{PACKAGES[kind]}.{name}").EXPORT
     except (ImportError, AttributeError) as error:
@@ -75,19 +76,19 @@ def validate(cls: type[T], values: Any, where: str) -> T:
         RecipeError: the first thing that is wrong, named by its path.
     """
     if not isinstance(values, Mapping):
-        raise RecipeError(f"{where}: expected a mapping of keys to values, got {values!r}")
+        raise RecipeError(f"{where}: expected a mapping of keys to values, got {elide(values)}")
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join([where, *(str(part) for part in first["loc"])])
+        path = ".".join([where, *(elide(str(part), 40) for part in first["loc"])])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             hint = suggestion(str(first["loc"][-1]), _keys_at(cls, first["loc"]))
             raise RecipeError(f"{path}: no such key; {hint}") from error
         if first["type"] in ("missing", "missing_argument"):
             raise RecipeError(f"{path}: this key is required") from error
-        message = first["msg"].removeprefix("Value error, ")
-        got = "" if isinstance(first.get("ctx", {}).get("error"), ValueError) else f", got {first['input']!r}"
+        message = elide(first["msg"].removeprefix("Value error, "), 150)
+        got = "" if isinstance(first.get("ctx", {}).get("error"), ValueError) else f", got {elide(repr(first['input']))}"
         raise RecipeError(f"{path}: {message}{got}") from error
 
 

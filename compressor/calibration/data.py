@@ -72,9 +72,11 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         known = {"config": llama} if (llama := llama_config(path)) is not None else {}
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False, **known)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CalibrationError(f"{path}: the tokenizer cannot be loaded: {reason}") from error
+        tokenizer("a")  # some entries are only looked at now
+    except Exception as error:  # the files of a tokenizer can be wrong in as many ways as there are tokenizers
+        raise CalibrationError(
+            f"{path}: the tokenizer cannot be loaded ({cause(error)}); copy the tokenizer files of the original model"
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
 

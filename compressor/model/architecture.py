@@ -9,7 +9,6 @@ need no entry here. Three facts do:
 """
 
 import fnmatch
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import SourceError
+from compressor.expressions import expression
 from compressor.reading import elide
 from compressor.types import LinearLike
 
@@ -91,7 +91,7 @@ def matches(layer: str, patterns: Iterable[str]) -> bool:
     """Whether a layer's full name, or the end of it, fits one of some shell patterns (or, after `re:`, expressions)."""
     for pattern in patterns:
         if pattern.startswith("re:"):
-            if re.search(pattern[3:], layer):
+            if expression(pattern[3:]).search(layer):
                 return True
         elif fnmatch.fnmatchcase(layer, pattern) or fnmatch.fnmatchcase(layer, f"*.{pattern}"):
             return True
@@ -100,10 +100,8 @@ def matches(layer: str, patterns: Iterable[str]) -> bool:
 
 def check_pattern(pattern: str) -> None:
     """Raise ValueError if a pattern for `matches` is no regular expression after its `re:`."""
-    try:
-        re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
-    except re.error as error:
-        raise ValueError(f"{pattern}: not a regular expression ({error}); correct it, or leave out `re:`") from error
+    if pattern.startswith("re:"):
+        expression(pattern[3:])
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

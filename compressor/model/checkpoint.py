@@ -1,7 +1,5 @@
 """The safetensors files of a model directory: every tensor by name, none of them in memory until it is asked for."""
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +11,11 @@ from torch import Tensor
 
 from compressor.access import check_readable, kind_of
 from compressor.errors import SourceError
-from compressor.reading import cause
+from compressor.model.header import DTYPES, spans
+from compressor.reading import elide, read_json, read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +84,7 @@ def read_config(path: Path) -> dict[str, Any]:
     check_readable([path, file], SourceError)
     if kind_of(file, SourceError) != "file":
         raise SourceError(f"{path}: no config.json here; MODEL is a Hugging Face model directory with safetensors weights")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise SourceError(f"{file}: not valid JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{file}: holds a JSON {type(config).__name__} where an object is needed; download it again")
+    config = read_json_object(file, SourceError, "download it again")
     if config.get("quantization_config", ...) is None:
         del config["quantization_config"]  # some write null for a dense model
     return config
@@ -121,25 +110,32 @@ def find_shards(path: Path) -> Mapping[str, str]:
         return dict.fromkeys(read_header(path / SINGLE), SINGLE)
     index = path / INDEX
     if index.exists():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            shards = sorted({os.fspath(shard) for shard in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SourceError(f"{index}: not a safetensors index ({error!r}); download it again") from error
-        for shard in shards:
+        weight_map = _weight_map(index)
+        for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard or shard in (".", ".."):
-                raise SourceError(f"{index}: shard {shard!r} points outside the model directory; refusing to read it")
+                raise SourceError(
+                    f"{index}: shard {elide(repr(shard))} points outside the model directory; refusing to read it"
+                )
             check_readable([path / shard], SourceError)
-            if not (path / shard).is_file():
-                raise SourceError(f"{path}: shard {shard} is named in the index but missing; download it")
+            if kind_of(path / shard, SourceError) != "file":
+                raise SourceError(f"{path}: shard {elide(shard)} is named in the index but missing; download it")
         return weight_map
     pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     if pickled:
         raise SourceError(
             f"{path}: only pickled weights ({pickled[0]}), which can run code when read; convert them first: python -c "
-            f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('OUT')\""
+            f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('MODEL').save_pretrained('OUT')\""
         )
     raise SourceError(f"{path}: neither {SINGLE} nor {INDEX}; MODEL is a Hugging Face directory with safetensors weights")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """What an index says: tensor name -> shard file name. Raises SourceError."""
+    data = read_json(index, SourceError, "download it again")
+    found = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+        raise SourceError(f"{index}: not a safetensors index (no `weight_map` of names); download it again")
+    return found
 
 
 def read_header(shard: Path) -> dict[str, Header]:
@@ -148,22 +144,16 @@ def read_header(shard: Path) -> dict[str, Header]:
     Raises:
         SourceError: the file is truncated, or not safetensors.
     """
-    try:
-        size = shard.stat().st_size
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, 100 * 2**20):
-                raise ValueError(f"its header would take {length} bytes of {size}")
-            entries: dict[str, Any] = json.loads(file.read(length))
-        entries.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        if size != 8 + length + end:
-            raise ValueError(f"it holds {size} bytes where its header promises {8 + length + end}")
-        unknown = sorted({entry["dtype"] for entry in entries.values()} - set(DTYPES))
-        if unknown:
-            raise SourceError(f"{shard}: tensors of dtype {', '.join(unknown)}, which cannot be read; use the original model")
-        return {name: Header(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in entries.items()}
-    except OSError as error:
-        raise SourceError(f"{shard}: cannot be read ({cause(error)})") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise SourceError(f"{shard}: not a whole safetensors file ({error}); download it again") from error
+    found = spans(shard)
+    size = shard.stat().st_size
+    end = max((span.end for span in found.values()), default=None)
+    if end is not None and size != end:
+        raise SourceError(
+            f"{shard}: not a whole safetensors file (it holds {size} bytes where its header promises {end}); "
+            "download it again"
+        )
+    if unknown := sorted({span.dtype for span in found.values()} - set(DTYPES)):
+        raise SourceError(
+            f"{shard}: tensors of dtype {elide(', '.join(unknown))}, which cannot be read; use the original model"
+        )
+    return {name: Header(DTYPES[span.dtype], span.shape) for name, span in found.items()}

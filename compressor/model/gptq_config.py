@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from compressor.errors import SourceError
+from compressor.expressions import expressions
 from compressor.formats.gptq_int import GptqInt
+from compressor.reading import elide
 from compressor.registry import validate
 from compressor.types import Format
 
@@ -37,16 +39,16 @@ def write_gptq(fmt: GptqInt, formats: Mapping[str, Format], linears: Iterable[st
 
 def gptq_reader(config: Mapping[str, Any], where: str) -> Reader:
     """The reader of `quant_method: gptq`. Raises as `quantization_config.reader`."""
-    meta = config.get("meta") or {}
+    meta = _entries(config, "meta")
     refuse_set({key: config.get(key) or meta.get(key) for key in ("adapter", "rotation", "is_marlin_format")}, where)
     _gptq_format(config, where)
-    rules = [
-        (re.compile(name.removeprefix("+:").removeprefix("-:")), None if name.startswith("-:") else given)
-        for name, given in (config.get("dynamic") or {}).items()
-    ]
+    dynamic = _entries(config, "dynamic")
+    rules = {name: name.removeprefix("+:").removeprefix("-:") for name in dynamic}
+    patterns = expressions(rules.values())
 
     def read(layer: str, stored: Set[str]) -> Format | None:
-        override: Mapping[str, Any] | None = next((given for name, given in rules if name.match(layer)), {})
+        rule = next((name for name, pattern in rules.items() if patterns[pattern].match(layer)), None)
+        override: Mapping[str, Any] | None = {} if rule is None else None if rule.startswith("-:") else dynamic[rule]
         return None if override is None else _gptq_format({**config, **override}, where, layer, stored)
 
     return read
@@ -58,12 +60,12 @@ def auto_round_reader(config: Mapping[str, Any], where: str) -> Reader:
     if packing not in PACKING:
         raise SourceError(f"{where}: packed as {packing}; of auto-round's layouts, only {', '.join(PACKING)} can be read")
     refuse_set({"rotation_config": config.get("rotation_config")}, where)
-    named: Mapping[str, Any] = config.get("extra_config") or {}
-    expressions = [(re.compile(name), given) for name, given in named.items() if given]
+    named = _entries(config, "extra_config")
+    patterns = expressions(name for name, given in named.items() if given)
 
     def read(layer: str, stored: Set[str]) -> Format | None:
         override: Mapping[str, Any] = named.get(layer) or next(
-            (given for name, given in expressions if name.search(layer)), {}
+            (named[name] for name, pattern in patterns.items() if pattern.search(layer)), {}
         )
         settings = {**config, **override}
         return None if settings["bits"] >= 16 else check(settings, layer, stored)
@@ -81,12 +83,20 @@ def auto_round_reader(config: Mapping[str, Any], where: str) -> Reader:
     return read
 
 
+def _entries(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """The object under a key; empty if there is none. Raises ValueError for anything else."""
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{key} is a {type(found).__name__} where an object is needed")
+    return found
+
+
 def refuse_set(settings: Mapping[str, Any], where: str) -> None:
     """Refuse settings that change what the model computes in a way that is not understood."""
     for key, value in settings.items():
         if value:
             raise SourceError(
-                f"{where}: quantization_config sets {key} to {value}, which cannot be read; use the original model"
+                f"{where}: quantization_config sets {key} to {elide(value)}, which cannot be read; use the original model"
             )
 
 

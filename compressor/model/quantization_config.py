@@ -7,7 +7,6 @@ recipe would write it.
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from compressor import registry
 from compressor.activations import SCHEMES
 from compressor.errors import RecipeError, SourceError
+from compressor.expressions import expressions
 from compressor.formats.fp8 import FP8
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
@@ -24,6 +24,7 @@ from compressor.formats.nvfp4 import NVFP4
 from compressor.hadamard import Blocks, largest_block
 from compressor.kv_cache import CacheRounding, read_scheme
 from compressor.model.gptq_config import AUTO_ROUND, GPTQ, Reader, auto_round_reader, gptq_reader, refuse_set, write_gptq
+from compressor.reading import cause, elide
 from compressor.types import Format
 
 STATIC = ("static", "weight")  # kinds of activation order that leave nothing to be stored
@@ -115,8 +116,8 @@ def reader(config: Mapping[str, Any], where: str) -> Callable[[str, Set[str]], F
     """
     quantization = config.get("quantization_config") or {}
     method: Any = quantization.get("quant_method")
-    if method not in _READERS:
-        raise SourceError(f"{where}: quantized with method `{method}`, which cannot be read; use the original model")
+    if not isinstance(method, str) or method not in _READERS:
+        raise SourceError(f"{where}: quantized with method `{elide(method)}`, which cannot be read; use the original model")
     cache_rounding(config, where)
     with _readable(where):
         found = _READERS[method](quantization, where)
@@ -200,8 +201,8 @@ def _readable(where: str) -> Iterator[None]:
     """Turn what a config lacks, or has of the wrong kind, into one sentence."""
     try:
         yield
-    except (RecipeError, ValueError, LookupError, TypeError, AttributeError, re.error) as error:
-        raise SourceError(f"{where}: quantization_config cannot be read ({error})") from error
+    except (RecipeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise SourceError(f"{where}: quantization_config cannot be read ({cause(error)}); use the original model") from error
 
 
 def _own_reader(config: Mapping[str, Any], where: str) -> Reader:
@@ -230,8 +231,14 @@ def _compressed_tensors_reader(config: Mapping[str, Any], where: str) -> Reader:
         for target in group.get("targets", [])
     }
 
+    patterns = expressions(target[3:] for target in formats if target.startswith("re:"))
+
     def read(layer: str, stored: Set[str]) -> Format | None:
-        found = [target for target in formats if target in {"Linear", layer} or _matches(target, layer)]
+        found = [
+            target
+            for target in formats
+            if target in {"Linear", layer} or (target.startswith("re:") and patterns[target[3:]].match(layer))
+        ]
         return formats[min(found, key=_generality)] if found else None
 
     return read
@@ -245,21 +252,22 @@ def _from_group(group: Mapping[str, Any], where: str) -> Format:
     ordered = weights.get("actorder") not in (*STATIC, None, False)
     if layout not in LAYOUTS or ordered:
         raise SourceError(
-            f"{where}: quantized as {layout} with actorder {weights.get('actorder')}; "
+            f"{where}: quantized as {elide(layout, 40)} with actorder {elide(weights.get('actorder'), 20)}; "
             f"only {', '.join((*LAYOUTS, *FLOATS))} without a stored order can be read"
         )
     if weights.get("type") != "int" or weights.get("strategy") not in STRATEGIES:
         raise SourceError(
-            f"{where}: quantization scheme {weights.get('type')}/{weights.get('strategy')} cannot be read; "
-            "only packed integers per group or channel can"
+            f"{where}: quantization scheme {elide(weights.get('type'), 40)}/{elide(weights.get('strategy'), 40)} cannot be "
+            "read; only packed integers per group or channel can"
         )
-    return IntGroup(
-        bits=weights["num_bits"],
-        group_size=weights.get("group_size") or -1,
-        symmetric=weights.get("symmetric", True),
-        packed=LAYOUTS[layout],
-        activations="int8" if _activations(group, ["int8"], where) else None,
-    )
+    fields = {
+        "bits": weights["num_bits"],
+        "group_size": weights.get("group_size") or -1,
+        "symmetric": weights.get("symmetric", True),
+        "packed": LAYOUTS[layout],
+        "activations": "int8" if _activations(group, ["int8"], where) else None,
+    }
+    return registry.validate(IntGroup, fields, where="int_group")
 
 
 def _float(layout: str, group: Mapping[str, Any], where: str) -> Format:
@@ -296,10 +304,6 @@ def _activations(group: Mapping[str, Any], ways: Iterable[str | None], where: st
     how = ("" if given.get("symmetric") else "asymmetric ") + ("static" if given.get("dynamic") is False else "dynamic")
     able = " or ".join(" ".join(str(scheme[key]) for key in ("num_bits", "type", "strategy")) for scheme in known.values())
     raise SourceError(f"{where}: activations are quantized as {kind} {how}, which is not computed here; only {able} can be")
-
-
-def _matches(target: str, layer: str) -> bool:
-    return target.startswith("re:") and bool(re.match(target[3:], layer))
 
 
 def _generality(target: str) -> int:

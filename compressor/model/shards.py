@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from compressor.model.checkpoint import DTYPES, INDEX, SINGLE, Header, read_header
+from compressor.model.checkpoint import INDEX, SINGLE, Header, read_header
+from compressor.model.header import DTYPES, spans
 
 SHARD_BYTES = 5 * 10**9
 COPY_BYTES = 2**24
@@ -34,16 +35,6 @@ class Shard:
     @property
     def data_bytes(self) -> int:
         return max((e["data_offsets"][1] for n, e in json.loads(self.header[8:]).items() if n != "__metadata__"), default=0)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Where a tensor's data lies in a file, and what it is."""
-
-    begin: int
-    end: int
-    dtype: str  # as safetensors names it
-    shape: tuple[int, ...]
 
 
 def layout(headers: Mapping[str, Header], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
@@ -117,19 +108,6 @@ def _header(ordered: Iterable[str], headers: Mapping[str, Header]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def spans(file: Path) -> dict[str, Span]:
-    """Every tensor of a file as its header has it, which is not checked: the file may be cut off before."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        entries: dict[str, Any] = json.loads(opened.read(length))
-    found = {}
-    for name, entry in entries.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            found[name] = Span(8 + length + begin, 8 + length + end, entry["dtype"], tuple(entry["shape"]))
-    return found
 
 
 def _copy(source: Path, start: int, count: int, to: BinaryIO) -> None:

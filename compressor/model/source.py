@@ -33,6 +33,7 @@ from compressor.kv_cache import KEYS, VALUES, CacheScales, attach, attentions
 from compressor.model.architecture import check_config, decoder_blocks, linear_layers
 from compressor.model.block_configs import as_llama, llama_config, widths
 from compressor.model.checkpoint import Checkpoint, read_config
+from compressor.model.limits import check_limits
 from compressor.model.names import checkpoint_names
 from compressor.model.packed import PackedLayers
 from compressor.model.quantization_config import absent_sublayers, cache_rounding, sublayer_widths, turned_layers
@@ -60,6 +61,7 @@ class ModelSource:
         self.raw_config = {**read_config(path), **self.config_changes}
         check_config(as_llama(self.raw_config, str(path)), str(path))
         self.checkpoint = functools.reduce(Rewritten, rewritings, Checkpoint(path))
+        check_limits(as_llama(self.raw_config, str(path)), len(self.checkpoint.headers), str(path))
         self.model = skeleton(path, dtype, self.config_changes)
         self.absent = absent_sublayers(self.raw_config, str(path)).union(*(rewriting.absent for rewriting in rewritings))
         leave_out(self.model, self.absent, str(path))

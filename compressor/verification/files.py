@@ -10,7 +10,7 @@ import torch
 from compressor.access import check_readable
 from compressor.errors import SourceError
 from compressor.model.checkpoint import SINGLE, Checkpoint, find_shards
-from compressor.model.shards import Span, spans
+from compressor.model.header import Span, spans
 from compressor.model.source import ModelSource
 from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
 from compressor.verification.manifest import MANIFEST, Manifest
@@ -22,7 +22,7 @@ def check_files(directory: Path) -> str:
     """All shards are whole, and hold what the index says: each tensor once, in the shard that it names."""
     for shard in _shards(directory):
         size = shard.stat().st_size
-        cut = sorted((span.end, name) for name, span in _spans(shard).items() if span.end > size)
+        cut = sorted((span.end, name) for name, span in spans(shard).items() if span.end > size)
         refuse([f"{shard}: ends at byte {size:,} where {name} needs {end:,}" for end, name in cut])
     refuse(_misplaced(directory))
     checkpoint = Checkpoint(directory)
@@ -34,7 +34,7 @@ def check_hashes(directory: Path, manifest: Manifest | None, progress: Progress)
     if manifest is None:
         raise NotCheckedError(f"no {MANIFEST}: nothing says what the tensors should be")
     known, kinds, contents = manifest.tensors, [], []
-    found = [(name, shard, span) for shard in _shards(directory) for name, span in _spans(shard).items()]
+    found = [(name, shard, span) for shard in _shards(directory) for name, span in spans(shard).items()]
     total, done = sum(span.end - span.begin for _, _, span in found), 0
     for name, shard, span in found:
         progress(done, total, f"hash of {name}")
@@ -99,23 +99,13 @@ def _misplaced(directory: Path) -> list[str]:
     """Tensors that stand in two shards, of which loaders would take either, or in another than the index names."""
     index, places = find_shards(directory), defaultdict[str, list[str]](list)
     for shard in _shards(directory):
-        for name in _spans(shard):
+        for name in spans(shard):
             places[name].append(shard.name)
     return [
         f"{directory}: {name} is in {' and '.join(shards)} where the index has it in {index.get(name, 'none')}"
         for name, shards in places.items()
         if shards != [index.get(name)]
     ]
-
-
-def _spans(shard: Path) -> dict[str, Span]:
-    try:
-        found = spans(shard)
-        if any(not 8 <= span.begin <= span.end for span in found.values()):
-            raise ValueError("a tensor ends before it begins")
-        return found
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise SourceError(f"{shard}: its header cannot be read ({error!r}); get it again from where it came") from error
 
 
 def _sha256(shard: Path, span: Span) -> str:

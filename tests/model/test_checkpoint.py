@@ -183,11 +183,52 @@ def test_an_unknown_dtype_is_named(tiny_copy):
     assert refusal(path).endswith("model.safetensors: tensors of dtype F4, which cannot be read; use the original model")
 
 
-def test_a_header_that_contradicts_itself_is_refused_when_the_tensor_is_read(tiny_copy):
+def test_a_header_that_contradicts_itself_is_refused(tiny_copy):
     path = tiny_copy("llama")
     rewrite_header(path / SINGLE, lambda header: header["model.norm.weight"].update(dtype="BF16"))
-    with pytest.raises(SourceError, match=re.escape("cannot read tensor model.norm.weight")):
-        Checkpoint(path).read("model.norm.weight")
+    assert "model.norm.weight has 512 bytes where its shape and dtype need 256" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [-2, -64]},
+        {"shape": [128.0]},
+        {"shape": [True]},
+        {"shape": [2] * 3000},
+        {"data_offsets": [0.0, 512.0]},
+        {"data_offsets": [512, 0]},
+        {"data_offsets": [0, 10**18]},
+        {"dtype": ["F32"]},
+        {"dtype": None},
+    ],
+)
+def test_an_entry_of_a_header_that_no_tensor_can_have_is_refused(entry, tiny_copy):
+    path = tiny_copy("llama")
+    rewrite_header(path / SINGLE, lambda header: header["model.norm.weight"].update(entry))
+    assert "not a whole safetensors file" in refusal(path)
+
+
+def test_tensors_that_share_bytes_are_refused(tiny_copy):
+    path = tiny_copy("llama")
+    rewrite_header(path / SINGLE, lambda header: header.update(again=header["model.norm.weight"]))
+    assert "begins at byte" in refusal(path)
+
+
+def test_a_header_of_a_hundred_megabytes_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / SINGLE).open("wb") as file:
+        file.write((100 * 2**20).to_bytes(8, "little"))
+        file.truncate(2**28)
+    with pytest.raises(SourceError, match="and at most 33,554,432 are read"):
+        read_header(tmp_path / SINGLE)
+
+
+@pytest.mark.parametrize("number", ["[" * 10**5, "9" * 5000])
+def test_a_header_beyond_the_limits_of_a_parser_is_refused(number, tmp_path):
+    text = ('{"a": ' + number + "}").encode()
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(SourceError, match="not a whole safetensors file"):
+        read_header(tmp_path / SINGLE)
 
 
 # The index
@@ -210,12 +251,22 @@ def test_an_index_that_points_elsewhere_is_not_followed(shard, sharded):
 )
 def test_an_index_of_another_form_is_refused(text, sharded):
     (sharded / INDEX).write_text(text, encoding="latin-1")
-    assert "model.safetensors.index.json: not a safetensors index" in refusal(sharded)
+    assert re.search(r"index\.json: not (a safetensors index|valid JSON|UTF-8)", refusal(sharded))
 
 
-def test_an_index_without_a_file_name_is_refused(sharded):
-    redirect(sharded, "")
-    assert "is named in the index but missing" in refusal(sharded)
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("", "is named in the index but missing"),
+        ("n" * 300, "file name too long"),
+        ("n" * 10**5, "file name too long"),
+        ("a\0b", "embedded null byte"),
+        ("é" * 200, "file name too long"),
+    ],
+)
+def test_an_index_with_a_name_that_no_file_has_is_refused(name, cause, sharded):
+    redirect(sharded, name)
+    assert cause in refusal(sharded)
 
 
 def test_a_tensor_that_is_not_where_the_index_says_is_named(sharded):
@@ -260,13 +311,13 @@ def test_a_directory_without_weights_is_refused(tiny_copy):
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("{", "not valid JSON"), ("", "not valid JSON"), ("\xff\xfe", "not valid JSON"), ("[]", "holds a JSON list"),
+    [("{", "not valid JSON"), ("", "not valid JSON"), ("\xff\xfe", "not UTF-8"), ("[]", "holds a JSON list"),
      ("3", "holds a JSON int")],
 )  # fmt: skip
 def test_a_config_that_is_no_json_object_is_refused(text, sentence, tiny_copy):
     path = tiny_copy("llama")
     (path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(SourceError, match=rf"config.json: {sentence} .*; download it again"):
+    with pytest.raises(SourceError, match=rf"config.json: {sentence}.*; download it again"):
         api.quantize(path, path.parent / "out", method="rtn", evaluate=False, device="cpu", verify=False)
 
 

@@ -1,6 +1,8 @@
 """What `quantization_config` may say, and what of it is refused because it would be read wrongly."""
 
+import contextlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,35 @@ def read(config, layer="layer", stored=()):
 
 def test_what_is_written_is_read_back():
     assert read(compressed_tensors()["quantization_config"]) == INT4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**compressed_tensors(group={"targets": [r"re:([\w.]+)+!"]})["quantization_config"]},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "dynamic": {r"-:([\w.]+)+!": {}}},
+    ],
+)
+def test_expressions_with_exponentially_many_ways_are_matched_at_once(config):
+    started = time.process_time()
+    read_layer = quantization_config.reader({"quantization_config": config}, "here")
+    for number in range(100):
+        with contextlib.suppress(SourceError):  # no layer is meant
+            read_layer(f"model.layers.{number}.self_attn.q_proj", set())
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("method", [{}, [], 5, "x" * 10**5, "a\nb", None])
+def test_a_method_that_is_no_known_name_is_refused(method):
+    with pytest.raises(SourceError, match=r"quantized with method .* cannot be read; use the original model"):
+        read({"quant_method": method})
+
+
+def test_long_values_are_elided_and_the_remedy_stays():
+    config = compressed_tensors(weights={"num_bits": "x" * 10**5})["quantization_config"]
+    with pytest.raises(SourceError, match=r"^here: .*x…x.*use the original model$") as refused:
+        read(config)
+    assert len(str(refused.value)) <= 300
 
 
 def test_several_formats_go_into_groups_of_named_layers():

@@ -18,7 +18,7 @@ PRUNING = (
 )
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
-    ("errors", "reading", "access"),
+    ("errors", "reading", "access", "expressions"),
     ("types", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes", "host"),
     ("_on_import",),
     ("kernels",),

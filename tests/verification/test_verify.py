@@ -18,6 +18,7 @@ from compressor.errors import SourceError
 from compressor.formats.int_group import IntGroup
 from compressor.model import shards
 from compressor.model.checkpoint import INDEX, SINGLE
+from compressor.model.header import spans
 from compressor.model.source import ModelSource
 from compressor.shorthands import quantize_recipe
 from compressor.verification import loaders, values
@@ -80,7 +81,7 @@ def in_shards(directory: Path) -> list[Path]:
 
 
 def flip_a_byte(directory: Path, name: str) -> None:
-    span = shards.spans(directory / SINGLE)[name]
+    span = spans(directory / SINGLE)[name]
     with (directory / SINGLE).open("r+b") as file:
         file.seek((span.begin + span.end) // 2)
         byte = file.read(1)[0]
@@ -143,7 +144,7 @@ class TestDamage:
     def test_a_shard_of_another_model(self, made: SimpleNamespace, out: Path, tmp_path: Path) -> None:
         other = Path(shutil.copytree(made.other, tmp_path / "other"))
         shard, foreign = in_shards(out)[-1], in_shards(other)[-1]
-        assert shards.spans(shard) == shards.spans(foreign)
+        assert spans(shard) == spans(foreign)
         shutil.copyfile(foreign, shard)
         found = failures(out)
         assert found["hashes"].startswith(f"{shard}: {LAYER}.weight_packed holds other bytes than the run computed (and ")
@@ -174,7 +175,7 @@ class TestDamage:
         assert set(failures(out)) == {"config", "logits"}
 
     def test_a_truncated_shard(self, out: Path) -> None:
-        last = max(shards.spans(out / SINGLE).items(), key=lambda item: item[1].end)[0]
+        last = max(spans(out / SINGLE).items(), key=lambda item: item[1].end)[0]
         content = (out / SINGLE).read_bytes()
         (out / SINGLE).write_bytes(content[:-1])
         found = answers(out)
@@ -222,7 +223,7 @@ class TestDamage:
     def test_a_tensor_in_two_shards(self, there: int, out: Path) -> None:
         files = in_shards(out)
         name = "lm_head.weight" if there else f"{LAYER}.weight_scale"
-        holder = next(file for file in files if name in shards.spans(file))
+        holder = next(file for file in files if name in spans(file))
         assert holder != files[there]
         content = load_file(files[there])
         save_file({**content, name: load_file(holder)[name] * 2}, files[there])
