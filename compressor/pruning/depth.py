@@ -22,6 +22,7 @@ from compressor.errors import RecipeError
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline import Event, Job, Tell
+from compressor.pruning.renumbered import check_renumbered, corrected
 from compressor.search.levels import Choice, Level, Unit
 from compressor.types import GONE, Block, Kept, Trial
 
@@ -150,7 +151,11 @@ def fewer_sublayers(source: ModelSource, gone: frozenset[str]) -> Rewriting:
 
 
 def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
-    """The model without the blocks that go, the others numbered anew; lists in its config with an entry for each too."""
+    """The model without the blocks that go, the others numbered anew; lists in its config with an entry for each too.
+
+    Raises:
+        RecipeError: blocks have different parameters, or one would compute something else under its new number.
+    """
     kept = [index for index, level in enumerate(choice) if level == STAYS]
     inside = [_parameters(source, index) for index in range(len(choice))]
     if any(names.keys() != inside[0].keys() for names in inside):
@@ -176,7 +181,10 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
         if (count := source.unsaid.get(f"{source.prefix}.{old}.{part}")) is not None
     }
     config |= {number: len(kept)}
-    return Rewriting({}, copies, config, removed=frozenset(removed), widths=widths, blocks=kept)
+    fewer = Rewriting({}, copies, config, removed=frozenset(removed), widths=widths, blocks=kept)
+    fewer = corrected(source, kept, fewer)
+    check_renumbered(source, fewer)
+    return fewer
 
 
 def _parameters(source: ModelSource, index: int) -> Mapping[str, str]:
