@@ -174,7 +174,12 @@ def print_report(report: "Report", out: str) -> None:
         ("page", f"{out}/report.html"),
     ]
     print_table(out, ("", ""), rows)
-    for warning in report.warnings:
+    print_warnings(report.warnings)
+
+
+def print_warnings(warnings: Sequence[str]) -> None:
+    """Write warnings to stderr."""
+    for warning in warnings:
         sys.stderr.write(f"warning: {warning}\n")
 
 
