@@ -1,4 +1,4 @@
-"""Each call that changes files fails once: OUT is absent or whole, one sentence says so, and going on gives the same bytes."""
+"""Each call that changes files fails once: OUT is absent or whole, a sentence says so, and going on gives the same bytes."""
 
 import errno
 import os
