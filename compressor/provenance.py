@@ -116,6 +116,7 @@ def finished_report(out: Path, report: Report) -> Report:
         same = False
     if not same:
         raise OutputError(f"{out}: exists and is not the result of this run; give --overwrite or choose another --out")
-    clear_up(out, found["fingerprint"])
     known = {key: found[key] for key in vars(report) if key in found and key != "rows"}
-    return replace(report, **known, rows=[Row(**row) for row in found["rows"]])
+    whole = replace(report, **known, rows=[Row(**row) for row in found["rows"]])
+    clear_up(out, found["fingerprint"], whole.warnings.append)
+    return whole

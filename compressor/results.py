@@ -4,14 +4,14 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from compressor.access import check_readable
 from compressor.card import model_card
 from compressor.errors import OutputError
-from compressor.model.journal import replace_text
+from compressor.model.journal import replace_text, writing
 from compressor.report import at_the_top
 from compressor.report_html.page import render
 from compressor.report_html.plots import plot_data
@@ -92,12 +92,15 @@ def amend(directory: Path, **fields: Any) -> None:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Hold the lock on a directory."""
-    opened = os.open(directory, os.O_RDONLY)
+    with writing(directory):
+        opened = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
+        with writing(directory):
+            fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(opened)
+        with suppress(OSError):  # nothing was written to it
+            os.close(opened)
 
 
 def _merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

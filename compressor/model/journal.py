@@ -10,7 +10,8 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.errors import OutputError
+from compressor.reading import cause, elide
 
 LOCK, JOURNAL = "lock", "journal.jsonl"
 
@@ -51,14 +53,15 @@ class Journal:
             self._lock = (self.directory / LOCK).open("w")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
+            except BlockingIOError as error:
+                self.release()
                 raise OutputError(f"{where}: another run is writing here; wait for it or {remedy}") from error
 
     def release(self) -> None:
-        """Let go of it."""
+        """Let go of it. Nothing was written to the lock, and it is free even if the system reports that closing failed."""
         assert self._lock is not None
-        self._lock.close()
+        with contextlib.suppress(OSError):
+            self._lock.close()
 
     def lines(self) -> list[dict[str, Any]]:
         """What was left here, the fingerprint first; nothing if there is no journal."""
@@ -146,7 +149,7 @@ def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, str], whe
 def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file in one step, safely on the disk; in the place of what was there."""
     unfinished = path.with_suffix(".unfinished")
-    with writing(path):
+    with writing(path), removed_if_failing(unfinished):
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
         sync(unfinished)
         unfinished.rename(path)
@@ -154,11 +157,42 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one sentence."""
+    """Turn a failure to write below a path, such as a full disk or a missing permission, into one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be written ({error}); make room or choose another --out") from error
+        where = elide(str(path), 150)
+        raise OutputError(f"{where}: cannot be written ({cause(error)}); make room or choose another --out") from error
+
+
+@contextlib.contextmanager
+def removed_if_failing(unfinished: Path) -> Iterator[None]:
+    """Remove a file that could not be finished; what stopped it is raised, not that it cannot be removed either."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(place: Path, whole: Path, warn: Callable[[str], None]) -> None:
+    """Remove a directory that a run worked in, once its result is whole.
+
+    Args:
+        place: Directory to remove; it need not be there.
+        whole: Result of the run.
+        warn: Called with a sentence if it cannot be removed, which costs room on the disk and nothing else.
+    """
+    try:
+        shutil.rmtree(place)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        names = elide(str(whole), 100), elide(str(place), 100)
+        warn(
+            f"{names[0]}: is whole, but {names[1]} that it was made in cannot be removed ({cause(error)}); remove it by hand"
+        )
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -166,14 +200,10 @@ def replace_text(path: Path, text: str) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a directory where a file is to be written; name a file in it")
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with writing(path):
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            sync(unfinished)
-            unfinished.rename(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+    with writing(path), removed_if_failing(unfinished):
+        unfinished.write_text(text, encoding="utf-8")
+        sync(unfinished)
+        unfinished.rename(path)
 
 
 def sync(path: Path) -> None:

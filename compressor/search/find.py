@@ -66,7 +66,7 @@ class Found:
     contestants: Sequence[Contestant]
     steps: Sequence[Mapping[str, Any]]  # rounds and generations: stage, number, fitness, seconds, scored
     training: float  # share of the steps of training that there is time for
-    warnings: Sequence[str] = ()
+    warnings: Sequence[str] = ()  # about patterns, and about what failed once the plan was written
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
