@@ -3,11 +3,13 @@
     DIR/lock  DIR/journal.jsonl  DIR/<part>.safetensors  …
 
 The journal's first line is a fingerprint: what must be the same for another run to go on from here. Each further line names a
-part that is on disk, with what else is to be known of it. A line cut short by a kill does not count.
+part that is on disk, with what else is to be known of it. Every line carries its own checksum (`seal`), so that a line that
+was changed later cannot be taken for what a run wrote. A last line that a kill has cut short does not count.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.errors import OutputError
-from compressor.reading import cause, elide
+from compressor.reading import cause, elide, parse_json, read_bytes
 
 LOCK, JOURNAL = "lock", "journal.jsonl"
+DAMAGED = "give --overwrite to start again, or remove its directory"
+SEAL = "seal"  # key of a line's checksum
 
 
 class Journal:
@@ -80,7 +84,9 @@ class Journal:
         lines = self.lines()
         if lines:
             check_fingerprint(lines[0], self.fingerprint, where, remedy)
-        for line in lines[1:]:
+        for number, line in enumerate(lines[1:], 2):
+            if not isinstance(line.get("part"), str):
+                raise OutputError(f"{self.directory / JOURNAL}:{number}: names no part; {DAMAGED}")
             if not self.part(line["part"]).is_file():
                 break
             self.finished[line["part"]] = line
@@ -95,7 +101,7 @@ class Journal:
 
     def _begin(self) -> None:
         whole = [self.fingerprint, *self.finished.values()]
-        replace_text(self.directory / JOURNAL, "".join(json.dumps(line) + "\n" for line in whole))
+        replace_text(self.directory / JOURNAL, "".join(map(sealed, whole)))
 
     def add(self, part: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
         """Put a finished part on disk, then its record in the journal."""
@@ -103,15 +109,14 @@ class Journal:
         with writing(self.part(part)):
             sync(self.directory)
             with (self.directory / JOURNAL).open("a") as journal:
-                journal.write(json.dumps({"part": part, **record}) + "\n")
+                journal.write(sealed({"part": part, **record}))
                 journal.flush()
                 os.fsync(journal.fileno())
         self.finished[part] = {"part": part, **record}
 
     def read(self, part: str) -> dict[str, Tensor]:
         """The tensors of a finished part."""
-        tensors: dict[str, Tensor] = load_file(self.part(part))
-        return tensors
+        return load_tensors(self.part(part))
 
     def part(self, part: str) -> Path:
         """The file of a part."""
@@ -124,19 +129,43 @@ def sound(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be read ({error}); it is damaged: give --overwrite to start again") from error
+        raise OutputError(f"{elide(str(path), 150)}: cannot be read ({cause(error)}); it is damaged: {DAMAGED}") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file that this project wrote; raise OutputError if it is damaged."""
+    with sound(path):
+        tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+def sealed(line: Mapping[str, Any]) -> str:
+    """Return a line of a journal: JSON with its own checksum, ended by a line break."""
+    return json.dumps({**line, SEAL: _checksum(line)}) + "\n"
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; none if there is no journal."""
+    """Return the lines of a journal without their checksums; none if there is no journal.
+
+    Raises:
+        OutputError: the file cannot be read, or a line is not as a run wrote it.
+    """
+    if not path.exists():
+        return []
+    *whole, _ = read_bytes(path, OutputError).split(
+        b"\n"
+    )  # behind the last line break: nothing, or what a kill has cut short
     lines: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break  # the kill came in the middle of this line
+    for number, text in enumerate(whole, 1):
+        line = parse_json(text, f"{path}:{number}", OutputError, DAMAGED)
+        if not isinstance(line, dict) or line.pop(SEAL, None) != _checksum(line):
+            raise OutputError(f"{elide(str(path), 150)}:{number}: is not as a run of this version wrote it; {DAMAGED}")
+        lines.append(line)
     return lines
+
+
+def _checksum(line: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16]
 
 
 def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, str], where: Path, remedy: str) -> None:

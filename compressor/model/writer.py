@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from compressor.access import check_readable
 from compressor.errors import OutputError, SourceError
-from compressor.model.journal import JOURNAL, Journal, read_journal, remove_leftovers, save, sync, writing
+from compressor.model.journal import Journal, load_tensors, remove_leftovers, save, sync, writing
 from compressor.reading import cause, elide
 
 NOTE = ".note"
@@ -155,8 +154,7 @@ class PartNotes:
     def load(self, key: str) -> dict[str, Tensor]:
         """What was saved last under a key."""
         path = self._path(key)
-        tensors: dict[str, Tensor] = load_file(path) if path.is_file() else {}
-        return tensors
+        return load_tensors(path) if path.is_file() else {}
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace it in one step."""
@@ -236,11 +234,11 @@ def clear_up(out: Path, fingerprint: Mapping[str, str], warn: Callable[[str], No
         warn: Called with a sentence if that cannot be removed.
     """
     partial = out.with_name(out.name + ".partial")
-    found = read_journal(partial / "work" / JOURNAL)
-    if not partial.exists() or (found and found[0] != fingerprint):
-        return
     journal = Journal(partial / "work", fingerprint)
-    with contextlib.suppress(OutputError):  # a run is at work there
+    with contextlib.suppress(OutputError):  # a run is at work there, or its journal is damaged and not ours to judge
+        found = journal.lines()
+        if not partial.exists() or (found and found[0] != fingerprint):
+            return
         journal.lock(partial)
         remove_leftovers(partial, out, warn)
         journal.release()

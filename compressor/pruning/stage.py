@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from compressor.calibration.data import Samples
@@ -19,7 +18,7 @@ from compressor.calibration.stream import CalibrationStream
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError, OutputError, RecipeError
 from compressor.forecast import collecting
-from compressor.model.journal import LOCK, Journal, remove_leftovers, save, sound, writing
+from compressor.model.journal import LOCK, Journal, load_tensors, remove_leftovers, save, sound, writing
 from compressor.model.rewritten import Prunes, Rewrites, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, Tell, open_stream
@@ -99,8 +98,7 @@ def as_stored(source: ModelSource, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a file that `Work.once` made."""
-    with sound(file):
-        return dict(load_file(file))
+    return load_tensors(file)
 
 
 def stored(file: Path, names: Iterable[str], **others: Any) -> Rewriting:
