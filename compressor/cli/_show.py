@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,12 @@ def print_report(report: "Report", out: str) -> None:
         ("page", f"{out}/report.html"),
     ]
     print_table(out, ("", ""), rows)
-    for warning in report.warnings:
+    print_warnings(report.warnings)
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """Write warnings to stderr, a line each."""
+    for warning in warnings:
         sys.stderr.write(f"warning: {warning}\n")
 
 
@@ -256,3 +261,4 @@ def print_forecast(forecast: "Forecast") -> None:
         ("expected peak memory", size(forecast.expected_peak_memory_bytes)),
     ]
     print_table("dry run", ("", ""), rows)
+    print_warnings(forecast.warnings)
