@@ -58,7 +58,7 @@ class Forecast:
     bits_per_weight: float  # over the compressed layers: exact, or at most that
     expected_peak_memory_bytes: int
     certain: bool  # that of the shapes which a pass may choose among there is only one
-    warnings: tuple[str, ...]  # of the recipe and the model; `run` warns of more
+    warnings: tuple[str, ...]  # of the source and the recipe; `run` warns of more
 
     @property
     def exact(self) -> bool:
@@ -242,6 +242,7 @@ def forecast(
     if recipe.target is not None:
         raise RecipeError("--dry-run: what a target comes to is known after a search; `compress search` writes only the plan")
     source = open_model(recipe, Path(model), Ranks.from_environment(device).device, dtype, sizes_only=True)
+    warnings = source.unused.warnings
     source, given, _ = settle(source, given)
     spec = recipe.calibration
     length = sample_length(spec.seq_len, source)
@@ -270,7 +271,7 @@ def forecast(
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
         bits_per_weight=bits / weights if weights else 8 * widest,
         certain=certain,
-        warnings=tuple(unmatched),
+        warnings=(*warnings, *unmatched),
         expected_peak_memory_bytes=LIBRARIES_BYTES + max(memory, pruning, samples),
     )
 

@@ -87,7 +87,7 @@ def new_report(
         versions=versions(),
         command=command(source, out),
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
-        warnings=list(warnings),
+        warnings=[*source.unused.warnings, *warnings],
     )
 
 
