@@ -1,7 +1,6 @@
 """The verbs as functions: what the command line calls, and what a program can call instead."""
 
 import resource
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from compressor.host import known_state
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
 from compressor.model import shards
+from compressor.model.journal import remove_leftovers
 from compressor.model.rewritten import Prunes
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, check_space, check_target
@@ -58,7 +58,7 @@ class Forecast:
     bits_per_weight: float  # over the compressed layers: exact, or at most that
     expected_peak_memory_bytes: int
     certain: bool  # that of the shapes which a pass may choose among there is only one
-    warnings: tuple[str, ...]  # of the recipe and the model; `run` warns of more
+    warnings: tuple[str, ...]  # of the source and the recipe; `run` warns of more
 
     @property
     def exact(self) -> bool:
@@ -127,7 +127,7 @@ def run(
     if recipe.target is None:
         check_space(out, shards.total_bytes(shards.layout(output_headers(small, recipe.passes, expected))))
     prunes = ranks.first and any(isinstance(step, Prunes) for step in recipe.passes)
-    with held(place, resume=resume, overwrite=overwrite) if prunes else nullcontext():
+    with held(out, report.warnings.append, resume=resume, overwrite=overwrite) if prunes else nullcontext():
         source, report.pruning = pruned(recipe, source, calibration, ranks, place, made_by, tell)
         report.seconds = time.monotonic() - started if report.pruning else 0.0
         chosen = make_plan(source, recipe.passes, given) if recipe.target is None else {}
@@ -159,7 +159,7 @@ def run(
             write_model(recipe, source, {**chosen, **gone}, workspace, report, probe)
             finish(recipe, source, evaluation, workspace, report, tell, verify=verify)
         if recipe.target is not None and levels is None:
-            shutil.rmtree(levels_place(out, levels))
+            remove_leftovers(levels_place(out, levels), out, report.warnings.append)
         ranks.barrier()
         return report
 
@@ -242,6 +242,7 @@ def forecast(
     if recipe.target is not None:
         raise RecipeError("--dry-run: what a target comes to is known after a search; `compress search` writes only the plan")
     source = open_model(recipe, Path(model), Ranks.from_environment(device).device, dtype, sizes_only=True)
+    warnings = source.unused.warnings
     source, given, _ = settle(source, given)
     spec = recipe.calibration
     length = sample_length(spec.seq_len, source)
@@ -270,7 +271,7 @@ def forecast(
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
         bits_per_weight=bits / weights if weights else 8 * widest,
         certain=certain,
-        warnings=tuple(unmatched),
+        warnings=(*warnings, *unmatched),
         expected_peak_memory_bytes=LIBRARIES_BYTES + max(memory, pruning, samples),
     )
 
@@ -310,7 +311,7 @@ def finished(out: Path, report: Report, ranks: Ranks) -> Report:
     """The report of a run that is complete already, and nothing left of how it was made."""
     found = finished_report(out, report)
     if ranks.first:
-        clear(pruning_place(out))
+        clear(out, found.warnings.append)
     return found
 
 
@@ -330,7 +331,7 @@ def finish(
     if verify:
         check_result(workspace.model, source.device, report, tell)
     write_reports(workspace, report)
-    workspace.publish()
+    workspace.publish(report.warnings.append)
 
 
 def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, report: Report, tell: Tell) -> None:

@@ -14,15 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compressor.errors import CompressorError, RecipeError
+from compressor.errors import LostRankError, RecipeError
 from compressor.types import Edits, Outcome, QuantizedTensor, Stored
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # that ranks wait for each other: the first one writes and evaluates alone
-
-
-class LostRankError(CompressorError):
-    """Another rank has ended. If it could say why, it has."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +176,7 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:
         raise LostRankError(
             f"rank {dist.get_rank()}: lost the connection to another rank; "
-            "see what that one has printed, --resume goes on from the last finished block"
+            "resume the run, which goes on from the last finished block"
         ) from error
 
 

@@ -6,6 +6,7 @@
   x CalibrationError   the data does not determine the statistics a pass needs
   x OutputError        the result cannot be written where it was asked for
   x KernelError        a kernel that was asked for is missing or cannot do what it should
+  x LostRankError      another rank has ended; if it could say why, it has
 """
 
 MAX_MESSAGE = 300  # characters
@@ -47,3 +48,6 @@ class OutputError(CompressorError): ...
 
 
 class KernelError(CompressorError): ...
+
+
+class LostRankError(CompressorError): ...

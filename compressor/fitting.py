@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-import shutil
 import time as clock
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from compressor.inputs import check_shares, load_data, open_model
 from compressor.judging import silent
 from compressor.model import shards
 from compressor.model.architecture import matches
-from compressor.model.journal import replace_text
+from compressor.model.journal import remove_leftovers, replace_text
 from compressor.model.rewritten import Prunes, Rewrites
 from compressor.model.source import ModelSource
 from compressor.passes._training import Schedule
@@ -175,7 +174,7 @@ def search_plan(
     if ranks.first:
         replace_text(out, to_text(found.plan))
         if levels is None:
-            shutil.rmtree(levels_place(out, levels))
+            remove_leftovers(levels_place(out, levels), out, unmatched.append)
     return replace(found, warnings=unmatched)
 
 

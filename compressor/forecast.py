@@ -41,7 +41,7 @@ def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch
     hessians = [shapes[layer][1] ** 2 for layer in read_first]
     solved = max(hessians, default=0)
     largest = max((rows * columns for rows, columns in shapes.values()), default=0)
-    outside = max((source.checkpoint.headers[name].nbytes for name in rest_names(source)), default=0)
+    outside = max((source.checkpoint.headers[name].nbytes for name in rest_names(source, {})), default=0)
     two_streams = any(step.two_streams for step in passes)
     paired = any(issubclass(kind, PairedAccumulator) for step in passes for kind in step.needs)
     kept_tokens = min(tokens, batch) if on_disk else tokens

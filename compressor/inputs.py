@@ -1,6 +1,5 @@
 """What a run needs before it can start: the opened model, the plan, the tokens. What can fail early, fails here."""
 
-import json
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from compressor.model.rewritten import Progress, Prunes, silent
 from compressor.model.source import ModelSource
 from compressor.model.writer import other_files
 from compressor.plan import rewritten
+from compressor.reading import read_json
 from compressor.recipe import Recipe
 from compressor.types import Pass
 
@@ -118,8 +118,8 @@ def judged(
 def calibration_source(model: Path) -> str | None:
     """Where the text came from that a model was calibrated on, if its report tells."""
     try:
-        found = json.loads((model / "report.json").read_text(encoding="utf-8"))["calibration"]["source"]
-    except (OSError, ValueError, LookupError, TypeError):
+        found = read_json(model / "report.json", SourceError)["calibration"]["source"]
+    except (SourceError, LookupError, TypeError):
         return None
     return str(found)
 

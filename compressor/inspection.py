@@ -74,6 +74,7 @@ class Inspection:
     size_bytes: int
     bits_per_weight: float  # over the packed layers; over the linear layers of the blocks if none is packed
     model_bits_per_weight: float
+    warnings: tuple[str, ...]  # about tensors that the model does not use
 
     def share(self, entry: Kind | Parameter) -> float:
         """Of all bytes, what one entry takes."""
@@ -118,6 +119,7 @@ def inspect_model(path: Path) -> Inspection:
         size_bytes=total,
         bits_per_weight=8 * sum(k.size_bytes for k in shown) / max(1, sum(k.weights for k in shown)),
         model_bits_per_weight=8 * total / max(1, weights),
+        warnings=source.unused.warnings,
     )
 
 

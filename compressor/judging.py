@@ -20,6 +20,7 @@ from compressor.host import known_state
 from compressor.inputs import Judged, calibration_source, computation_dtype, judged, sample_length
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource, return_freed_memory
+from compressor.model.unused import log_warnings
 from compressor.pipeline import Event, Tell
 from compressor.runtime.load import continuation
 
@@ -91,6 +92,7 @@ def evaluate_all(
     precision = computation_dtype(place, dtype or "float32", Path(models[0]))
     opened = [ModelSource(Path(path), place, precision) for path in models]
     original = ModelSource(Path(reference), place, precision) if reference is not None else None
+    log_warnings(*(one.unused for one in (*opened, original) if one is not None))
     protocol = make_protocol(
         load_tokenizer(opened[0].path), sample_length(seq_len, opened[0]), stride, bos, one_by_one=documents
     )

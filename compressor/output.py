@@ -61,7 +61,8 @@ def write_model(
         workspace.copy(file, name)
     tensors = {name: known for part in workspace.finished.values() for name, known in part["entries"].items()}
     names = sorted({*copied, *beside} - set(MADE))
-    others = {name: hashlib.sha256((workspace.model / name).read_bytes()).hexdigest() for name in names}
+    with writing(workspace.model):
+        others = {name: hashlib.sha256((workspace.model / name).read_bytes()).hexdigest() for name in names}
     others |= {f"{sources.FOLDER}/{name}": digest for name, digest in kernels.items()}
     manifest = Manifest(hashlib.sha256(config.encode()).hexdigest(), others, tensors, probe)
     workspace.write_text(MANIFEST, manifest.text())
@@ -100,7 +101,8 @@ def write_kernels(workspace: Workspace, layouts: Iterable[Layout]) -> dict[str, 
     for layout in layouts:
         digests |= sources.digests(layout)
     if digests:
-        (workspace.model / sources.FOLDER).mkdir(exist_ok=True)
+        with writing(workspace.model):
+            (workspace.model / sources.FOLDER).mkdir(exist_ok=True)
     for name in digests:
         workspace.write_text(f"{sources.FOLDER}/{name}", sources.read(name))
     return digests

@@ -103,7 +103,7 @@ def compress(
         speed = stream.tokens * job.ranks.world / spent if stream is not None else None
         tell(Event("compress", index + 1, total, tokens_per_second=speed))
     if workspace is not None:
-        for i, name in enumerate(rest_names(job.source)):
+        for i, name in enumerate(rest_names(job.source, job.plan)):
             if f"rest-{i:05d}" not in finished:
                 keep(workspace, f"rest-{i:05d}", {name: job.source.checkpoint.read(name)})
     return finish_probe(probe, report) if probe is not None else None

@@ -221,7 +221,7 @@ def output_headers(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> d
         for scale in (KEYS, VALUES):
             for module in cache_roundings(plan, block):
                 headers[source.beside(f"{block.prefix}.{module}.{scale}")] = Header(SCALE_DTYPE, (1,))
-    return headers | {name: source.checkpoint.headers[name] for name in rest_names(source)}
+    return headers | {name: source.checkpoint.headers[name] for name in rest_names(source, plan)}
 
 
 def cache_roundings(plan: Plan, block: Block) -> dict[str, CacheRounding]:
@@ -236,9 +236,14 @@ def block_names(source: ModelSource, block: Block) -> dict[str, str]:
     return {m.removeprefix(prefix): stored for m, stored in source.names.items() if m.startswith(prefix)}
 
 
-def rest_names(source: ModelSource) -> list[str]:
-    """Tensors of the checkpoint outside the blocks, and those that the model does not know."""
+def rest_names(source: ModelSource, plan: Plan) -> list[str]:
+    """Return the names of tensors outside the blocks and of those that the model does not use.
+
+    Scales of a quantized cache are left out where the plan makes new ones, because engines would read either.
+    """
     inside = {stored for m, stored in source.names.items() if m.startswith(f"{source.prefix}.")}
+    if any(isinstance(option, CacheRounding) for option in plan.values()):
+        inside |= source.unused.cache_scales
     return [name for name in source.checkpoint if name not in inside]
 
 

@@ -10,6 +10,7 @@ import yaml
 from compressor.access import check_readable
 from compressor.errors import RecipeError
 from compressor.plan import describe_plan, read_option
+from compressor.reading import elide, read_yaml
 from compressor.recipe import Recipe
 from compressor.types import GONE, Format, Kept, Pass, Plan
 
@@ -26,15 +27,10 @@ def read_plan(path: Path) -> Plan:
         RecipeError: not a plan.
     """
     check_readable([path], RecipeError)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); `compress search` writes such a file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    data = read_yaml(path, RecipeError, "`compress search` writes such a file")
     if not isinstance(data, Mapping) or not data:
         raise RecipeError(f"{path}: not a plan; a plan maps units such as model.layers.0.mlp.down_proj to formats")
-    return {str(unit): _option(spec, f"{path}: {unit}") for unit, spec in data.items() if not _is_cache(spec)}
+    return {unit: _option(spec, f"{path}: {elide(unit)}") for unit, spec in data.items() if not _is_cache(spec)}
 
 
 def _is_cache(spec: Any) -> bool:

@@ -21,6 +21,7 @@ from compressor.errors import OutputError
 from compressor.model.source import ModelSource
 from compressor.model.writer import clear_up
 from compressor.plan import describe_plan
+from compressor.reading import read_json
 from compressor.recipe import Recipe, to_yaml
 from compressor.report import Report, Row
 from compressor.types import Plan
@@ -86,7 +87,7 @@ def new_report(
         versions=versions(),
         command=command(source, out),
         source_size_bytes=sum(file.stat().st_size for file in source.checkpoint.files()),
-        warnings=list(warnings),
+        warnings=[*source.unused.warnings, *warnings],
     )
 
 
@@ -110,12 +111,14 @@ def finished_report(out: Path, report: Report) -> Report:
         OutputError: the directory was written by another run.
     """
     try:
-        found = json.loads((out / "report.json").read_text())
+        found = read_json(out / "report.json", OutputError)
         same = dict(report.fingerprint).items() <= found["fingerprint"].items()  # a plan may have been found besides
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = [Row(**row) for row in found["rows"]]
+    except (OutputError, LookupError, TypeError, AttributeError):
         same = False
     if not same:
         raise OutputError(f"{out}: exists and is not the result of this run; give --overwrite or choose another --out")
-    clear_up(out, found["fingerprint"])
     known = {key: found[key] for key in vars(report) if key in found and key != "rows"}
-    return replace(report, **known, rows=[Row(**row) for row in found["rows"]])
+    whole = replace(report, **known, rows=rows)
+    clear_up(out, found["fingerprint"], whole.warnings.append)
+    return whole

@@ -9,6 +9,7 @@ import yaml
 
 from compressor.access import check_readable, kind_of
 from compressor.errors import RecipeError
+from compressor.reading import parse_yaml, read_yaml
 from compressor.registry import describe, named, node, validate
 
 
@@ -212,11 +213,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: is a directory where a recipe file is needed; write `compress run RECIPE MODEL`")
     if kind is None:
         raise RecipeError(f"{path}: no such recipe file; the shipped ones are in recipes/")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    return make_recipe(data, changes, str(path))
+    return make_recipe(read_yaml(path, RecipeError), changes, str(path))
 
 
 def make_recipe(data: Any, changes: Sequence[str] = (), where: str = "recipe") -> Recipe:
@@ -235,7 +232,7 @@ def changed_patterns(changes: Sequence[str]) -> list[str]:
     data: dict[str, Any] = {}
     for change in changes:
         path, _, text = change.partition("=")
-        value: Any = yaml.safe_load(text)
+        value = _parsed(change, text)
         for key in reversed(path.split(".")):
             value = {key: value}
         data[change] = value
@@ -262,16 +259,18 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _parsed(change: str, text: str) -> Any:
+    """Return the value of a `--set` change."""
+    return parse_yaml(text, f"--set {change}", RecipeError, "put the value in quotes")
+
+
 def _set(data: Any, change: str) -> None:
     """Apply `passes.0.damp=0.1` to plain data; the value is YAML."""
     path, equals, text = change.partition("=")
     if not equals or not path:
         raise RecipeError(f"--set {change}: write KEY=VALUE, for example passes.0.damp=0.1")
     *parents, last = path.split(".")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {change}: the value is not valid YAML; put it in quotes") from error
+    value = _parsed(change, text)
     try:
         here = data
         for key in parents:

@@ -4,18 +4,19 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from compressor.access import check_readable
 from compressor.card import model_card
 from compressor.errors import OutputError
-from compressor.model.journal import replace_text
+from compressor.model.journal import replace_text, writing
+from compressor.reading import read_json_object
 from compressor.report import at_the_top
 from compressor.report_html.page import render
 from compressor.report_html.plots import plot_data
-from compressor.report_html.schema import faults
+from compressor.report_html.schema import fault
 
 REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
 
@@ -40,14 +41,9 @@ def read_report(directory: Path) -> dict[str, Any]:
     check_readable([file], OutputError)
     if not file.is_file():
         raise OutputError(f"{directory}: no {REPORT} here; it is written by `compress quantize` and `compress run`")
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{file}: cannot be read as JSON ({error}); compress again") from error
-    fault = next(faults(report), None)
-    if fault is not None:
-        raise OutputError(f"{file}: not a report of a run, {fault}; compress again")
-    assert isinstance(report, dict)
+    report = read_json_object(file, OutputError, "compress again")
+    if (reason := fault(report)) is not None:
+        raise OutputError(f"{file}: not a report of a run, {reason}; compress again")
     return report
 
 
@@ -92,12 +88,15 @@ def amend(directory: Path, **fields: Any) -> None:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """Hold the lock on a directory."""
-    opened = os.open(directory, os.O_RDONLY)
+    with writing(directory):
+        opened = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
+        with writing(directory):
+            fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(opened)
+        with suppress(OSError):  # nothing was written to it
+            os.close(opened)
 
 
 def _merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -1,14 +1,16 @@
 """The command line: parse, call one function, print. Results go to stdout, everything else to stderr.
 
 One file per verb, each with a function of the verb's name (`eval` is `eval_`). Heavy imports happen inside the commands, so
-that `--help` answers at once. Exit status: 0 done, 1 a check failed, 2 could not run.
+that `--help` answers at once. Exit status: 0 done, 1 a check failed, 2 could not run, 128 + n ended by signal n.
 """
 
 import os
-import sys
 
 import typer
 
+from compressor.cli._again import again
+from compressor.cli._ending import ending
+from compressor.cli._say import say
 from compressor.cli.bench import bench
 from compressor.cli.compare import compare
 from compressor.cli.demo import demo
@@ -22,7 +24,7 @@ from compressor.cli.report import report
 from compressor.cli.run import run
 from compressor.cli.search import search
 from compressor.cli.verify import verify
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, LostRankError
 
 app = typer.Typer(
     help="Post-training compression of language models: a Hugging Face model directory in, a smaller one out.",
@@ -32,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for verb in (quantize, prune, fit, search, run, eval_, compare, report, verify, inspect, bench, generate, demo):
-    app.command(verb.__name__.rstrip("_"))(verb)
+    app.command(verb.__name__.rstrip("_"))(ending(verb))
 
 
 def main() -> None:
@@ -43,12 +45,6 @@ def main() -> None:
     try:
         app()
     except CompressorError as error:
-        if "WORLD_SIZE" not in os.environ or _first_to_fail():
-            sys.stderr.write(f"error: {error}\n")
+        lost = f" ({again()})" if isinstance(error, LostRankError) else ""
+        say(f"error: {error}{lost}")
         raise SystemExit(error.status) from None
-
-
-def _first_to_fail() -> bool:
-    from compressor.distributed import first_to_fail
-
-    return first_to_fail()

@@ -1,6 +1,5 @@
 """What `run` and the shorthands have in common once there is a recipe."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -42,25 +41,20 @@ def compress(
         forecast = api.forecast(recipe, model, out, plan=plan, device=device, dtype=dtype, required=required)
         print_json(forecast.to_dict()) if as_json else print_forecast(forecast)
         return
-    try:
-        with progress() if first else nullcontext(silent) as tell:
-            report = api.run(
-                recipe,
-                model,
-                out,
-                plan=plan,
-                levels=levels,
-                resume=resume,
-                overwrite=overwrite,
-                verify=verify,
-                device=device,
-                dtype=dtype,
-                required=required,
-                tell=tell,
-            )
-    except KeyboardInterrupt:
-        if first:
-            sys.stderr.write("interrupted; finished blocks are kept, --resume goes on from there\n")
-        raise SystemExit(130) from None
+    with progress() if first else nullcontext(silent) as tell:
+        report = api.run(
+            recipe,
+            model,
+            out,
+            plan=plan,
+            levels=levels,
+            resume=resume,
+            overwrite=overwrite,
+            verify=verify,
+            device=device,
+            dtype=dtype,
+            required=required,
+            tell=tell,
+        )
     if first:
         print_json(report.to_dict()) if as_json else print_report(report, report.path)

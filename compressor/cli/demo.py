@@ -26,7 +26,7 @@ def demo(
     from compressor import api
     from compressor.assets import DEMO_MODEL
     from compressor.cli._quiet import quiet
-    from compressor.model.journal import replace_text
+    from compressor.model.journal import replace_text, writing
     from compressor.report_html.page import render
     from compressor.runtime.load import generate
     from compressor.shorthands import quantize_recipe
@@ -36,7 +36,8 @@ def demo(
     reports = {}
     for width in dict.fromkeys(bits or (4, 3)):
         target = out / f"demo-{method}-int{width}"
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         with progress() as tell:
             recipe = quantize_recipe(width, method=method)
             reports[target.name] = api.run(recipe, DEMO_MODEL, target, overwrite=True, device="cpu", tell=tell)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compressor.cli import _arguments as a
-from compressor.cli._show import print_json, print_table
+from compressor.cli._show import print_json, print_table, print_warnings
 from compressor.report_html.numbers import size
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def inspect(
     if tensors:
         sys.stdout.writelines(_describe(found, tensor) for tensor in found.tensors)
     sys.stdout.writelines(_answer(runtime) for runtime in found.runtimes)
+    print_warnings(found.warnings)
 
 
 def _describe(found: "Inspection", tensor: "Parameter") -> str:

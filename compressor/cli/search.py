@@ -8,7 +8,7 @@ import typer
 
 from compressor.cli import _arguments as a
 from compressor.cli import _target as t
-from compressor.cli._show import print_json, progress
+from compressor.cli._show import print_json, print_warnings, progress
 
 
 def search(
@@ -83,3 +83,4 @@ def search(
         )
     if first:
         print_json(found.to_dict()) if as_json else t.print_found(found)
+        print_warnings(found.warnings)

@@ -35,11 +35,11 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.shard_of = find_shards(path)
+        self.shard_of = dict(find_shards(path))
         self.headers: dict[str, Header] = {}
         for shard in sorted(set(self.shard_of.values())):
             for name, header in read_header(path / shard).items():
-                if self.shard_of.get(name) == shard:
+                if self.shard_of.setdefault(name, shard) == shard:  # like transformers, reads what the index leaves out
                     self.headers[name] = header
         lost = sorted(set(self.shard_of) - set(self.headers))
         if lost:

@@ -3,14 +3,17 @@
     DIR/lock  DIR/journal.jsonl  DIR/<part>.safetensors  …
 
 The journal's first line is a fingerprint: what must be the same for another run to go on from here. Each further line names a
-part that is on disk, with what else is to be known of it. A line cut short by a kill does not count.
+part that is on disk, with what else is to be known of it. Every line carries its own checksum (`seal`), so that a line that
+was changed later cannot be taken for what a run wrote. A last line that a kill has cut short does not count.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,8 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.errors import OutputError
+from compressor.reading import cause, elide, parse_json, read_bytes
 
 LOCK, JOURNAL = "lock", "journal.jsonl"
+DAMAGED = "give --overwrite to start again, or remove its directory"
+SEAL = "seal"  # key of a line's checksum
 
 
 class Journal:
@@ -51,14 +57,15 @@ class Journal:
             self._lock = (self.directory / LOCK).open("w")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
+            except BlockingIOError as error:
+                self.release()
                 raise OutputError(f"{where}: another run is writing here; wait for it or {remedy}") from error
 
     def release(self) -> None:
-        """Let go of it."""
+        """Let go of it. Nothing was written to the lock, and it is free even if the system reports that closing failed."""
         assert self._lock is not None
-        self._lock.close()
+        with contextlib.suppress(OSError):
+            self._lock.close()
 
     def lines(self) -> list[dict[str, Any]]:
         """What was left here, the fingerprint first; nothing if there is no journal."""
@@ -77,7 +84,9 @@ class Journal:
         lines = self.lines()
         if lines:
             check_fingerprint(lines[0], self.fingerprint, where, remedy)
-        for line in lines[1:]:
+        for number, line in enumerate(lines[1:], 2):
+            if not isinstance(line.get("part"), str):
+                raise OutputError(f"{self.directory / JOURNAL}:{number}: names no part; {DAMAGED}")
             if not self.part(line["part"]).is_file():
                 break
             self.finished[line["part"]] = line
@@ -92,7 +101,7 @@ class Journal:
 
     def _begin(self) -> None:
         whole = [self.fingerprint, *self.finished.values()]
-        replace_text(self.directory / JOURNAL, "".join(json.dumps(line) + "\n" for line in whole))
+        replace_text(self.directory / JOURNAL, "".join(map(sealed, whole)))
 
     def add(self, part: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
         """Put a finished part on disk, then its record in the journal."""
@@ -100,15 +109,14 @@ class Journal:
         with writing(self.part(part)):
             sync(self.directory)
             with (self.directory / JOURNAL).open("a") as journal:
-                journal.write(json.dumps({"part": part, **record}) + "\n")
+                journal.write(sealed({"part": part, **record}))
                 journal.flush()
                 os.fsync(journal.fileno())
         self.finished[part] = {"part": part, **record}
 
     def read(self, part: str) -> dict[str, Tensor]:
         """The tensors of a finished part."""
-        tensors: dict[str, Tensor] = load_file(self.part(part))
-        return tensors
+        return load_tensors(self.part(part))
 
     def part(self, part: str) -> Path:
         """The file of a part."""
@@ -121,19 +129,43 @@ def sound(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be read ({error}); it is damaged: give --overwrite to start again") from error
+        raise OutputError(f"{elide(str(path), 150)}: cannot be read ({cause(error)}); it is damaged: {DAMAGED}") from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file that this project wrote; raise OutputError if it is damaged."""
+    with sound(path):
+        tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+def sealed(line: Mapping[str, Any]) -> str:
+    """Return a line of a journal: JSON with its own checksum, ended by a line break."""
+    return json.dumps({**line, SEAL: _checksum(line)}) + "\n"
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; none if there is no journal."""
+    """Return the lines of a journal without their checksums; none if there is no journal.
+
+    Raises:
+        OutputError: the file cannot be read, or a line is not as a run wrote it.
+    """
+    if not path.exists():
+        return []
+    *whole, _ = read_bytes(path, OutputError).split(
+        b"\n"
+    )  # behind the last line break: nothing, or what a kill has cut short
     lines: list[dict[str, Any]] = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break  # the kill came in the middle of this line
+    for number, text in enumerate(whole, 1):
+        line = parse_json(text, f"{path}:{number}", OutputError, DAMAGED)
+        if not isinstance(line, dict) or line.pop(SEAL, None) != _checksum(line):
+            raise OutputError(f"{elide(str(path), 150)}:{number}: is not as a run of this version wrote it; {DAMAGED}")
+        lines.append(line)
     return lines
+
+
+def _checksum(line: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(line).encode()).hexdigest()[:16]
 
 
 def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, str], where: Path, remedy: str) -> None:
@@ -146,7 +178,7 @@ def check_fingerprint(found: Mapping[str, Any], expected: Mapping[str, str], whe
 def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file in one step, safely on the disk; in the place of what was there."""
     unfinished = path.with_suffix(".unfinished")
-    with writing(path):
+    with writing(path), removed_if_failing(unfinished):
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, unfinished, {"format": "pt"})
         sync(unfinished)
         unfinished.rename(path)
@@ -154,11 +186,42 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or a missing permission into one sentence."""
+    """Turn a failure to write below a path, such as a full disk or a missing permission, into one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: cannot be written ({error}); make room or choose another --out") from error
+        where = elide(str(path), 150)
+        raise OutputError(f"{where}: cannot be written ({cause(error)}); make room or choose another --out") from error
+
+
+@contextlib.contextmanager
+def removed_if_failing(unfinished: Path) -> Iterator[None]:
+    """Remove a file that could not be finished; what stopped it is raised, not that it cannot be removed either."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(place: Path, whole: Path, warn: Callable[[str], None]) -> None:
+    """Remove a directory that a run worked in, once its result is whole.
+
+    Args:
+        place: Directory to remove; it need not be there.
+        whole: Result of the run.
+        warn: Called with a sentence if it cannot be removed, which costs room on the disk and nothing else.
+    """
+    try:
+        shutil.rmtree(place)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        names = elide(str(whole), 100), elide(str(place), 100)
+        warn(
+            f"{names[0]}: is whole, but {names[1]} that it was made in cannot be removed ({cause(error)}); remove it by hand"
+        )
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -166,14 +229,10 @@ def replace_text(path: Path, text: str) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: is a directory where a file is to be written; name a file in it")
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with writing(path):
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            sync(unfinished)
-            unfinished.rename(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+    with writing(path), removed_if_failing(unfinished):
+        unfinished.write_text(text, encoding="utf-8")
+        sync(unfinished)
+        unfinished.rename(path)
 
 
 def sync(path: Path) -> None:

@@ -45,7 +45,7 @@ class PackedLayers:
     def format(self, weight: str, layer: str) -> Format:
         """How a layer is packed, which is asked for by its full module name."""
         if self._format_of is None:
-            raise SourceError(f"{self.path}: layer {layer} is packed but config.json has no quantization_config")
+            raise SourceError(f"{self.path}: layer {layer} is packed but config.json has no quantization_config; restore it")
         return self._format_of(layer, self._tensors[weight.removesuffix(f".{DENSE}")])
 
     def read(
@@ -55,7 +55,6 @@ class PackedLayers:
         shape: tuple[int, int],
         names: Mapping[str, str],
         *,
-        biased: bool,
         meta: bool = False,
     ) -> QuantizedTensor:
         """A layer whose dense weight has a shape (O, I).
@@ -65,7 +64,6 @@ class PackedLayers:
             layer: Its full module name.
             shape: Of the dense weight.
             names: In the checkpoint, of all parameters of the model.
-            biased: The module has a bias.
             meta: Leave the parts on the meta device, of which only the headers are read.
 
         Raises:
@@ -76,9 +74,8 @@ class PackedLayers:
             expected = fmt.checkpoint_parts(shape)
         except ValueError as error:
             raise SourceError(f"{self.path}: {layer} cannot be packed as config.json has it: {error}") from error
-        for part in sorted(self._tensors[base] - set(expected)):
-            if part != "bias" or not (biased or self._is_zero(f"{base}.bias")):
-                raise SourceError(f"{self.path}: {base}.{part} is not part of {fmt.label}; such checkpoints cannot be read")
+        for part in sorted(self._tensors[base] & self._part_names - set(expected)):
+            raise SourceError(f"{self.path}: {base}.{part} is not part of {fmt.label}; such checkpoints cannot be read")
         parts = {}
         lender, lent = borrowed(fmt, shape)
         if lender and f"{lender}.weight" not in names:
@@ -103,7 +100,3 @@ class PackedLayers:
                 )
             parts[part] = torch.empty(size, dtype=header.dtype, device="meta") if meta else self.checkpoint.read(name)
         return QuantizedTensor(fmt, shape, parts)
-
-    def _is_zero(self, name: str) -> bool:
-        """Whether a tensor adds nothing: AutoGPTQ gave a bias to layers that have none."""
-        return not bool(self.checkpoint.read(name).any())

@@ -38,6 +38,7 @@ from compressor.model.names import checkpoint_names
 from compressor.model.packed import PackedLayers
 from compressor.model.quantization_config import absent_sublayers, cache_rounding, sublayer_widths, turned_layers
 from compressor.model.rewritten import Rewriting, Rewritten
+from compressor.model.unused import Accounts
 from compressor.narrow import narrow
 from compressor.reading import elide
 from compressor.types import Arguments, Block, Format, QuantizedTensor
@@ -77,7 +78,13 @@ class ModelSource:
         self.names = checkpoint_names(self.model, self.checkpoint, self.packing)
         self.outside = [name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")]
         self.tied = self._tie()
-        self._check_complete()
+        accounts = Accounts(
+            self.checkpoint, self.model, self.packing, self.names, self.prefix, self.raw_config, self.cache_tensors()
+        )
+        self.unused = accounts.check(self.tied)
+        for name in self.model.state_dict():
+            if self.names.get(name, "") in self.packing:
+                self.read_packed(name.removesuffix(".weight"), meta=True)  # refuses parts that are missing or too many
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
         self._streams = False  # known to feed blocks nothing of the tokens but their hidden states
 
@@ -242,8 +249,7 @@ class ModelSource:
         if linear is None:
             raise SourceError(f"{self.path}: {layer} is packed but no linear layer; such checkpoints cannot be read")
         rows, columns = linear.weight(module).shape
-        biased = getattr(module, "bias", None) is not None
-        return self.packing.read(self.names[f"{layer}.weight"], layer, (rows, columns), self.names, biased=biased, meta=meta)
+        return self.packing.read(self.names[f"{layer}.weight"], layer, (rows, columns), self.names, meta=meta)
 
     def first_inputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """What the first block receives: hidden states [B, S, D], on the CPU, for each batch of tokens [B, S].
@@ -368,11 +374,6 @@ class ModelSource:
         """
         tensor = self.read(name)
         if not tensor.is_floating_point():
-            if self.model.state_dict()[name].is_floating_point():
-                raise SourceError(
-                    f"{self.path}: {name} is stored as {tensor.dtype} where the model has real numbers; "
-                    "it is quantized in a way that cannot be read"
-                )
             return tensor.to(self.device)
         tensor = tensor.to(self.device, self.dtype)
         if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # unlike a mask of the tensor, takes no memory
@@ -430,24 +431,6 @@ class ModelSource:
             else:
                 del pairs[name]
         return tied
-
-    def _check_complete(self) -> None:
-        missing = [name for name in self.model.state_dict() if self.tied.get(name, name) not in self.names]
-        if missing:
-            raise SourceError(
-                f"{self.path}: the checkpoint has no tensor for {missing[0]} ({len(missing)} missing); "
-                "weights and config.json do not belong together, or this architecture is not supported"
-            )
-        for name, parameter in self.model.state_dict().items():
-            stored = self.names.get(name)
-            if stored is None or stored in self.packing:
-                continue
-            shape = self.checkpoint.headers[stored].shape
-            if shape != tuple(parameter.shape):
-                raise SourceError(
-                    f"{self.path}: {stored} has shape {list(shape)} where config.json needs {list(parameter.shape)}; "
-                    "weights and config.json do not belong together"
-                )
 
 
 def return_freed_memory() -> None:

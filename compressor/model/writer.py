@@ -10,19 +10,18 @@ line names a part that is safely on disk, with what the report needs of it. A li
 """
 
 import contextlib
-import fcntl
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from compressor.access import check_readable
 from compressor.errors import OutputError, SourceError
-from compressor.model.journal import JOURNAL, LOCK, Journal, read_journal, save, sync, writing
+from compressor.model.journal import Journal, load_tensors, remove_leftovers, save, sync, writing
+from compressor.reading import cause, elide
 
 NOTE = ".note"
 UNFINISHED = (".partial", ".pruning", ".search")  # ends of the names of directories that runs work in
@@ -79,8 +78,9 @@ class Workspace:
     def add(self, part: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
         """Put a finished part on disk, then its record in the journal."""
         self.journal.add(part, tensors, **record)
-        for note in self.work.glob(f"{part}.*{NOTE}"):
-            note.unlink()
+        with writing(self.work):
+            for note in self.work.glob(f"{part}.*{NOTE}"):
+                note.unlink()
 
     def notes(self, part: str, number: int) -> "PartNotes":
         """Of the pass of a number, on a part that is not finished."""
@@ -106,19 +106,42 @@ class Workspace:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
 
-    def publish(self) -> None:
-        """Let OUT appear, replacing what was there if that was agreed to, and clear up."""
+    def publish(self, warn: Callable[[str], None]) -> None:
+        """Let OUT appear, replacing what was there if that was agreed to, and clear up.
+
+        Args:
+            warn: Called with a sentence about what fails once OUT is whole.
+        """
         with writing(self.out):
             for file in self.model.rglob("*"):
                 if file.is_file():
                     sync(file)
-            old = self.partial / "replaced"
-            if self.out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                self.out.rename(old)
-            self.model.rename(self.out)
+            with self._replaced():
+                self.model.rename(self.out)
+        try:
             sync(self.out.parent)
-            shutil.rmtree(self.partial)
+        except OSError as error:
+            warn(
+                f"{elide(str(self.out), 150)}: is whole, but the system does not confirm that its name is on the disk "
+                f"({cause(error)}); look for it after a crash of the machine"
+            )
+        remove_leftovers(self.partial, self.out, warn)
+
+    @contextlib.contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """Set aside what is at OUT; it comes back if nothing takes its place."""
+        old = self.partial / "replaced"
+        if not self.out.exists():
+            yield
+            return
+        shutil.rmtree(old, ignore_errors=True)
+        self.out.rename(old)
+        try:
+            yield
+        except BaseException:
+            if not self.out.exists():
+                old.rename(self.out)
+            raise
 
 
 @dataclass(frozen=True)
@@ -131,8 +154,7 @@ class PartNotes:
     def load(self, key: str) -> dict[str, Tensor]:
         """What was saved last under a key."""
         path = self._path(key)
-        tensors: dict[str, Tensor] = load_file(path) if path.is_file() else {}
-        return tensors
+        return load_tensors(path) if path.is_file() else {}
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace it in one step."""
@@ -203,17 +225,23 @@ def _exists(out: Path) -> OutputError:
     return OutputError(f"{out}: exists already; give --overwrite to replace it or choose another --out")
 
 
-def clear_up(out: Path, fingerprint: Mapping[str, str]) -> None:
-    """Remove what a run that was killed right after publishing has left behind; another run's work stays."""
+def clear_up(out: Path, fingerprint: Mapping[str, str], warn: Callable[[str], None]) -> None:
+    """Remove what a run that was killed right after publishing has left behind; another run's work stays.
+
+    Args:
+        out: Its result.
+        fingerprint: Of the run.
+        warn: Called with a sentence if that cannot be removed.
+    """
     partial = out.with_name(out.name + ".partial")
-    found = read_journal(partial / "work" / JOURNAL)
-    if found and found[0] != fingerprint:
-        return
-    with contextlib.suppress(OSError):  # nothing is left, or a run is at work there
-        (partial / "work").mkdir(exist_ok=True)
-        with (partial / "work" / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(partial)
+    journal = Journal(partial / "work", fingerprint)
+    with contextlib.suppress(OutputError):  # a run is at work there, or its journal is damaged and not ours to judge
+        found = journal.lines()
+        if not partial.exists() or (found and found[0] != fingerprint):
+            return
+        journal.lock(partial)
+        remove_leftovers(partial, out, warn)
+        journal.release()
 
 
 def check_space(out: Path, needed: int) -> None:

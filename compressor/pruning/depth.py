@@ -146,6 +146,7 @@ def fewer_sublayers(source: ModelSource, gone: frozenset[str]) -> Rewriting:
     """The model without some attentions and MLPs, by full name, which only our loader reads."""
     starts = tuple(f"{name}." for name in gone)
     removed = frozenset(stored for name, stored in source.names.items() if starts and name.startswith(starts))
+    removed = removed.union(*(source.unused.below(name.removeprefix(f"{source.prefix}.")) for name in gone))
     widths = {name: count for name, count in source.unsaid.items() if name not in gone}
     return Rewriting({}, removed=removed, absent=gone, widths=widths)
 
@@ -161,7 +162,10 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
     if any(names.keys() != inside[0].keys() for names in inside):
         raise RecipeError(f"{source.path}: its blocks have different parameters, none can take the place of another")
     copies = {inside[new][name]: inside[old][name] for new, old in enumerate(kept) for name in inside[old] if new != old}
-    removed = {stored for names in inside[len(kept) :] for stored in names.values()}
+    removed = {stored for names in inside[len(kept) :] for stored in names.values()} | source.unused.in_blocks.keys()
+    beside = source.unused.renumbered(kept)
+    copies |= {new: old for new, old in beside.items() if new != old}
+    removed -= beside.keys()
     number = type(source.model.config).attribute_map.get("num_hidden_layers", "num_hidden_layers")  # GPT-2: n_layer
     if number not in source.raw_config:
         raise RecipeError(

@@ -3,14 +3,13 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from compressor.calibration.data import Samples
@@ -19,7 +18,7 @@ from compressor.calibration.stream import CalibrationStream
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError, OutputError, RecipeError
 from compressor.forecast import collecting
-from compressor.model.journal import LOCK, Journal, save, sound, writing
+from compressor.model.journal import LOCK, Journal, load_tensors, remove_leftovers, save, sound, writing
 from compressor.model.rewritten import Prunes, Rewrites, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, Tell, open_stream
@@ -82,7 +81,8 @@ class Work:
             made = make(unfinished)
             if self.ranks.first:
                 save(file, made)
-                unfinished.unlink(missing_ok=True)
+                with writing(unfinished):
+                    unfinished.unlink(missing_ok=True)
         self.ranks.barrier()
         return file
 
@@ -98,8 +98,7 @@ def as_stored(source: ModelSource, tensors: Mapping[str, Tensor]) -> dict[str, T
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a file that `Work.once` made."""
-    with sound(file):
-        return dict(load_file(file))
+    return load_tensors(file)
 
 
 def stored(file: Path, names: Iterable[str], **others: Any) -> Rewriting:
@@ -243,21 +242,23 @@ def pruning_place(out: Path) -> Path:
 
 
 @contextmanager
-def held(place: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """While it is open, no other run works there; it goes afterwards, or if nothing is in it.
+def held(out: Path, warn: Callable[[str], None], *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Keep other runs out of `pruning_place(out)` while open; remove it afterwards, or if nothing is in it.
 
     Args:
-        place: Of `pruning_place`.
-        resume: What an interrupted run has left may be used.
-        overwrite: It is removed.
+        out: Result of the run, which is whole when the context is left without an error.
+        warn: Called with a sentence if the place cannot be removed then.
+        resume: Whether what an interrupted run has left may be used.
+        overwrite: Whether it is removed otherwise.
 
     Raises:
         OutputError: another run works there, or has left something and nobody said what is to become of it.
     """
+    place = pruning_place(out)
     lock = Journal(place, {})
     lock.lock(place)
     try:
-        if overwrite:
+        if overwrite and not resume:
             _empty(place)
         if _content(place) and not resume:
             raise OutputError(
@@ -265,21 +266,22 @@ def held(place: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
                 "--overwrite to start again"
             )
         yield
-        shutil.rmtree(place)
+        remove_leftovers(place, out, warn)
     finally:
         lock.release()
-        if place.exists() and not _content(place):
-            shutil.rmtree(place)
+        with suppress(OSError):  # an empty directory is in nobody's way
+            if not _content(place):
+                shutil.rmtree(place)
 
 
-def clear(place: Path) -> None:
-    """Remove what is left there of a run that is complete.
+def clear(out: Path, warn: Callable[[str], None]) -> None:
+    """Remove what pruning has left of a run that is complete; arguments as of `held`.
 
     Raises:
         OutputError: another run works there.
     """
-    if place.exists():
-        with held(place, resume=True, overwrite=False):
+    if pruning_place(out).exists():
+        with held(out, warn, resume=True, overwrite=False):
             pass
 
 

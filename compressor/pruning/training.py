@@ -108,7 +108,7 @@ class Training:
             found: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
         except Exception:  # whatever torch's reader makes of it: the machine went down before all of it was on the disk
             return {}
-        return found
+        return found if isinstance(found, dict) and found.keys() >= {"losses", "optimizer", "trained"} else {}
 
     def resume(self, kept: Mapping[str, Any]) -> None:
         """Go on from there, with the learning rate as it was to become."""

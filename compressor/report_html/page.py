@@ -1,12 +1,13 @@
 """Builds the page: style, script, Plotly and data in one file that loads nothing."""
 
+import functools
 import json
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from compressor.report_html import figures, model, numbers, tables
@@ -26,10 +27,7 @@ def render(reports: Reports, title: str | None = None, plots: Mapping[str, Any] 
 
     plots = plot_data(reports) if plots is None else plots
     models = _models(reports, plots)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["prose"] = tables.prose
-    page = environment.from_string(_own("page.html"))
-    return page.render(
+    return _template().render(
         title=title or _title(reports),
         models=models,
         several=len(models) > 1,
@@ -49,6 +47,14 @@ def render(reports: Reports, title: str | None = None, plots: Mapping[str, Any] 
         script=Markup(_own("page.js")),
         plotly=Markup(get_plotlyjs()),
     )
+
+
+@functools.cache
+def _template() -> Template:
+    """Compile the page's template, once in a process."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["prose"] = tables.prose
+    return environment.from_string(_own("page.html"))
 
 
 def _models(reports: Reports, plots: Mapping[str, Any]) -> list[Model]:

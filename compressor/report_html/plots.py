@@ -29,9 +29,9 @@ def plot_data(reports: Reports) -> dict[str, Any]:
             if (report.get("quality") or {}).get("positions")
         ],
         "search": [
-            {"label": name, **_trajectory(report["search"])}
+            {"label": name, **trajectory}
             for report, name in zip(reports, names, strict=True)
-            if report.get("search")
+            if report.get("search") and (trajectory := _trajectory(report["search"]))["fitness"]
         ],
     }
 

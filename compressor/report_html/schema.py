@@ -1,84 +1,235 @@
-"""What a report.json has to hold for a page to be made of it. Whole parts may be missing or null: they were not measured."""
+"""What a report.json has to hold for a page and a card to be made of it, as pydantic models.
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+Whole parts may be missing or null: they were not measured. Keys that no page shows are not looked at.
+"""
 
-NEEDED = ("model", "path", "out", "rows", "size_bytes", "source_size_bytes", "bits_per_weight", "model_bits_per_weight")
-_NUMBERS = ("size_bytes", "source_size_bytes", "bits_per_weight", "model_bits_per_weight")
-_LISTS = {
-    "rows": ("layer", "option", "bits_per_weight", "error"),
-    "tasks": ("task", "metric"),
-    "samples": ("prompt", "reference", "model"),
-    "verification": ("check", "outcome"),
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from compressor.reading import elide
+
+MAX_BLOCKS = 10_000  # the page has a column for each
+KINDS = {  # what pydantic found a value not to be, by its name of the fault
+    **{"list_type": "is no list", "model_type": "is no object", "dict_type": "is no object", "string_type": "is no text"},
+    **{"float_type": "is no number", "int_type": "is no whole number", "bool_type": "is neither true nor false"},
 }
-_OBJECTS = {
-    "quality": ("perplexity", "tokens", "source", "seq_len", "texts", "positions", "protocol"),
-    "calibration": ("source", "samples", "seq_len", "seed", "sha256"),
-    "search": ("best", "contestants", "steps"),
-    "speed": ("device", "dtype", "bandwidth_gb_s", "rows"),
-    "fingerprint": (),
-    "versions": (),
-}
-_IN_QUALITY = {"texts": ("name", "sha256"), "positions": ("first", "last", "tokens")}
-_IN_SEARCH = {
-    "contestants": ("name", "bits_per_weight", "kl", "seconds"),
-    "steps": ("stage", "number", "seconds", "fitness"),
-}
-_PROTOCOL = ("seq_len", "stride", "bos", "documents", "dtype")
-_SPEED = ("phase", "model", "batch", "tokens_per_second")
+Text = Annotated[str, StringConstraints(max_length=1_000_000)]
+Name = Annotated[str, StringConstraints(max_length=4096)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # seconds, bytes, rates
+Loss = Annotated[float, Field(ge=0)]  # infinite where a model gives a token no chance
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-def faults(report: Any) -> Iterator[str]:
-    """What keeps the content of a report.json from being shown, each as a part of a sentence."""
+def _layer(name: str) -> str:
+    """Return the name of a layer if the numbers in it can be those of blocks; raise ValueError otherwise."""
+    for digits in re.findall(r"\d+", name):
+        if len(digits) > len(str(MAX_BLOCKS)) or int(digits) >= MAX_BLOCKS:
+            raise ValueError(f"names block {elide(digits, 20)}, where fewer than {MAX_BLOCKS:,} are expected")
+    return name
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Row(_Part):
+    layer: Annotated[Name, AfterValidator(_layer)]
+    option: Name
+    bits_per_weight: Finite
+    error: Loss
+
+
+class _Figures(_Part):
+    tokens: Count | None = None
+    nll: float | None = None
+    perplexity: Loss | None = None
+    bits_per_byte: float | None = None
+    reference_nll: float | None = None
+    reference_perplexity: Loss | None = None
+    reference_bits_per_byte: float | None = None
+    delta_nll: float | None = None
+    kl: float | None = None
+    kl_median: float | None = None
+    kl_p99: float | None = None
+    top1_agreement: float | None = None
+    flips: float | None = None
+
+
+class _Text(_Figures):
+    name: Name
+    sha256: Name
+    split: Name | None = None
+
+
+class _Position(_Figures):
+    first: Annotated[int, Field(ge=1, lt=2**31)]
+    last: Annotated[int, Field(ge=1, lt=2**31)]
+    tokens: Count
+
+
+class _Protocol(_Part):
+    seq_len: Count
+    stride: Count | None
+    bos: bool
+    documents: bool
+    dtype: Name
+
+
+class _Quality(_Figures):
+    perplexity: Loss | None = Field()
+    tokens: Count
+    source: Name
+    seq_len: Count
+    texts: list[_Text]
+    positions: list[_Position]
+    protocol: _Protocol
+
+
+class _Task(_Part):
+    task: Name
+    metric: Name
+    samples: Count | None = None
+    value: float | None = None
+    stderr: float | None = None
+    reference_value: float | None = None
+    reference_stderr: float | None = None
+    lost: Count | None = None
+    won: Count | None = None
+    flips: float | None = None
+    p_value: float | None = None
+
+
+class _Sample(_Part):
+    prompt: Text
+    reference: Text
+    model: Text
+    text: Text | None = None
+
+
+class _Check(_Part):
+    check: Name
+    outcome: Name
+    detail: Text | None = None
+
+
+class _Calibration(_Part):
+    source: Name
+    samples: Count
+    seq_len: Count
+    seed: int
+    sha256: Name
+
+
+class _Contestant(_Part):
+    name: Name
+    bits_per_weight: Finite
+    kl: float
+    seconds: Amount
+
+
+class _Step(_Part):
+    stage: Name
+    number: Count
+    seconds: Amount
+    fitness: float
+
+
+class _Search(_Part):
+    best: Name
+    contestants: list[_Contestant]
+    steps: list[_Step]
+
+
+class _Speed(_Part):
+    phase: Name
+    model: Name
+    batch: Count
+    tokens_per_second: Amount
+    spread: float | None = None
+    gb_per_second: Amount | None = None
+    first_token_seconds: Amount | None = None
+
+
+class _Speeds(_Part):
+    device: Name
+    dtype: Name
+    bandwidth_gb_s: Amount | None
+    rows: list[_Speed]
+    threads: Count | None = None
+    runtime: dict[str, Name] | None = None
+    peak_memory_bytes: dict[str, Count | None] | None = None
+
+
+class _Pruning(_Part):
+    step: Name = Field(alias="pass")
+    kl: Any = None
+    tokens: Any = None
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> "_Pruning":
+        """Check what the card says of a soft prompt; what other passes put down is shown nowhere."""
+        pair = self.kl if isinstance(self.kl, list) else []
+        if self.step == "soft_prompt" and not (
+            len(pair) == 2 and all(type(one) in (int, float) for one in pair) and type(self.tokens) is int
+        ):
+            raise ValueError("of soft_prompt needs `kl` of two numbers and a number of `tokens`")
+        return self
+
+
+class _Report(_Part):
+    model: Name
+    path: Name
+    out: Name
+    rows: list[_Row]
+    size_bytes: Amount
+    source_size_bytes: Amount
+    bits_per_weight: Finite
+    model_bits_per_weight: Finite
+    version: Name | None = None
+    fingerprint: dict[str, Name] | None = None
+    versions: dict[str, Name] | None = None
+    command: Text | None = None
+    layout: Name | None = None
+    runs_code: bool | None = None
+    warnings: list[Text] | None = None
+    seconds: Amount | None = None
+    peak_memory_bytes: Count | None = None
+    peak_device_memory_bytes: Count | None = None
+    calibration: _Calibration | None = None
+    quality: _Quality | None = None
+    tasks: list[_Task] | None = None
+    samples: list[_Sample] | None = None
+    speed: _Speeds | None = None
+    verification: list[_Check] | None = None
+    search: _Search | None = None
+    pruning: list[_Pruning] | None = None
+
+
+NEEDED = tuple(name for name, field in _Report.model_fields.items() if field.is_required())
+
+
+def fault(report: Any) -> str | None:
+    """Return what keeps the content of a report.json from being shown, as a part of a sentence; None if nothing does."""
     missing = [key for key in NEEDED if not isinstance(report, dict) or key not in report]
     if missing:
-        yield f"{len(missing)} of {len(NEEDED)} needed keys are missing ({', '.join(missing)})"
-        return
-    for key in _NUMBERS:
-        if not _is_number(report[key]):
-            yield f"{key} is no number"
-    for key, needed in _LISTS.items():
-        yield from _of_list(key, report.get(key), needed, nullable=key != "rows")
-    for key, needed in _OBJECTS.items():
-        if report.get(key) is not None:
-            yield from _of_object(key, report[key], needed)
-    for number, row in enumerate(_elements(report["rows"])):
-        for key in ("bits_per_weight", "error"):
-            if key in row and not _is_number(row[key]):
-                yield f"rows[{number}].{key} is no number"
-    if isinstance(quality := report.get("quality"), dict):
-        for key, needed in _IN_QUALITY.items():
-            yield from _of_list(f"quality.{key}", quality.get(key), needed)
-        yield from _of_object("quality.protocol", quality.get("protocol"), _PROTOCOL)
-    if isinstance(search := report.get("search"), dict):
-        for key, needed in _IN_SEARCH.items():
-            yield from _of_list(f"search.{key}", search.get(key), needed)
-    if isinstance(speed := report.get("speed"), dict):
-        yield from _of_list("speed.rows", speed.get("rows"), _SPEED)
+        return f"{len(missing)} of {len(NEEDED)} needed keys are missing ({', '.join(missing)})"
+    try:
+        _Report.model_validate(report)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = _place(first["loc"])
+        if first["type"] == "missing":
+            return f"{_place(first['loc'][:-1])} lacks {first['loc'][-1]}"
+        reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        return f"{place} {KINDS.get(first['type'], reason)}, but {elide(repr(first['input']), 40)}"
+    return None
 
 
-def _of_list(name: str, value: Any, needed: tuple[str, ...], *, nullable: bool = False) -> Iterator[str]:
-    if value is None and nullable:
-        return
-    if not isinstance(value, list):
-        yield f"{name} is no list"
-        return
-    for number, one in enumerate(value):
-        yield from _of_object(f"{name}[{number}]", one, needed)
-
-
-def _of_object(name: str, value: Any, needed: tuple[str, ...]) -> Iterator[str]:
-    if not isinstance(value, Mapping):
-        yield f"{name} is no object"
-        return
-    missing = [key for key in needed if key not in value]
-    if missing:
-        yield f"{name} lacks {', '.join(missing)}"
-
-
-def _elements(rows: Any) -> list[Mapping[str, Any]]:
-    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _place(location: Sequence[int | str]) -> str:
+    """Return a place in the report as a program would write it: `rows[0].error`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{elide(part, 40)}" for part in location]
+    return "".join(parts).removeprefix(".")

@@ -17,6 +17,7 @@ from compressor.model.checkpoint import native_dtype, read_config
 from compressor.model.generation import generate_plainly
 from compressor.model.quantization_config import write
 from compressor.model.source import ModelSource
+from compressor.model.unused import log_warnings
 from compressor.runtime.fuse import make_ready
 from compressor.runtime.linear import packed_linear_module
 
@@ -53,6 +54,7 @@ def load(
     place, directory = compute_device(device), Path(path)
     dtype = dtype or native_dtype(directory, place)
     source = ModelSource(directory, place, dtype)
+    log_warnings(source.unused)
     if dense or not source.packed():
         model = source.whole()
         if source.peculiar or source.widths:  # a model that is saved without this computes something else

@@ -1,7 +1,7 @@
 """A process of its own for each thing that is measured, so that its memory and its threads are its own.
 
 The parent sends what to make and then the methods to call; the worker makes it, calls them one by one and sleeps in between.
-This module imports nothing heavy, so a new process is deaf to Ctrl-C before it spends seconds on importing torch.
+This module imports nothing heavy, so a new process is deaf to signals before it spends seconds on importing torch.
 """
 
 import multiprocessing
@@ -83,7 +83,8 @@ def started(where: str, make: Callable[..., object], *arguments: Any) -> Iterato
 
 def serve(connection: "Connection[Any, Any]") -> None:
     """The life of a worker, until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the parent ends its workers
     thing: Any = None
     try:
         while True:

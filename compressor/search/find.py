@@ -19,10 +19,11 @@ from torch import Tensor
 
 from compressor.absent import substitutes
 from compressor.calibration.stream import CalibrationStream
-from compressor.errors import RecipeError
-from compressor.model.journal import read_journal, replace_text
+from compressor.errors import OutputError, RecipeError
+from compressor.model.journal import DAMAGED, read_journal, replace_text, sealed
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.pipeline import Event, Job, Tell
+from compressor.reading import read_json
 from compressor.recipe import Search, Target
 from compressor.search.allocate import Budget, BudgetError
 from compressor.search.clock import JUDGING, TRAINED, TRAINING, WRITING, Clock
@@ -66,7 +67,7 @@ class Found:
     contestants: Sequence[Contestant]
     steps: Sequence[Mapping[str, Any]]  # rounds and generations: stage, number, fitness, seconds, scored
     training: float  # share of the steps of training that there is time for
-    warnings: Sequence[str] = ()
+    warnings: Sequence[str] = ()  # about patterns, and about what failed once the plan was written
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the report."""
@@ -88,11 +89,33 @@ class Trail:
         self.started = time.monotonic() - max((step["seconds"] for step in self.steps), default=0.0)
 
     def add(self, stage: str, choice: Choice, **fields: Any) -> None:
-        """A step, with the seconds so far."""
+        """Add a step, with the seconds so far."""
+        self._extend([{"stage": stage, "choice": list(choice), **fields}])
+
+    def begin(self, ways: Mapping[str, Choice], fitness: Sequence[float]) -> None:
+        """Begin anew with the scores of the choices that the search starts from, all of them in one write."""
+        self.steps = []
+        first = {"scored": 1, "number": 0}
+        self._extend(
+            [
+                {"stage": name, "choice": list(choice), "fitness": kl, **first}
+                for (name, choice), kl in zip(ways.items(), fitness, strict=True)
+            ]
+        )
+
+    def begun(self, ways: Mapping[str, Choice]) -> bool:
+        """Return whether all choices that the search starts from have been scored.
+
+        A trail that holds some of them was cut short. The best of those need not be the best of all, so no later step of it
+        counts either.
+        """
+        return {(step["stage"], tuple(step["choice"])) for step in self.steps} >= set(ways.items())
+
+    def _extend(self, steps: Sequence[Mapping[str, Any]]) -> None:
         seconds = round(time.monotonic() - self.started, 1)
-        self.steps.append({"stage": stage, "choice": list(choice), "seconds": seconds, **fields})
+        self.steps += [{**step, "seconds": seconds} for step in steps]
         if self.path is not None:
-            replace_text(self.path, "".join(json.dumps(step) + "\n" for step in self.steps))
+            replace_text(self.path, "".join(map(sealed, self.steps)))
 
     def once(self, name: str, minutes: float | None, value: float) -> float:
         """A value that depends on the time there is, as it was when it was asked for first."""
@@ -101,7 +124,10 @@ class Trail:
         kept = self.path.with_name(f"{self.path.stem}-{name}-{minutes}.json")
         if not kept.exists():
             replace_text(kept, json.dumps(value))
-        return float(json.loads(kept.read_text()))
+        found = read_json(kept, OutputError, DAMAGED)
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise OutputError(f"{kept}: holds no number; {DAMAGED}")
+        return float(found)
 
     def of(self, stage: str) -> list[dict[str, Any]]:
         """The steps of a stage."""
@@ -273,9 +299,8 @@ def improve(
     seen, unseen = range(fitness.samples - held_out), range(fitness.samples - held_out, fitness.samples)
     judge = seen[: max(1, len(seen) // 4)]
     table = seen[-min(len(seen), -(-settings.table_tokens // fitness.seq_len)) :]
-    if not trail.steps:
-        for (name, choice), kl in zip(ways.items(), fitness(list(ways.values()), judge), strict=True):
-            trail.add(name, choice, fitness=kl, scored=1, number=0)
+    if not trail.begun(ways):
+        trail.begin(ways, fitness(list(ways.values()), judge))
     start = min((step for step in trail.steps if step["stage"] in ways), key=lambda step: float(step["fitness"]))
     point: Choice = tuple(start["choice"])
     searching = clock.keeping(fitness.pace * (len(ways) + 2) * held_out)

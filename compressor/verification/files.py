@@ -68,7 +68,8 @@ def check_config(directory: Path, manifest: Manifest | None) -> str:
     if changed:
         raise WrongError(f"{changed}, though all packed layers have the shapes it needs")
     same = "as the run wrote it" if manifest is not None else f"no {MANIFEST} to compare it with, but the model opens"
-    return f"{same}: {source.model.config.model_type}, packed layers: {len(packed)}"
+    warned = "".join(f"; warning: {sentence}" for sentence in source.unused.warnings)
+    return f"{same}: {source.model.config.model_type}, packed layers: {len(packed)}{warned}"
 
 
 def check_copies(directory: Path, manifest: Manifest | None) -> str:

@@ -75,7 +75,7 @@ def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | No
     problems += [
         f"{directory}: transformers does not know what to do with {key}"
         for key in stock["unexpected_keys"]
-        if key.rpartition(".")[0] in known  # else the original, too, has it for nothing
+        if key.rpartition(".")[0] in known and key not in source.unused.names  # else the original, too, has it for nothing
     ]
     refuse(problems)
     try:

@@ -11,21 +11,52 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, BaseModel, NonNegativeInt, StringConstraints, ValidationError
 from torch import Tensor
 
 from compressor.access import check_readable
 from compressor.errors import SourceError
 from compressor.model.shards import NAMES
+from compressor.reading import cause, elide, read_json_object
 from compressor.verification.probe import Record
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION: Literal[1] = 1
+
+REMEDY = "get the directory again from where it came"
 
 Entry = Mapping[str, Any]  # dtype (as safetensors names it), shape, sha256
+Hash = Annotated[str, StringConstraints(max_length=100)]
+
+
+def _inside(name: str) -> str:
+    """Return the name of a file if it cannot lead out of a directory; raise ValueError otherwise."""
+    parts = PurePosixPath(name).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in name or "\\" in name:
+        raise ValueError(f"`{elide(name, 60)}` points outside the directory")
+    return name
+
+
+class _Entry(BaseModel, strict=True):
+    """What manifest.json says of a tensor."""
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    sha256: Hash
+
+
+class _File(BaseModel, strict=True):
+    """What manifest.json holds, the probe as plain data."""
+
+    version: Literal[1]
+    config_sha256: Hash
+    files: dict[Annotated[str, AfterValidator(_inside)], Hash]
+    tensors: dict[str, _Entry]
+    probe: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -75,13 +106,17 @@ def read_manifest(directory: Path) -> Manifest | None:
     check_readable([file], SourceError)
     if not file.is_file():
         return None
+    data = read_json_object(file, SourceError, REMEDY)
     try:
-        data = json.loads(file.read_text())
-        if data["version"] != VERSION:
-            raise ValueError(f"version {data['version']} where {VERSION} is known")
-        probe = Record.from_dict(data["probe"]) if data["probe"] is not None else None
-        tensors = {name: {key: entry[key] for key in ("dtype", "shape", "sha256")} for name, entry in data["tensors"].items()}
-        files = {str(name): str(known) for name, known in data["files"].items()}
-        return Manifest(data["config_sha256"], files, tensors, probe)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise SourceError(f"{file}: cannot be read ({error!r}); get the directory again from where it came") from error
+        found = _File.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = elide(".".join(map(str, first["loc"])), 80)
+        reason = elide(first["msg"].removeprefix("Value error, "), 100)
+        raise SourceError(f"{file}: cannot be read ({place}: {reason}); {REMEDY}") from error
+    try:
+        probe = Record.from_dict(found.probe) if found.probe is not None else None
+    except (ValueError, LookupError, TypeError, RuntimeError, OverflowError) as error:
+        raise SourceError(f"{file}: cannot be read (probe: {cause(error)}); {REMEDY}") from error
+    tensors = {name: entry.model_dump() for name, entry in found.tensors.items()}
+    return Manifest(found.config_sha256, found.files, tensors, probe)

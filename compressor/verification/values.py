@@ -52,10 +52,11 @@ def check_reference(source: ModelSource, reference: Path, progress: Progress) ->
     for name in source.checkpoint:
         if source.packing.owner(name) not in source.packing and name not in aside:
             problems += _compare_bytes(source, original, name)
+    replaced = original.unused.cache_scales if source.cache is not None else frozenset()
     problems += [
         f"{source.path}: {name} of {reference} is missing"
         for name in original.checkpoint
-        if name not in source.checkpoint and name not in source.packing
+        if name not in source.checkpoint and name not in source.packing and name not in replaced
     ]
     least = (1.0, "none")
     for done, layer in enumerate(packed):

@@ -169,8 +169,10 @@ def test_other_settings_begin_anew_only_if_that_is_said(model: Path, recipe: Cal
 
 
 def test_two_runs_do_not_prune_at_one_place(model: Path, recipe: Callable[..., Any], tmp_path: Path) -> None:
-    place = pruning_place(tmp_path / "out")
-    with held(place, resume=False, overwrite=False), pytest.raises(OutputError, match="another run is writing here"):
+    with (
+        held(tmp_path / "out", print, resume=False, overwrite=False),
+        pytest.raises(OutputError, match="another run is writing here"),
+    ):
         api.run(recipe(WIDTH), model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

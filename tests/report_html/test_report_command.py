@@ -108,9 +108,9 @@ def test_a_part_of_another_type_is_named(changes: dict[str, Any], words: str, tm
     ("content", "words"),
     [
         (None, "no report.json here; it is written by `compress quantize` and `compress run`"),
-        (b"{", "cannot be read as JSON"),
-        (b"\xff\xfe", "cannot be read as JSON"),
-        (b"[1]", "not a report of a run"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8 text"),
+        (b"[1]", "holds a JSON list where an object is needed"),
         (b'{"model": "demo"}', "7 of 8 needed keys are missing (path, out, rows"),
     ],
 )

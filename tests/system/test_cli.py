@@ -76,7 +76,7 @@ BAD_DATA = {
 # Bad recipe files.
 BAD_RECIPES = {
     "no YAML": ("passes: [", ("not valid YAML", "line 1")),
-    "not UTF-8": (b"\xff\xfe\x00", ("not valid YAML",)),
+    "not UTF-8": (b"\xff\xfe\x00", ("not UTF-8 text", "byte 0 is 0xff")),
     "empty": ("", ("expected a mapping",)),
     "a list": ("- gptq", ("expected a mapping",)),
     "without passes": ("calibration: {samples: 4}", ("passes", "required")),

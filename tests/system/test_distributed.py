@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from harness import DEADLINE, CommandLine, Fate, Fork, contents, dies_at_call, fails_with, on_ranks
 
@@ -145,3 +148,25 @@ class TestAnErrorOnOneRank:
         assert result.returncode != 0
         assert len(re.findall("^error: ", result.stderr, re.MULTILINE)) == 1
         assert "[rank" not in result.stderr  # how torch marks a rank's traceback
+        assert result.stderr.splitlines()[-1].startswith("error: "), result.stderr
+
+    def test_that_kills_one_under_torchrun_ends_with_how_to_resume(
+        self, tiny: Path, out: Path, tmp_path: Path, compress: CommandLine
+    ) -> None:
+        compress("quantize", tiny, "--out", tmp_path / "one", *FOUR_BATCHES)
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "compressor")
+        command = [*launcher, "quantize", *map(str, (tiny, "--out", out, *FOUR_BATCHES))]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as started:
+            journal, deadline = out.with_name("out.partial") / "work" / "journal.jsonl", time.monotonic() + DEADLINE
+            while not journal.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            ranks = psutil.Process(started.pid).children()
+            next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
+            assert started.stderr is not None
+            said = started.stderr.read().splitlines()[-1]
+        assert f"resume with: {shlex.join([*command, '--resume'])}" in said
+        assert not out.exists()
+        assert compress("quantize", tiny, "--out", out, *FOUR_BATCHES, "--resume").code == 0
+        assert contents(out, REPORTS) == contents(tmp_path / "one", REPORTS)

@@ -117,7 +117,9 @@ def _form(path: Path, line: int, first: Row) -> tuple[Kind, Callable[[Row], Row]
 
 
 def _choice(row: Row) -> Row:
-    key = next(key for key in (*ASKED, *CONTINUED) if key in row)
+    key = next((key for key in (*ASKED, *CONTINUED) if key in row), None)
+    if key is None:
+        raise ValueError(f"none of the keys {', '.join((*ASKED, *CONTINUED))}")
     choices = row["choices"]
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one.strip() for one in choices):
         raise ValueError("choices are not a list of two or more texts")

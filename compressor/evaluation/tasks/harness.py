@@ -22,6 +22,7 @@ from compressor.evaluation.tasks.subject import Place, Subject
 from compressor.evaluation.tasks.work import Work
 from compressor.model.memory import dense_bytes
 from compressor.model.source import ModelSource
+from compressor.model.unused import log_warnings
 
 FEWSHOT_SEED = 1234  # the harness's own: which examples stand before a question of the hub
 
@@ -59,6 +60,7 @@ def run_tasks(
     _check_options(names, limit)
     everyone = [path for path in (model, reference) if path is not None]
     sources = [ModelSource(path, place.device, place.dtype) for path in everyone]
+    log_warnings(*(source.unused for source in sources))
     encoder = Encoder(load_tokenizer(model), min(source.max_positions for source in sources))
     with quiet():
         tasks = load(names, encoder, limit, seed)

@@ -1,0 +1,46 @@
+"""Write the one sentence that a command ends with, as the last line that the user sees."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+LAST_LINE = Path(__file__).with_name("_last_line.py")
+
+
+def say(sentence: str) -> None:
+    """Write a sentence to stderr: of several ranks only the first to fail does, and after all that torchrun writes."""
+    if "WORLD_SIZE" not in os.environ:
+        _write(sentence)
+        return
+    # torchrun ends the other ranks as soon as one has failed: not this one between its turn to speak and its words.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        if _first_to_fail() and not ("TORCHELASTIC_RUN_ID" in os.environ and _write_late(sentence)):
+            _write(sentence)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _write(sentence: str) -> None:
+    with suppress(OSError):  # a terminal that was closed
+        sys.stderr.write(f"{sentence}\n")
+        sys.stderr.flush()
+
+
+def _write_late(sentence: str) -> bool:
+    """Start a process that writes the sentence once the launcher has ended; return whether it could be started."""
+    command = [sys.executable, "-I", "-S", str(LAST_LINE), str(os.getppid()), sentence]
+    try:
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    except OSError:
+        return False
+    return True
+
+
+def _first_to_fail() -> bool:
+    from compressor.distributed import first_to_fail
+
+    return first_to_fail()
