@@ -6,7 +6,7 @@ pruned model builds it, with the same random weights on the same hidden states, 
 
 Sources of the corrections, all in transformers' models/*/modeling_*.py: MiniCPM3 multiplies what a block adds by
 `scale_depth / sqrt(num_hidden_layers)`; GPT-2 with `scale_attn_by_inverse_layer_idx` divides attention scores by the block's
-number, counted from one; GPT-Neo takes the kind of each block's attention from runs of `attention_types`.
+number, counted from one.
 """
 
 import functools
@@ -78,16 +78,9 @@ def _scaled_queries(factor: float, qkv: Tensor) -> Tensor:
     return torch.cat([queries * factor, others], dim=-1)
 
 
-def _attention_types(source: ModelSource, kept: Sequence[int], fewer: Rewriting) -> Rewriting:
-    """Write GPT-Neo's `attention_types` anew, from which transformers makes its list with an entry for each block."""
-    kinds = [source.model.config.attention_layers[index] for index in kept]
-    return replace(fewer, config={**fewer.config, "attention_types": [[[kind], 1] for kind in kinds], "attention_layers": kinds})
-
-
 CORRECTIONS: Mapping[str, Callable[[ModelSource, Sequence[int], Rewriting], Rewriting]] = {
     "minicpm3": _residual_scale,
     "gpt2": _inverse_number,
-    "gpt_neo": _attention_types,
 }
 
 
