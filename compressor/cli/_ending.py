@@ -16,6 +16,7 @@ from typing import ParamSpec
 
 from compressor.cli._again import again
 from compressor.cli._say import say
+from compressor.cli._show import opening
 
 P = ParamSpec("P")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -45,7 +46,7 @@ def ending(verb: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(verb)
     def guarded(*arguments: P.args, **options: P.kwargs) -> None:
         try:
-            with caught():
+            with caught(), opening():
                 verb(*arguments, **options)
         except KeyboardInterrupt as stop:
             interrupted = stop if isinstance(stop, Interrupted) else Interrupted(signal.SIGINT)

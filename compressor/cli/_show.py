@@ -1,11 +1,12 @@
 """What a person sees: progress with the time left while it runs, a table at the end.
 
-On a terminal the progress is one live line; elsewhere a plain line per block. Both go to stderr.
+On a terminal the progress is one live line; elsewhere plain lines, at least one in ten seconds. Both go to stderr.
 """
 
 import json
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from compressor.report import Report
 
 
+OPENING = 3.0  # seconds
+LAST_IMPORTED = "datasets"  # of the libraries that take long, see `quiet`
+QUIET = 10.0  # seconds after which a line says what is running
 UNITS = {  # what a part of a model is narrowed by
     "self_attn": "groups of heads stay in each block",
     "mlp": "channels stay in each block",
@@ -58,27 +62,84 @@ class Clock:
         return ", ".join(fields)
 
 
+class PlainLines:
+    """Write progress as plain lines: when a stage begins, when a step is done, and now and then within a long step.
+
+    Args:
+        write: Called with each line.
+        now: Clock, in seconds.
+    """
+
+    def __init__(self, write: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
+        self.clock, self.write, self.now = Clock(), write, now
+        self.stage, self.current, self.began, self.written = "", "reading the model", now(), now()
+        self.lock = threading.Lock()
+
+    def tell(self, event: "Event") -> None:
+        """Take note of an event, and write it if it begins a stage or ends a step."""
+        with self.lock:
+            self.current, self.began = self.clock.line(event), self.now()
+            if not event.what or event.stage == "write" or event.stage != self.stage:
+                self._put(self.current)
+            self.stage = event.stage
+
+    def beat(self) -> None:
+        """Write what is running, if nothing was written for `QUIET` seconds."""
+        with self.lock:
+            if self.now() - self.written >= QUIET:
+                self._put(f"{self.current}, for {duration(self.now() - self.began)} so far")
+
+    def _put(self, line: str) -> None:
+        self.write(line)
+        self.written = self.now()
+
+
+@contextmanager
+def opening() -> Iterator[None]:
+    """Write a line if the process is still importing after `OPENING` seconds, when nothing else can say so yet."""
+    ended = threading.Event()
+
+    def wait() -> None:
+        if not ended.wait(OPENING) and LAST_IMPORTED not in sys.modules:
+            _write_line("starting: importing torch and transformers")
+
+    if "torch" not in sys.modules:
+        threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
 @contextmanager
 def progress() -> Iterator[Callable[["Event"], None]]:
     """A `tell` that shows progress while the context is open."""
-    clock = Clock()
     if not sys.stderr.isatty():
+        lines, ended = PlainLines(_write_line), threading.Event()
 
-        def plain(event: "Event") -> None:
-            line = clock.line(event)
-            if not event.what or event.stage == "write":  # per block, not per layer
-                sys.stderr.write(line + "\n")
-                sys.stderr.flush()
+        def beats() -> None:
+            while not ended.wait(1.0):
+                lines.beat()
 
-        yield plain
+        threading.Thread(target=beats, daemon=True).start()
+        try:
+            yield lines.tell
+        finally:
+            ended.set()
         return
+    clock = Clock()
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
+    columns = (SpinnerColumn(), TimeElapsedColumn(), BarColumn(bar_width=24), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("reading the model", total=None)
         yield lambda event: bar.update(task, completed=event.done, total=event.total, description=clock.line(event))
+
+
+def _write_line(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli import _arguments as a
-from compressor.cli._show import print_json
+from compressor.cli._show import print_json, progress
 
 
 def generate(
@@ -33,7 +33,10 @@ def generate(
     quiet()
     tell_kernels()
     place = str(compute_device(device))
-    text = continue_prompt(model, prompt, max_new_tokens=max_new_tokens, chat=chat, device=place, seed=seed, kernel=kernel)
+    with progress():
+        text = continue_prompt(
+            model, prompt, max_new_tokens=max_new_tokens, chat=chat, device=place, seed=seed, kernel=kernel
+        )
     if as_json:
         print_json({"prompt": prompt, "text": text})
     else:
