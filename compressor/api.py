@@ -366,6 +366,5 @@ def check_result(model: Path, device: torch.device, report: Report, tell: Tell) 
     report.verification += [check.to_dict() for check in checks]
     failed = [check for check in checks if check.outcome == "failed"]
     if failed:
-        raise WrongError(
-            f"{model}: what was written is not sound, so {report.out} was not made; {failed[0].check}: {failed[0].detail}"
-        )
+        detail = failed[0].detail.replace(f"{model}/", "").replace(f"{model}: ", "")  # the place is named once
+        raise WrongError(f"{model}: what was written is not sound, so {report.out} was not made; {failed[0].check}: {detail}")

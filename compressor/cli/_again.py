@@ -6,6 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from compressor.cli._say import under_torchrun
+
 RESUMABLE = ("quantize", "run", "prune", "fit")  # have the option --resume
 CONTINUES = ("search",)  # goes on when it is started again
 
@@ -24,7 +26,7 @@ def again() -> str:
 def started_as() -> list[str]:
     """Return the command line that the user typed, as far as it can be known; under torchrun it is the launcher's."""
     arguments = sys.argv[1:]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         launched = _command_of(os.getppid())
         if launched[-len(arguments) :] == arguments:
             return _typed(launched)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import ParamSpec
 
 from compressor.cli._again import again
-from compressor.cli._say import say
+from compressor.cli._say import say, under_torchrun
 from compressor.cli._show import opening
 
 P = ParamSpec("P")
@@ -35,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + number
 
     def __str__(self) -> str:
-        by_launcher = self.status == 128 + signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ
+        by_launcher = self.status == 128 + signal.SIGTERM and under_torchrun()
         sender = ", which torchrun sends when another rank has ended" if by_launcher else ""
         return f"interrupted by {self.args[0]}{sender}; {again()}"
 
@@ -76,6 +76,10 @@ def caught() -> Iterator[None]:
         for number in before:
             signal.signal(number, _interrupt)
         yield
+    except BaseException:
+        if under_torchrun():  # it ends all ranks as soon as one has failed, but this one still has something to say
+            before = dict.fromkeys(before, signal.SIG_IGN)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -88,7 +92,8 @@ def caught() -> Iterator[None]:
 def _interrupt(number: int, _: object) -> None:
     for other in SIGNALS:
         if signal.getsignal(other) is _interrupt:
-            signal.signal(other, signal.SIG_DFL)  # a second signal ends the process wherever it is
+            # A second signal ends the process wherever it is. torchrun sends one of its own after the user's.
+            signal.signal(other, signal.SIG_IGN if under_torchrun() else signal.SIG_DFL)
     raise Interrupted(number)
 
 

@@ -1,7 +1,6 @@
 """Write the one sentence that a command ends with, as the last line that the user sees."""
 
 import os
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -12,16 +11,15 @@ LAST_LINE = Path(__file__).with_name("_last_line.py")
 
 def say(sentence: str) -> None:
     """Write a sentence to stderr: of several ranks only the first to fail does, and after all that torchrun writes."""
-    if "WORLD_SIZE" not in os.environ:
-        _write(sentence)
+    if "WORLD_SIZE" in os.environ and not _first_to_fail():
         return
-    # torchrun ends the other ranks as soon as one has failed: not this one between its turn to speak and its words.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        if _first_to_fail() and not ("TORCHELASTIC_RUN_ID" in os.environ and _write_late(sentence)):
-            _write(sentence)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if not (under_torchrun() and _write_late(sentence)):
+        _write(sentence)
+
+
+def under_torchrun() -> bool:
+    """Return whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _write(sentence: str) -> None:

@@ -101,7 +101,10 @@ def matches(layer: str, patterns: Iterable[str]) -> bool:
 def check_pattern(pattern: str) -> None:
     """Raise ValueError if a pattern for `matches` is no regular expression after its `re:`."""
     if pattern.startswith("re:"):
-        expression(pattern[3:])
+        try:
+            expression(pattern[3:])
+        except ValueError as error:
+            raise ValueError(f"re:{error}") from error
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

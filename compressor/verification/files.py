@@ -64,7 +64,8 @@ def check_config(directory: Path, manifest: Manifest | None) -> str:
             for layer in packed:
                 source.read_packed(layer)
     except SourceError as error:
-        raise WrongError(f"{changed}, and with it {error}" if changed else str(error)) from error
+        reason = str(error).removeprefix(f"{directory}: ")
+        raise WrongError(f"{changed}, and with it {reason}" if changed else str(error)) from error
     if changed:
         raise WrongError(f"{changed}, though all packed layers have the shapes it needs")
     same = "as the run wrote it" if manifest is not None else f"no {MANIFEST} to compare it with, but the model opens"

@@ -1,6 +1,7 @@
 """What `verify` finds wrong with a directory, what it lets pass, and what it says of it."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -167,7 +168,7 @@ class TestDamage:
         change_config(out, **config)
         found = failures(out)
         assert "config.json: is not what the run wrote" in found["config"]
-        assert "model.layers.0.mlp.down_proj.weight_scale has shape [128, 4] where int4g32" in found["config"]
+        assert re.search(r"model\.layers\.0\.\S+\.weight_scale has shape \[128, \d\] where int4g32", found["config"])
         assert "hashes" not in found
 
     def test_a_config_that_fits_but_is_not_the_run_s(self, out: Path) -> None:
@@ -188,7 +189,7 @@ class TestDamage:
         (out / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
         found = failures(out)
         assert found.keys() >= {"files", "hashes", "config"}
-        assert "model.safetensors: its header cannot be read" in found["hashes"]
+        assert "model.safetensors: not a whole safetensors file" in found["hashes"]
 
     def test_a_lost_shard(self, out: Path) -> None:
         lost = in_shards(out)[1]
