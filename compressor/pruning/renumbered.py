@@ -116,8 +116,8 @@ def check_renumbered(source: ModelSource, fewer: Rewriting) -> None:
         gap = float((after.output(new, hidden) - expected).norm() / (expected - hidden).norm().clamp_min(1e-30))
         if not gap <= TOLERANCE:
             raise RecipeError(
-                f"{where}: block {old} would be block {new} of {count} and compute something else (its output differs by "
-                f"{gap:.2g} of what it adds), as it depends on the number of blocks or its own; {REMEDY}"
+                f"{where}: block {old} would be block {new} of {count} and compute something else "
+                f"(off by {gap:.2g} of what it adds); {REMEDY}"
             )
 
 
