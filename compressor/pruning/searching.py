@@ -16,9 +16,10 @@ from compressor.pruning.stage import Work
 from compressor.recipe import Evolve, Search
 from compressor.search.allocate import Budget
 from compressor.search.clock import Clock
-from compressor.search.find import SHARE, Contestant, Trail, fits_in_memory, improve
+from compressor.search.find import SHARE, Contestant, fits_in_memory, improve
 from compressor.search.fitness import KEPT, TOGETHER, Fitness, opened
 from compressor.search.levels import Choice, Levels
+from compressor.search.trail import Trail
 
 BRIEF = Search(
     tokens=16384,

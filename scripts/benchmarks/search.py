@@ -46,12 +46,13 @@ from compressor.pruning.depth import GOES, STAYS, Depth, least, turns
 from compressor.recipe import Evolve, Recipe, Search, make_recipe
 from compressor.search.allocate import Budget, BudgetError, by_order
 from compressor.search.clock import Clock
-from compressor.search.find import EVOLUTION, PROGRAMMES, Contestant, Trail, allocations, improve
+from compressor.search.find import EVOLUTION, PROGRAMMES, Contestant, allocations, improve
 from compressor.search.fitness import Fitness, opened
 from compressor.search.importance import ladder
 from compressor.search.levels import Choice, LevelDB, Unit
 from compressor.search.measure import measure
 from compressor.search.text import search_text
+from compressor.search.trail import Trail
 
 FINE, ROUGH = 0.8, 0.6  # the most that a search may lose of what uniform options lose; up to ROUGH_BITS
 ROUGH_BITS, LOSSLESS = 2.5, 4.0  # from here on no gain is asked for

@@ -13,9 +13,10 @@ from compressor.fitting import shortened
 from compressor.formats.int_group import IntGroup
 from compressor.recipe import make_recipe
 from compressor.search.clock import MEASURING, WRITING, Clock
-from compressor.search.find import Trail, in_time
+from compressor.search.find import in_time
 from compressor.search.levels import Level, Unit
 from compressor.search.measure import affordable
+from compressor.search.trail import Trail
 
 BLOCKS, FIXED = 10, 1.0
 UNITS = [

@@ -11,8 +11,9 @@ from compressor.errors import OutputError
 from compressor.recipe import Evolve, Search
 from compressor.search.allocate import Budget
 from compressor.search.clock import Clock
-from compressor.search.find import Contestant, Trail, improve
+from compressor.search.find import Contestant, improve
 from compressor.search.levels import Choice
+from compressor.search.trail import Trail
 
 UNITS, LEVELS = 6, 4
 BUDGET = Budget({"bits": [[1, 2, 3, 4]] * UNITS}, {"bits": 15})
