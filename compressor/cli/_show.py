@@ -79,7 +79,8 @@ class PlainLines:
         """Take note of an event, and write it if it begins a stage or ends a step."""
         with self.lock:
             self.current, self.began = self.clock.line(event), self.now()
-            if not event.what or event.stage == "write" or event.stage != self.stage:
+            begins = event.stage != self.stage and event.error is None
+            if not event.what or event.stage == "write" or begins:
                 self._put(self.current)
             self.stage = event.stage
 
