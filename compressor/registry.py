@@ -65,7 +65,12 @@ def exported(kind: str, name: str) -> Any:
         raise RecipeError(f"no {kind} named `{elide(name)}`; {suggestion(name, available(kind))}")
     try:
         return importlib.import_module(name if "." in name else f"compressor.{PACKAGES[kind]}.{name}").EXPORT
-    except (ImportError, AttributeError) as error:
+    except (
+        ImportError,
+        AttributeError,
+        TypeError,
+        ValueError,
+    ) as error:  # the latter two: `.x`, which is relative to nothing
         raise RecipeError(f"{kind} `{name}`: {error}; the module must be importable and define EXPORT") from error
 
 

@@ -1,0 +1,12 @@
+"""Names in a recipe or a plan stand for what is there, or are refused in one sentence."""
+
+import pytest
+
+from compressor import registry
+from compressor.errors import RecipeError
+
+
+@pytest.mark.parametrize("name", [".x", "..", ".", "no.such.module", "json.decoder"])
+def test_a_name_that_no_module_has_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="the module must be importable and define EXPORT"):
+        registry.build("format", {"format": name})
