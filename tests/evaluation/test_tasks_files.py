@@ -238,7 +238,14 @@ def test_a_byte_order_mark_line_ends_of_windows_and_separators_in_texts_are_read
     assert list(read(path).rows) == rows
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8b\x08" + bytes(40), gzip.compress(b"{}" * 99)[:-9], b"plain"])
+DAMAGED_ARCHIVES = {
+    "zeros": b"\x1f\x8b\x08" + bytes(40),
+    "cut": gzip.compress(b"{}" * 99)[:-9],
+    "plain": b"plain",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED_ARCHIVES.values(), ids=DAMAGED_ARCHIVES)
 def test_a_damaged_archive_is_one_sentence(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(content)
     with pytest.raises(RecipeError, match=r"a.jsonl.gz: cannot be read \(.*\); check the file"):
