@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from compressor.api import Forecast, fit, forecast, prune, quantize, run
     from compressor.fitting import fit_recipe, search_plan
     from compressor.judging import evaluate
+    from compressor.recipe.build import prune_recipe, quantize_recipe
     from compressor.runtime.load import generate, load
-    from compressor.shorthands import prune_recipe, quantize_recipe
 
 __all__ = [
     "Forecast",
@@ -43,8 +43,8 @@ _HOME = {
     "fit_recipe": "compressor.fitting",
     "generate": "compressor.runtime.load",
     "load": "compressor.runtime.load",
-    "prune_recipe": "compressor.shorthands",
-    "quantize_recipe": "compressor.shorthands",
+    "prune_recipe": "compressor.recipe.build",
+    "quantize_recipe": "compressor.recipe.build",
     "search_plan": "compressor.fitting",
 }
 

@@ -34,10 +34,10 @@ from compressor.plan import describe_plan, make_plan, model_formats, output_head
 from compressor.plan_file import offering, read_plan
 from compressor.provenance import fingerprint, fingerprint_plan, finished_report, new_report
 from compressor.pruning.stage import clear, expected_peak, held, pruned, pruning_place, sketched
-from compressor.recipe import Recipe, changed_patterns, load_recipe
+from compressor.recipe.build import prune_recipe, quantize_recipe
+from compressor.recipe.schema import Recipe, changed_patterns, load_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
-from compressor.shorthands import prune_recipe, quantize_recipe
 from compressor.types import OneOf, Plan, Tunes
 from compressor.verification.check import WrongError
 from compressor.verification.probe import Record

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from compressor import methods
 from compressor.absent import substitutes
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
@@ -32,8 +31,9 @@ from compressor.plan import make_plan, output_headers
 from compressor.plan_file import to_text
 from compressor.provenance import fingerprint
 from compressor.pruning.depth import fewer_sublayers
-from compressor.recipe import Recipe, Search, Target, load_recipe, make_recipe
-from compressor.registry import validate
+from compressor.recipe import presets
+from compressor.recipe.registry import validate
+from compressor.recipe.schema import Recipe, Search, Target, load_recipe, make_recipe
 from compressor.search.clock import Clock
 from compressor.search.find import Found, find
 from compressor.search.levels import Level, LevelDB, Unit
@@ -53,7 +53,7 @@ def fit_recipe(
     size: str | int | None = None,
     bits: float | None = None,
     ratio: float | None = None,
-    using: Sequence[str] = (methods.INTEGERS,),
+    using: Sequence[str] = (presets.INTEGERS,),
     time: str | None = None,
     calibration: str = "builtin",
     samples: int = 128,
@@ -92,7 +92,7 @@ def fit_recipe(
     given = {key: value for key, value in (("size", size), ("bits", bits), ("ratio", ratio)) if value is not None}
     target = validate(Target, given, "target")
     data = {
-        "passes": methods.ladder(numbers, mean_bits(target, model, ignore), ignore),
+        "passes": presets.ladder(numbers, mean_bits(target, model, ignore), ignore),
         "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed},
         "evaluation": {} if evaluate else None,
         "target": given,

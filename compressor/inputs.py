@@ -18,7 +18,7 @@ from compressor.model.source import ModelSource
 from compressor.model.writer import other_files
 from compressor.plan import rewritten
 from compressor.reading import read_json
-from compressor.recipe import Recipe
+from compressor.recipe.schema import Recipe
 from compressor.types import Pass
 
 LONGEST = 2048  # tokens of a sample, unless the recipe or the model says otherwise

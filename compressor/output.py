@@ -21,7 +21,7 @@ from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, copy_other_files
 from compressor.plan import settled, stored_formats, total_bits
 from compressor.plan_file import to_text
-from compressor.recipe import Recipe, Target, to_yaml
+from compressor.recipe.schema import Recipe, Target, to_yaml
 from compressor.report import Report
 from compressor.types import Borrowing, Contextual, Format, Pass, Plan
 from compressor.verification.manifest import MANIFEST, Manifest

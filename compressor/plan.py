@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from compressor import registry
 from compressor.errors import RecipeError
 from compressor.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attentions
 from compressor.model.checkpoint import Header
 from compressor.model.rewritten import Progress, Prunes, Rewrites, silent
 from compressor.model.source import ModelSource
+from compressor.recipe import registry
 from compressor.types import (
     Block,
     Format,

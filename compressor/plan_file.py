@@ -11,7 +11,7 @@ from compressor.access import check_readable
 from compressor.errors import RecipeError
 from compressor.plan import describe_plan, read_option
 from compressor.reading import elide, read_yaml
-from compressor.recipe import Recipe
+from compressor.recipe.schema import Recipe
 from compressor.types import GONE, Format, Kept, Pass, Plan
 
 

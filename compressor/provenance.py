@@ -22,7 +22,7 @@ from compressor.model.source import ModelSource
 from compressor.model.writer import clear_up
 from compressor.plan import describe_plan
 from compressor.reading import read_json
-from compressor.recipe import Recipe, to_yaml
+from compressor.recipe.schema import Recipe, to_yaml
 from compressor.report import Report, Row
 from compressor.types import Plan
 

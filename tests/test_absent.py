@@ -16,7 +16,7 @@ from compressor.errors import RecipeError, SourceError
 from compressor.model.source import ModelSource
 from compressor.plan_file import read_plan
 from compressor.pruning.depth import Depth
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.types import Trial
 
 CPU = torch.device("cpu")

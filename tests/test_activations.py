@@ -40,7 +40,7 @@ from compressor.formats.nvfp4 import NVFP4
 from compressor.inspection import inspect_model
 from compressor.model import quantization_config
 from compressor.model.source import ModelSource
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.runtime.linear import PackedWeight
 from compressor.types import Format
 from compressor.verification.loaders import streamed_logits

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from compressor import expressions as module
 from compressor.errors import RecipeError
-from compressor.expressions import MAX_TOTAL, Expression, expressions
 from compressor.model.architecture import check_pattern, matches
+from compressor.recipe import expressions as module
+from compressor.recipe.expressions import MAX_TOTAL, Expression, expressions
 
 NAME = "model.layers.10.self_attn.q_proj"
 NAMES = (NAME, "model.layers.0.mlp.up_proj", "lm_head", "", "aab", "aaab", "abcd", "q_proj\n", "Q_proj", "x\nq_proj")

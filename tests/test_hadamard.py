@@ -20,7 +20,7 @@ from compressor.errors import SourceError
 from compressor.hadamard import largest_block, turned
 from compressor.inspection import inspect_model
 from compressor.model.source import ModelSource
-from compressor.recipe import Recipe, make_recipe
+from compressor.recipe.schema import Recipe, make_recipe
 from compressor.verification.verify import verify
 
 Tiny = Callable[..., Path]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import compressor
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 ROUNDED = [{"pass": "gptq", "options": [{"format": "int_group", "bits": 4, "group_size": 32}]}]
 TRAINED = [

@@ -11,8 +11,8 @@ from compressor import api
 from compressor.cli import main
 from compressor.inspection import Inspection, inspect_model
 from compressor.model.runtimes import Runtime
-from compressor.recipe import make_recipe
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
+from compressor.recipe.schema import make_recipe
 
 EVERYWHERE = {"compressor": True, "transformers": True, "vLLM": True, "SGLang": True, "llama.cpp": False}
 

@@ -24,7 +24,7 @@ from compressor.model.source import ModelSource
 from compressor.output import default_out
 from compressor.passes.kv_cache import KVCache
 from compressor.plan import make_plan
-from compressor.recipe import Recipe, make_recipe
+from compressor.recipe.schema import Recipe, make_recipe
 from compressor.runtime.linear import PackedWeight
 from compressor.verification.loaders import streamed_logits
 from compressor.verification.verify import verify

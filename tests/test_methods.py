@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from compressor import api, methods, registry
+from compressor import api
 from compressor.errors import RecipeError
-from compressor.methods import METHODS
-from compressor.registry import describe
+from compressor.recipe import presets, registry
+from compressor.recipe.build import quantize_recipe
+from compressor.recipe.presets import METHODS
+from compressor.recipe.registry import describe
 from compressor.report import Report
-from compressor.shorthands import quantize_recipe
 
 FAST = ("steps", "learn")  # what takes long
 
@@ -211,7 +212,7 @@ def test_a_misspelt_one_is_suggested() -> None:
 def test_a_search_among_integers_has_options_on_both_sides(bits: float) -> None:
     """Else a mean of so many bits could not be come near to."""
     options = [
-        registry.build("format", spec) for step in methods.ladder(["int"], bits, []) for spec in step.get("options", ())
+        registry.build("format", spec) for step in presets.ladder(["int"], bits, []) for spec in step.get("options", ())
     ]
     sizes = [option.stored_bits((1024, 1024)) / 1024**2 for option in options]
     assert min(sizes) <= bits <= max(sizes)

@@ -11,7 +11,7 @@ import compressor
 from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
 from compressor.patterns import check_patterns
-from compressor.recipe import changed_patterns, load_recipe, make_recipe
+from compressor.recipe.schema import changed_patterns, load_recipe, make_recipe
 
 RECIPES = Path(compressor.__file__).parents[1] / "recipes"
 FORMAT = {"format": "int_group", "bits": 4, "group_size": 32}

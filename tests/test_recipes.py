@@ -6,7 +6,7 @@ import yaml
 
 from compressor import api
 from compressor.errors import RecipeError
-from compressor.recipe import Search, load_recipe, make_recipe, to_yaml
+from compressor.recipe.schema import Search, load_recipe, make_recipe, to_yaml
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SEARCH = ["search.tokens=512", "search.table_tokens=64", "search.rounds=1", "search.evolve.generations=1"]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from compressor import registry
 from compressor.errors import RecipeError
+from compressor.recipe import registry
 
 
 @pytest.mark.parametrize("name", [".x", "..", ".", "no.such.module", "json.decoder"])

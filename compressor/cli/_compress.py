@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from compressor.cli._show import print_forecast, print_json, print_report, progress
 
 if TYPE_CHECKING:
-    from compressor.recipe import Recipe
+    from compressor.recipe.schema import Recipe
 
 
 def compress(

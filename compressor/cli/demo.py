@@ -27,9 +27,9 @@ def demo(
     from compressor.assets import DEMO_MODEL
     from compressor.cli._quiet import quiet
     from compressor.model.journal import replace_text, writing
+    from compressor.recipe.build import quantize_recipe
     from compressor.report_html.page import render
     from compressor.runtime.load import generate
-    from compressor.shorthands import quantize_recipe
 
     quiet()
     models = [("original", DEMO_MODEL)]

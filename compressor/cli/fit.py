@@ -45,7 +45,7 @@ def fit(
     Example: `compress fit model/ --size 4GB`, or `compress fit model/ --bits 2.5 --time 30m`
     """
     from compressor.fitting import fit_recipe
-    from compressor.recipe import changed_patterns, to_yaml
+    from compressor.recipe.schema import changed_patterns, to_yaml
 
     recipe = fit_recipe(
         model,

@@ -93,8 +93,8 @@ def prune(
 
     Example: `compress prune --ratio 0.25 model/`, or `compress prune --ratio 0.25 --recover 300 --bits 4 model/`
     """
-    from compressor.recipe import changed_patterns, to_yaml
-    from compressor.shorthands import prune_recipe
+    from compressor.recipe.build import prune_recipe
+    from compressor.recipe.schema import changed_patterns, to_yaml
 
     recipe = prune_recipe(
         ratio,

@@ -73,8 +73,8 @@ def quantize(
 
     Example: `compress quantize --bits 4 model/`, or `compress quantize --format nvfp4 --activations 4 model/`
     """
-    from compressor.recipe import changed_patterns, to_yaml
-    from compressor.shorthands import quantize_recipe
+    from compressor.recipe.build import quantize_recipe
+    from compressor.recipe.schema import changed_patterns, to_yaml
 
     recipe = quantize_recipe(
         bits,

@@ -36,7 +36,7 @@ def run(
 
     Example: `compress run recipes/int4-gptq.yaml model/ --out model-int4 --set passes.0.damp=0.1`
     """
-    from compressor.recipe import changed_patterns, load_recipe, to_yaml
+    from compressor.recipe.schema import changed_patterns, load_recipe, to_yaml
 
     loaded = load_recipe(recipe, changes or ())
     if print_recipe:

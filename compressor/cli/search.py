@@ -46,7 +46,7 @@ def search(
     from compressor.distributed import Ranks
     from compressor.fitting import fit_recipe, search_plan
     from compressor.judging import silent
-    from compressor.recipe import changed_patterns, load_recipe
+    from compressor.recipe.schema import changed_patterns, load_recipe
 
     quiet()
     wanted = (

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import SourceError
-from compressor.expressions import expression
 from compressor.reading import elide
+from compressor.recipe.expressions import expression
 from compressor.types import LinearLike
 
 FUSED = {

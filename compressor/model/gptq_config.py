@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from compressor.errors import SourceError
-from compressor.expressions import expressions
 from compressor.formats.gptq_int import GptqInt
 from compressor.reading import elide
-from compressor.registry import validate
+from compressor.recipe.expressions import expressions
+from compressor.recipe.registry import validate
 from compressor.types import Format
 
 GPTQ, AUTO_ROUND = "gptq", "auto-round"

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from compressor import registry
 from compressor.errors import SourceError
 from compressor.model import quantization_config
 from compressor.model.checkpoint import Checkpoint
+from compressor.recipe import registry
 from compressor.types import Format, QuantizedTensor, borrowed
 
 DENSE = "weight"

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
-from compressor import registry
 from compressor.activations import SCHEMES
 from compressor.errors import RecipeError, SourceError
-from compressor.expressions import expressions
 from compressor.formats.fp8 import FP8
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
@@ -25,6 +23,8 @@ from compressor.hadamard import Blocks, largest_block
 from compressor.kv_cache import CacheRounding, read_scheme
 from compressor.model.gptq_config import AUTO_ROUND, GPTQ, Reader, auto_round_reader, gptq_reader, refuse_set, write_gptq
 from compressor.reading import cause, elide
+from compressor.recipe import registry
+from compressor.recipe.expressions import expressions
 from compressor.types import Format
 
 STATIC = ("static", "weight")  # kinds of activation order that leave nothing to be stored

@@ -9,7 +9,7 @@ from torch import Tensor
 from compressor.activations import Seen
 from compressor.calibration.stats import Spread
 from compressor.model.architecture import check_pattern, fused_groups, matches
-from compressor.registry import named, node
+from compressor.recipe.registry import named, node
 from compressor.types import Accumulator, Block, Contextual, Format, Grid, OneOf, Outcome, Stats
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from compressor.errors import RecipeError
 from compressor.model.architecture import check_pattern, matches
 from compressor.model.feeds import Feed, find_feeds, rescaled
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Accumulator, Block, Format, Outcome, Stats, Stored
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressor.passes._latents import Rounding
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Group
 
 PIECE = 1024  # tokens whose gradients are computed together; a sample at least

@@ -20,7 +20,7 @@ Shape suffixes: O out_features, I in_features.
 from typing import ClassVar
 
 from compressor.passes.gptq import GPTQ
-from compressor.registry import node
+from compressor.recipe.registry import node
 
 
 @node

@@ -13,7 +13,7 @@ from torch import Tensor
 from compressor.calibration.stats import Hessian
 from compressor.passes._rounding import WeightRounding, relative
 from compressor.passes.gptq import output_energy
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Accumulator, Block, Format, OneOf, Outcome, QuantizedTensor, Stats, Stored
 
 

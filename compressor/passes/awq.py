@@ -25,7 +25,7 @@ from compressor.calibration.stats import Hessian
 from compressor.model.feeds import Feed
 from compressor.passes._scaling import Scaling
 from compressor.passes.gptq import output_energy
-from compressor.registry import named, node
+from compressor.recipe.registry import named, node
 from compressor.types import Accumulator, Format, Stats
 
 STEPS = 20  # of alpha

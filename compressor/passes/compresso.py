@@ -33,7 +33,7 @@ from compressor.pruning.parts import find_all
 from compressor.pruning.stage import Work, as_stored, read_tensors, stored
 from compressor.pruning.training import Schedule, Training, distil, expected_memory, low_rank
 from compressor.pruning.widths import Chosen, Way
-from compressor.registry import node
+from compressor.recipe.registry import node
 
 LOSSES, UNITS = "losses", "units."  # of all steps, and what stays of each part, beside the tensors
 RISE = 0.5  # of the steps, in which what shall go rises

@@ -31,7 +31,7 @@ from compressor.pruning.blockwise import Twins, fit
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, read_tensors, stored
 from compressor.pruning.training import TOGETHER, Schedule, Training, descend
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Block
 
 ERRORS = "errors"  # of a block's output as it was, after the fit, and after training; beside its tensors

@@ -22,7 +22,7 @@ from typing import ClassVar
 from compressor.errors import RecipeError
 from compressor.passes._rounding import relative, rounded
 from compressor.passes.hqq import HQQ
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Block, Format, Option, Outcome, Stats
 
 

@@ -26,7 +26,7 @@ from compressor.calibration.stats import Hessian, Mismatch, strips
 from compressor.errors import CalibrationError, RecipeError
 from compressor.passes._refine import refined
 from compressor.passes._rounding import WeightRounding
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import (
     Accumulator,
     Block,

@@ -24,7 +24,7 @@ from torch import Tensor
 from compressor.errors import RecipeError
 from compressor.formats._int_grid import AT_ONCE, LEAST, IntGrid
 from compressor.passes._rounding import WeightRounding, rounded
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 NEGLIGIBLE = 1e-3  # errors below this share of a scale weigh like this one

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.errors import CalibrationError, RecipeError
 from compressor.kv_cache import CacheRounding, CacheScales, attentions, entering
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Accumulator, Block, Outcome, Stats
 
 

@@ -24,7 +24,7 @@ from compressor.errors import RecipeError
 from compressor.passes._latents import FloatRounding, IntRounding, Rounding, VectorRounding
 from compressor.passes._training import Schedule, Text, Training
 from compressor.passes.gptq import output_energy
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Accumulator, Block, Format, Outcome, QuantizedTensor, Stats, borrowed
 
 

@@ -24,7 +24,7 @@ from compressor.pruning.hidden import HiddenPass
 from compressor.pruning.operators import Masked, largest, start
 from compressor.pruning.stage import Work, read_tensors, stored
 from compressor.pruning.training import Schedule, Training, distil, expected_memory, low_rank
-from compressor.registry import node
+from compressor.recipe.registry import node
 
 KEPT, LOSSES = "kept", "losses"  # channels that stay, and what all steps lost, beside the tensors
 ALPHA = 4  # of the LoRA

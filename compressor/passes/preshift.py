@@ -29,7 +29,7 @@ from compressor.floats import Minifloat
 from compressor.formats.float_group import FloatGroup
 from compressor.model.feeds import Feed
 from compressor.passes._scaling import Scaling
-from compressor.registry import named, node
+from compressor.recipe.registry import named, node
 from compressor.types import Accumulator, Format, Stats
 
 SHIFTS = 8  # tried: from 0 on

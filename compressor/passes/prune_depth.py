@@ -18,8 +18,8 @@ from compressor.pruning.depth import STAYS, Depth, Parts, even, least, turns
 from compressor.pruning.searching import BRIEF, compared, comparing, searched
 from compressor.pruning.shapes import going, parameters
 from compressor.pruning.stage import PruningPass, Work
-from compressor.recipe import Search
-from compressor.registry import node, over
+from compressor.recipe.registry import node, over
+from compressor.recipe.schema import Search
 from compressor.search.find import Contestant
 
 

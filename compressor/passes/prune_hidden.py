@@ -17,7 +17,7 @@ from compressor.pruning.basis import turned
 from compressor.pruning.hidden import HiddenPass
 from compressor.pruning.readers import Refit
 from compressor.pruning.stage import Work
-from compressor.registry import node
+from compressor.recipe.registry import node
 
 
 @node

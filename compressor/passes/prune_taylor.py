@@ -36,7 +36,7 @@ from compressor.pruning.parts import Part, find_all
 from compressor.pruning.stage import Work, read_tensors
 from compressor.pruning.training import Lesson, divergence, drawn, expected_memory
 from compressor.pruning.widths import Chosen, Way
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Block
 
 STEP = "step"  # how many are done, beside the units

@@ -32,7 +32,7 @@ from compressor.model.architecture import check_pattern
 from compressor.passes._masks import SCORES, damped, least_squares
 from compressor.passes._rounding import relative, units
 from compressor.passes.gptq import MAX_DAMP, Factors, factors_of, gptq, output_energy
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Accumulator, Block, Kept, Outcome, QuantizedTensor, Stats, Stored
 
 

@@ -21,7 +21,7 @@ from compressor.pruning.searching import compared
 from compressor.pruning.shapes import Shape, going
 from compressor.pruning.stage import Work
 from compressor.pruning.widths import Way
-from compressor.registry import node
+from compressor.recipe.registry import node
 
 
 @node

@@ -19,7 +19,7 @@ from torch import Tensor
 from compressor.errors import RecipeError
 from compressor.passes._training import Schedule, Text, Training
 from compressor.passes.learned import rounding, share_books
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Block, Format, Outcome, QuantizedTensor, Stats, Whole
 
 

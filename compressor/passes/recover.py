@@ -18,7 +18,7 @@ from compressor.pruning.lora import merged, student
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, as_stored, read_tensors, stored
 from compressor.pruning.training import Schedule, Training, distil, expected_memory, low_rank
-from compressor.registry import node
+from compressor.recipe.registry import node
 
 LOSSES = "losses"  # of all steps, beside the tensors
 

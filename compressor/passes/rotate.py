@@ -33,7 +33,7 @@ from compressor.model.rewritten import Progress, Rewriting, silent
 from compressor.model.source import ModelSource
 from compressor.passes._learned_rotation import Vectors, batch, learned, some_vectors
 from compressor.passes._rotation import Rotation
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 Change = Callable[[Tensor], Tensor]

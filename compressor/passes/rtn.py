@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from compressor.passes._rounding import WeightRounding, rounded
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from compressor.calibration.stats import Peak
 from compressor.model.feeds import Feed
 from compressor.passes._scaling import Scaling
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Accumulator, Stats
 
 

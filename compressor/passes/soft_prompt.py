@@ -30,7 +30,7 @@ from compressor.model.source import ModelSource
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, read_tensors
 from compressor.pruning.training import Lesson, Schedule, Training, distil, expected_memory
-from compressor.registry import node
+from compressor.recipe.registry import node
 
 FOLDER = "soft_prompt"
 FILES = ("adapter_config.json", "adapter_model.safetensors")  # as peft names them

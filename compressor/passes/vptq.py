@@ -26,7 +26,7 @@ from compressor.formats.vq import VQ, VectorGrid, stored
 from compressor.passes._refine import sweep
 from compressor.passes._vectors import Problem, reduced
 from compressor.passes.gptq import GPTQ, Layer, gptq, output_energy
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import Block, Format, Notes, OneOf, Outcome, QuantizedTensor, Stats, Stored
 
 STEPS = 10  # of conjugate gradients, each a product of the weight's size with the Hessian

@@ -17,7 +17,7 @@ from compressor.pruning.searching import searched
 from compressor.pruning.shapes import Shape, multiple_of
 from compressor.pruning.stage import Work
 from compressor.pruning.widths import Widths
-from compressor.recipe import Search
+from compressor.recipe.schema import Search
 from compressor.search.find import Contestant
 from compressor.search.fitness import Fitness
 from compressor.types import Kept

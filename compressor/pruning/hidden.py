@@ -9,7 +9,7 @@ from compressor.pruning.basis import Basis, apart
 from compressor.pruning.residual import Residual, fitting
 from compressor.pruning.shapes import going, parameters
 from compressor.pruning.stage import PruningPass, Work
-from compressor.registry import node
+from compressor.recipe.registry import node
 
 
 @node

@@ -16,8 +16,8 @@ from compressor.pruning.searching import BRIEF, compared, comparing
 from compressor.pruning.shapes import Of, Shape, going, parameters, shapes
 from compressor.pruning.stage import ANEW, PruningPass, Work, named
 from compressor.pruning.widths import Narrows, Widths, sweep
-from compressor.recipe import Search
-from compressor.registry import node, over
+from compressor.recipe.registry import node, over
+from compressor.recipe.schema import Search
 from compressor.search.levels import LevelDB
 
 SQUARES = 4 + 3 * 8  # bytes for each element of a Hessian: as collected, and three such matrices in fp64

@@ -13,7 +13,7 @@ from compressor.model.journal import writing
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource
 from compressor.pruning.stage import Work
-from compressor.recipe import Evolve, Search
+from compressor.recipe.schema import Evolve, Search
 from compressor.search.allocate import Budget
 from compressor.search.clock import Clock
 from compressor.search.find import SHARE, Contestant, fits_in_memory, improve

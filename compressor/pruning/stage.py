@@ -22,8 +22,8 @@ from compressor.model.journal import LOCK, Journal, load_tensors, remove_leftove
 from compressor.model.rewritten import Prunes, Rewrites, Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, Tell, open_stream
-from compressor.recipe import Recipe
-from compressor.registry import node
+from compressor.recipe.registry import node
+from compressor.recipe.schema import Recipe
 from compressor.search.text import search_text
 from compressor.types import Accumulator, Block, Format, Outcome, Pass, Stats
 

@@ -13,7 +13,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from compressor.recipe import Evolve
+from compressor.recipe.schema import Evolve
 from compressor.search.allocate import Budget
 from compressor.search.levels import Choice
 

@@ -19,7 +19,7 @@ from compressor.calibration.stream import CalibrationStream
 from compressor.errors import RecipeError
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.pipeline import Event, Job, Tell
-from compressor.recipe import Search, Target
+from compressor.recipe.schema import Search, Target
 from compressor.search.allocate import Budget, BudgetError
 from compressor.search.clock import JUDGING, TRAINED, TRAINING, WRITING, Clock
 from compressor.search.evolve import Generation, evolve

@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compressor import registry
 from compressor.model.journal import Journal, sound
 from compressor.plan import describe_option, read_option
+from compressor.recipe import registry
 from compressor.types import Edits, Format, Kept, Option, QuantizedTensor, Stored, Trial
 
 NAMED = "name another directory with --levels"

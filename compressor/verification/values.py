@@ -14,7 +14,7 @@ from compressor.model.architecture import linear_layers
 from compressor.model.source import ModelSource
 from compressor.passes._scaling import Scaling
 from compressor.plan import rewritten
-from compressor.recipe import load_recipe
+from compressor.recipe.schema import load_recipe
 from compressor.verification.check import Progress, refuse
 from compressor.verification.loaders import streamed_logits
 from compressor.verification.probe import probe_tokens

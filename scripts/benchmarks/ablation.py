@@ -21,7 +21,7 @@ from rich.table import Table
 from compressor import api
 from compressor.cli._quiet import quiet
 from compressor.judging import evaluate_all
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 PLAIN: Mapping[str, Any] = {"act_order": False, "refine": 0, "damp": 0.01, "asymmetric_calibration": 0.0}
 ORDER = {**PLAIN, "act_order": True}

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from compressor import api
 from compressor.cli._quiet import quiet
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 Chain = Sequence[Mapping[str, Any]]
 LEAST = 0.5  # of what is lost that has to be recovered

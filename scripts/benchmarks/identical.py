@@ -3,9 +3,9 @@
     scripts/bench identical --out before.json                       # at one commit
     scripts/bench identical --out after.json --against before.json  # at another
 
-A change that moves code must change no byte. Everything runs on the demo model, on one thread, with fewer samples and training
-steps than the recipes have. Only the public API is used, so that the script of one commit runs at another. Exit status 1 if
-any file differs or is missing.
+A change that moves code must change no byte. Everything runs on the demo model, on one thread, with fewer samples and
+training steps than the recipes have. Only the public API is used, so that the script of one commit runs at another. Exit
+status 1 if any file differs or is missing.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ EVOLVE = {"generations": 2, "offspring": 4, "stages": [[2, 128], [1, 512]]}
 
 def shortened(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe that does the same work on less data."""
-    passes = [{**step, **{k: v for k, v in FEW.get(step["pass"], {}).items()}} for step in recipe["passes"]]
+    passes = [{**step, **FEW.get(step["pass"], {})} for step in recipe["passes"]]
     for step in passes:
         if step.get("learn"):
             step["learn"] = 3
@@ -65,7 +65,9 @@ def run(name: str, work: Path) -> dict[str, str]:
         recipe: Any = compressor.quantize_recipe(4, samples=8, seq_len=64, evaluate=False)
     else:
         path = work / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(shortened(yaml.safe_load((ROOT / f"recipes/{name}.yaml").read_text())), sort_keys=False))
+        path.write_text(
+            yaml.safe_dump(shortened(yaml.safe_load((ROOT / f"recipes/{name}.yaml").read_text())), sort_keys=False)
+        )
         recipe = path
     compressor.run(recipe, DEMO_MODEL, out, verify=False, device="cpu")
     return hashes(out)

@@ -45,9 +45,9 @@ from compressor.pruning.depth import Depth, least, turns
 from compressor.pruning.parts import Part, find_parts
 from compressor.pruning.scores import SCORES, Seen
 from compressor.pruning.shapes import parameters
+from compressor.recipe.build import prune_recipe
 from compressor.search.fitness import Fitness, Teacher, opened
 from compressor.search.levels import Level, Unit
-from compressor.shorthands import prune_recipe
 from compressor.types import Trial
 
 MOST = 0.6  # of the KL divergence of the best of the others

@@ -37,13 +37,13 @@ from compressor.calibration.hidden import keeping
 from compressor.cli._quiet import quiet
 from compressor.distributed import Ranks
 from compressor.fitting import choosable, fit_recipe
-from compressor.methods import ladder as passes_near
 from compressor.model.source import ModelSource
 from compressor.passes.prune_depth import PruneDepth
 from compressor.pipeline import Event, Job, open_stream
 from compressor.provenance import fingerprint
 from compressor.pruning.depth import GOES, STAYS, Depth, least, turns
-from compressor.recipe import Evolve, Recipe, Search, make_recipe
+from compressor.recipe.presets import ladder as passes_near
+from compressor.recipe.schema import Evolve, Recipe, Search, make_recipe
 from compressor.search.allocate import Budget, BudgetError, by_order
 from compressor.search.clock import Clock
 from compressor.search.find import EVOLUTION, PROGRAMMES, Contestant, allocations, improve

@@ -22,8 +22,8 @@ from activations import Chain, measure
 from rich.console import Console
 from rich.table import Table
 
-from compressor import registry
 from compressor.cli._quiet import quiet
+from compressor.recipe import registry
 
 LARGE = (4096, 4096)
 TRAINED = ", learned"

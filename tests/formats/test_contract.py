@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor import registry
 from compressor.activations import Seen
 from compressor.codes import values
 from compressor.formats.vq import VQ
-from compressor.recipe import load_recipe
+from compressor.recipe import registry
+from compressor.recipe.schema import load_recipe
 from compressor.types import Contextual, Format, QuantizedTensor
 
 ROOT = Path(__file__).parents[2]

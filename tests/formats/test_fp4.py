@@ -22,7 +22,7 @@ from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.nvfp4 import NVFP4
 from compressor.inspection import inspect_model
 from compressor.model.source import ModelSource
-from compressor.recipe import Recipe, make_recipe
+from compressor.recipe.schema import Recipe, make_recipe
 from compressor.types import Format, QuantizedTensor
 
 FORMATS = {"nvfp4": NVFP4(), "mxfp4": MXFP4()}

@@ -19,7 +19,7 @@ from compressor.model.checkpoint import INDEX, SINGLE, Checkpoint, read_config
 from compressor.model.journal import Journal, read_journal
 from compressor.model.source import ModelSource
 from compressor.plan_file import read_plan
-from compressor.recipe import load_recipe, make_recipe
+from compressor.recipe.schema import load_recipe, make_recipe
 from compressor.results import read_report
 from compressor.verification.files import check_config, check_copies, check_files, check_hashes
 from compressor.verification.manifest import MANIFEST, read_manifest

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from compressor import api
 from compressor.calibration.data import load_samples, load_tokenizer
 from compressor.model.source import ModelSource
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
 
 CPU = torch.device("cpu")
 BITS, GROUP_SIZE = 4, 64

@@ -22,7 +22,7 @@ from compressor.inspection import inspect_model
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.packed import PackedLayers
 from compressor.model.source import ModelSource
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.verification.verify import verify
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from compressor.inspection import inspect_model
 from compressor.model import quantization_config
 from compressor.model.source import ModelSource
 from compressor.output import default_out
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
 
 INT4 = IntGroup(bits=4, group_size=128)
 

@@ -10,7 +10,7 @@ from tiny_models import change_config, change_tensors, exact, some_tokens, stock
 from compressor import api
 from compressor.errors import CompressorError, SourceError
 from compressor.model.source import ModelSource
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
 
 CPU = torch.device("cpu")
 ROUND = quantize_recipe(4, method="rtn", group_size=64, evaluate=False)

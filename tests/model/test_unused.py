@@ -17,8 +17,8 @@ from compressor.errors import SourceError
 from compressor.judging import evaluate
 from compressor.model.source import ModelSource
 from compressor.pruning.depth import GOES, STAYS, fewer_blocks, fewer_sublayers
-from compressor.recipe import make_recipe
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.verification.verify import verify
 
 Tiny = Callable[..., Path]

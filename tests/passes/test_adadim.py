@@ -19,7 +19,7 @@ from compressor.passes.adadim import AdaDim
 from compressor.passes.adadim_rtn import AdaDimRTN
 from compressor.passes.gptq import GPTQ, factorise, gptq, output_energy
 from compressor.passes.rtn import RTN
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.types import Block, Format, OneOf, Pass, QuantizedTensor
 
 Tiny = Callable[..., Path]

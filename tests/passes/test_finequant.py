@@ -6,7 +6,7 @@ import torch
 from compressor.errors import RecipeError
 from compressor.formats.int_group import IntGroup
 from compressor.passes.finequant import Rung, climb, spend
-from compressor.registry import build
+from compressor.recipe.registry import build
 from compressor.types import Block, stored_bits
 
 SIZES = (-1, 128, 64, 32)

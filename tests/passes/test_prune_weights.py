@@ -13,7 +13,7 @@ from compressor.formats.sparse_bitmask import SparseBitmask
 from compressor.passes._masks import SCORES, damped, least_squares
 from compressor.passes.gptq import factors_of
 from compressor.passes.prune_weights import PruneWeights, Seen
-from compressor.registry import build
+from compressor.recipe.registry import build
 
 AMOUNTS: list[dict[str, Any]] = [{"sparsity": 0.4}, {"pattern": "2:4"}]
 

@@ -26,7 +26,7 @@ from compressor.passes.preshift import Preshift
 from compressor.passes.rotate import Rotate
 from compressor.passes.smooth import Smooth
 from compressor.pipeline import Event
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.types import Block
 from compressor.verification.verify import verify
 

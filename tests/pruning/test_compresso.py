@@ -19,7 +19,7 @@ from compressor.passes import compresso
 from compressor.pruning.gates import CLOSED, Gates, chance, sampled, settled
 from compressor.pruning.lora import merged, student
 from compressor.pruning.parts import find_all
-from compressor.recipe import Recipe, make_recipe
+from compressor.recipe.schema import Recipe, make_recipe
 
 CPU = torch.device("cpu")
 HALF = {"pass": "compresso", "ratio": 0.5, "of": "mlp", "multiple": 32, "steps": 30, "batch": 4}

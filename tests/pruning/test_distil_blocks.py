@@ -22,7 +22,7 @@ from compressor.pruning.blockwise import Twins, fit
 from compressor.pruning.depth import fewer_blocks, fewer_sublayers
 from compressor.pruning.stage import Work
 from compressor.pruning.training import Schedule
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")
 NARROW = {"pass": "prune_width", "ratio": 0.5, "of": "mlp", "multiple": 32}

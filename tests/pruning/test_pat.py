@@ -17,7 +17,7 @@ from compressor.model.source import ModelSource
 from compressor.pruning.operators import Masked, Operator, frozen, gates, largest, start
 from compressor.pruning.residual import Residual
 from compressor.pruning.training import Training
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 STEPS = 10
 

@@ -17,7 +17,7 @@ from compressor import api
 from compressor.errors import RecipeError, SourceError
 from compressor.model.source import ModelSource
 from compressor.pruning.parts import find_all
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")
 ALIKE = {"rtol": 0, "atol": 3e-5}

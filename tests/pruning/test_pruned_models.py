@@ -20,7 +20,7 @@ from compressor.model.source import ModelSource
 from compressor.pruning.depth import even, least
 from compressor.pruning.parts import find_parts
 from compressor.pruning.shapes import parameters, shapes
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")
 WIDE = ("llama", "qwen2", "qwen3", "mistral", "gemma2")

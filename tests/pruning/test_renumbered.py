@@ -14,7 +14,7 @@ from compressor import api
 from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
 from compressor.pruning.depth import GOES, STAYS, fewer_blocks
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 IDLE = (1, 2)  # blocks that add nothing
 LAYERS = 6

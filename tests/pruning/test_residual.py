@@ -21,7 +21,7 @@ from compressor.pruning.depth import fewer_sublayers
 from compressor.pruning.readers import Both, Refit
 from compressor.pruning.residual import Residual, fitting
 from compressor.pruning.shapes import parameters
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "llama_tied", "llama_biased", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "mistral")

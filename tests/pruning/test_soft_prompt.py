@@ -17,7 +17,7 @@ from compressor import api
 from compressor.calibration.data import load_samples, load_tokenizer
 from compressor.errors import RecipeError
 from compressor.pipeline import Event
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.verification.check import WrongError
 from compressor.verification.files import check_copies
 from compressor.verification.manifest import read_manifest

@@ -18,7 +18,7 @@ from compressor.errors import CalibrationError, OutputError, RecipeError
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event
 from compressor.pruning.stage import held, pruning_place
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 WIDTH = {"pass": "prune_width", "ratio": 0.15, "of": "mlp", "multiple": 32, "search": SEARCH}
 DEPTH = {"pass": "prune_depth", "ratio": 0.2, "of": "blocks", "by": "even"}

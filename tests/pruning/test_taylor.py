@@ -19,7 +19,7 @@ from compressor.inputs import load_data
 from compressor.model.source import ModelSource
 from compressor.passes import prune_taylor
 from compressor.pruning.gradual import SCHEDULES, left
-from compressor.recipe import Recipe, make_recipe
+from compressor.recipe.schema import Recipe, make_recipe
 
 CPU = torch.device("cpu")
 HALF = {"pass": "prune_taylor", "ratio": 0.5, "of": "mlp", "multiple": 32, "steps": 4, "batch": 4}

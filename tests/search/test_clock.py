@@ -11,7 +11,7 @@ from compressor.distributed import Ranks
 from compressor.errors import RecipeError
 from compressor.fitting import shortened
 from compressor.formats.int_group import IntGroup
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.search.clock import MEASURING, WRITING, Clock
 from compressor.search.find import in_time
 from compressor.search.levels import Level, Unit

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from compressor.errors import RecipeError
-from compressor.recipe import Evolve
-from compressor.registry import validate
+from compressor.recipe.registry import validate
+from compressor.recipe.schema import Evolve
 from compressor.search.allocate import Budget
 from compressor.search.evolve import Generation, evolve, mutated
 from compressor.search.levels import Choice

@@ -17,7 +17,7 @@ from compressor.distributed import Ranks
 from compressor.errors import OutputError, RecipeError
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, open_stream
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.search.fitness import Fitness, Teacher, opened
 from compressor.search.levels import LevelDB
 from compressor.search.measure import measure

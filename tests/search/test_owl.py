@@ -16,7 +16,7 @@ from compressor import api
 from compressor.errors import RecipeError
 from compressor.formats.int_group import IntGroup
 from compressor.formats.sparse_bitmask import SparseBitmask
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 from compressor.search.allocate import Budget, BudgetError
 from compressor.search.importance import SPREAD, by_salience
 from compressor.search.levels import Level, Unit

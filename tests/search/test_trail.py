@@ -8,7 +8,7 @@ import pytest
 
 from compressor.distributed import Ranks
 from compressor.errors import OutputError
-from compressor.recipe import Evolve, Search
+from compressor.recipe.schema import Evolve, Search
 from compressor.search.allocate import Budget
 from compressor.search.clock import Clock
 from compressor.search.find import Contestant, improve

@@ -357,6 +357,6 @@ def test_times(text: str, expected: float) -> None:
     ("size", "expected"), [("4GB", 4 * 10**9), ("3.5GiB", 3.5 * 2**30), ("800 MB", 8 * 10**8), (1234, 1234), ("7k", 7000)]
 )
 def test_sizes(size: str | int, expected: float) -> None:
-    from compressor.recipe import Target
+    from compressor.recipe.schema import Target
 
     assert Target(size=size).bytes == expected

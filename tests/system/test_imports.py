@@ -18,12 +18,13 @@ PRUNING = (
 )
 # From the ground up. A module imports from its own floor and from those below.
 FLOORS = (
-    ("errors", "reading", "access", "expressions"),
+    ("errors", "reading", "access"),
+    ("recipe",),
     ("types", "assets", "codes", "activations", "floats", "hadamard", "absent", "narrow", "kv_cache", "magnitudes", "host"),
     ("_on_import",),
     ("kernels",),
-    ("registry", "report", "report_html", "distributed"),
-    ("recipe", "card", "methods"),
+    ("report", "report_html", "distributed"),
+    ("card",),
     ("formats",),
     ("model", "calibration"),
     ("passes",),
@@ -33,7 +34,7 @@ FLOORS = (
     ("pipeline", "inputs", "output", "provenance"),
     ("judging", "tuning", "search"),
     ("pruning", *(f"passes.{name}" for name in PRUNING)),
-    ("fitting", "shorthands"),
+    ("fitting",),
     ("api", "comparison"),
     ("cli", "__main__"),
 )

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from harness import CommandLine, contents, on_ranks
 
-from compressor.recipe import load_recipe, to_yaml
+from compressor.recipe.schema import load_recipe, to_yaml
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 WEIGHTS_ALONE = ("--no-calibration", "--no-eval", "--no-verify")

@@ -27,7 +27,7 @@ from harness import (
 from compressor import api, pipeline
 from compressor.model.checkpoint import SINGLE
 from compressor.pipeline import Event
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
 
 # Both passes send two streams through what is done.
 CHANGES = ("passes.0.asymmetric_calibration=0.5", "passes.1.steps=3", "evaluation.samples=1")

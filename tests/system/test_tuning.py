@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from compressor import api
 from compressor.errors import RecipeError
 from compressor.model.checkpoint import SINGLE
-from compressor.recipe import make_recipe
+from compressor.recipe.schema import make_recipe
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 

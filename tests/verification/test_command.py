@@ -12,7 +12,7 @@ from tiny_models import change_tensors
 
 from compressor import api
 from compressor.cli import main
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
 from compressor.verification import verify as verification
 from compressor.verification.check import NotCheckedError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from compressor import api
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
 from compressor.verification.check import Check
 from compressor.verification.verify import verify
 

@@ -17,8 +17,8 @@ from compressor.errors import CalibrationError, CompressorError, SourceError
 from compressor.model.checkpoint import SINGLE
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace
-from compressor.recipe import Recipe
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
+from compressor.recipe.schema import Recipe
 from compressor.verification.manifest import MANIFEST, read_manifest
 from compressor.verification.probe import Record
 from compressor.verification.verify import verify

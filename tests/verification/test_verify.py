@@ -21,7 +21,7 @@ from compressor.model import shards
 from compressor.model.checkpoint import INDEX, SINGLE
 from compressor.model.header import spans
 from compressor.model.source import ModelSource
-from compressor.shorthands import quantize_recipe
+from compressor.recipe.build import quantize_recipe
 from compressor.verification import loaders, values
 from compressor.verification import verify as verification
 from compressor.verification.check import Check, NotCheckedError

@@ -12,7 +12,7 @@ from compressor.errors import RecipeError
 from compressor.evaluation.tasks import arithmetic, facts, grammar
 from compressor.evaluation.tasks.encode import Encoder
 from compressor.evaluation.tasks.questions import Questions
-from compressor.registry import suggestion
+from compressor.recipe.registry import suggestion
 
 OWN: dict[str, Callable[[str, Encoder, int], Questions]] = {
     "facts-choice": lambda name, encoder, seed: facts.choices(name, seed),

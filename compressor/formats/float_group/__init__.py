@@ -29,7 +29,7 @@ from compressor.floats import Minifloat, RealScale
 from compressor.formats import _bits
 from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid
 from compressor.formats._int_grid import groups
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 SEARCHED = {

@@ -25,7 +25,7 @@ from compressor.codes import Codes, FloatCodes
 from compressor.floats import E4M3, RealScale
 from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of
 from compressor.formats._int_grid import groups
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 BLOCK = 128

@@ -27,7 +27,7 @@ from compressor.codes import Codes, IntCodes, values
 from compressor.errors import SourceError
 from compressor.formats import _bits
 from compressor.formats._int_grid import IntFit, IntGrid, groups
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 BITS = (2, 3, 4, 8)

@@ -33,7 +33,7 @@ from compressor.activations import SCHEMES
 from compressor.codes import Codes, IntCodes, values
 from compressor.formats import _bits
 from compressor.formats._int_grid import IntFit, IntGrid, groups
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 SCALE_DTYPE = torch.bfloat16  # exact in float32 too, and in float16 above 2e-5

@@ -30,7 +30,7 @@ from torch import Tensor
 from compressor.codes import Codes, IntCodes, values
 from compressor.formats import _bits
 from compressor.formats._int_grid import IntFit, IntGrid, groups, rescaled
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 SCALE_DTYPE = torch.bfloat16

@@ -23,7 +23,7 @@ from compressor.codes import Codes, FloatCodes
 from compressor.floats import E2M1, E8M0Scale
 from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, pairs, unpaired
 from compressor.formats._int_grid import groups
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 GROUP = 32

@@ -30,7 +30,7 @@ from compressor.errors import SourceError
 from compressor.floats import E2M1, E4M3Scale
 from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of, pairs, unpaired
 from compressor.formats._int_grid import groups
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 GROUP = 16

@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from compressor.codes import Codes, SparseCodes, values
 from compressor.errors import SourceError
 from compressor.formats import _bits
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 COLUMNS = 128  # that are chosen among together, where there is no pattern

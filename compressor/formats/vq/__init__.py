@@ -35,7 +35,7 @@ from compressor.codes import Codes, VectorCodes, values
 from compressor.errors import RecipeError, SourceError
 from compressor.formats import _bits
 from compressor.formats._codebook import kmeans, near, nearest, sample, vectors
-from compressor.registry import node
+from compressor.recipe.registry import node
 from compressor.types import PartSpec, QuantizedTensor
 
 MOST_COLUMNS = 2**31  # of a grid for weights of any width

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.activations import TENSOR
 from compressor.errors import RecipeError
-from compressor.registry import suggestion
+from compressor.recipe.registry import build, suggestion
 
 INTEGERS, VECTORS, GROUP_SIZE = "int", "vq", 128
 DENSE = 16  # bits of activations that are left as they are
@@ -264,7 +263,7 @@ def passes(method: str, options: Sequence[Mapping[str, Any]], ignore: Sequence[s
     """The passes of a method for a number of bits, as plain data for a recipe."""
     first = dict(options[0])
     several = [*map(dict, options), *({**o, "format": BESIDE[o["format"]]} for o in options if o["format"] in BESIDE)]
-    by_one_scale = str(first.get("activations")).endswith(TENSOR)
+    by_one_scale = first["format"] == "float_group" and static_inputs(first)
 
     def given(name: str) -> dict[str, Any]:
         if name in BARE:
@@ -278,3 +277,8 @@ def passes(method: str, options: Sequence[Mapping[str, Any]], ignore: Sequence[s
 
     wanted = [step for step in METHODS[method].passes if by_one_scale or step["pass"] not in SHIFTING]
     return [{**step, **given(step["pass"])} for step in wanted]
+
+
+def static_inputs(option: Mapping[str, Any]) -> bool:
+    """Return whether a format, as plain data, rounds activations by a scale that is found in calibration."""
+    return bool(option.get("activations")) and bool(getattr(build("format", option), "static_inputs", False))

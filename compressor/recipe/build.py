@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from compressor import methods
-from compressor.activations import static_part
 from compressor.errors import RecipeError
-from compressor.recipe import Recipe, make_recipe
+from compressor.recipe import presets
+from compressor.recipe.schema import Recipe, make_recipe
 
 TAYLOR = "taylor"  # the score that is a pass of its own
 
@@ -15,7 +14,7 @@ def quantize_recipe(
     bits: float | None = None,
     *,
     fmt: str | None = None,
-    activations: int = methods.DENSE,
+    activations: int = presets.DENSE,
     method: str | None = None,
     calibrated: bool = True,
     group_size: int | None = None,
@@ -35,7 +34,7 @@ def quantize_recipe(
         fmt: `int`; `nvfp4`, `mxfp4`, `fp4`, `fp8` or `mxfp8`: floating-point numbers, which have bits of their own; `vq`:
             vectors out of codebooks. None takes what the method is for.
         activations: Bits that activations are rounded to; 16 leaves them as they are.
-        method: A name in compressor/methods.py; None takes the best for the numbers and their bits.
+        method: A name in compressor/recipe/presets.py; None takes the best for the numbers and their bits.
         calibrated: False allows no method that reads text.
         group_size: Adjacent input channels that share a scale, -1 for whole rows; None takes 128.
         symmetric: False stores zero points, which only this project's loader reads.
@@ -54,16 +53,17 @@ def quantize_recipe(
         raise RecipeError(
             f"--calibration {calibration} --no-calibration: one asks for what the other rules out; leave out one of the two"
         )
-    fmt = methods.numbers(method, fmt)
-    bits = methods.width(fmt, bits)
-    options = methods.formats(fmt, bits, group_size, symmetric=symmetric, activations=activations)
-    name = methods.chosen(method, fmt, bits, calibrated=calibrated)
-    if not calibrated and (way := options[0].get("activations")) and static_part(way):
+    fmt = presets.numbers(method, fmt)
+    bits = presets.width(fmt, bits)
+    options = presets.formats(fmt, bits, group_size, symmetric=symmetric, activations=activations)
+    name = presets.chosen(method, fmt, bits, calibrated=calibrated)
+    if not calibrated and presets.static_inputs(options[0]):
         raise RecipeError(
-            f"--activations {activations} --no-calibration: {way} needs a scale from calibration; leave out one of the two"
+            f"--activations {activations} --no-calibration: {options[0]['activations']} needs a scale from calibration; "
+            "leave out one of the two"
         )
     data = {
-        "passes": methods.passes(name, options, ignore, bits),
+        "passes": presets.passes(name, options, ignore, bits),
         "calibration": {"source": calibration or "builtin", "samples": samples, "seq_len": seq_len, "seed": seed},
         "evaluation": {} if evaluate else None,
     }
@@ -114,15 +114,15 @@ def prune_recipe(
         RecipeError: no recipe comes of it.
     """
     if bits is not None and by in ("width", "hidden"):
-        multiple = methods.GROUP_SIZE if multiple is None else multiple
+        multiple = presets.GROUP_SIZE if multiple is None else multiple
     step = {"ratio": ratio, "of": of, **_pruning(by, layout, score, heads=heads, multiple=multiple, mlp=of == "mlp")}
     quantized: list[dict[str, Any]] = []
     if bits is not None:
-        options = methods.formats(
-            methods.INTEGERS, methods.width(methods.INTEGERS, bits), None, symmetric=True, activations=16
+        options = presets.formats(
+            presets.INTEGERS, presets.width(presets.INTEGERS, bits), None, symmetric=True, activations=16
         )
-        name = methods.chosen(None, methods.INTEGERS, bits, calibrated=True)
-        quantized = methods.passes(name, options, ("lm_head",), bits)
+        name = presets.chosen(None, presets.INTEGERS, bits, calibrated=True)
+        quantized = presets.passes(name, options, ("lm_head",), bits)
     fitted = [{"pass": "distil_blocks", "steps": 0}] if by in ("depth", "sublayers") and ratio else []
     trained = [*fitted, *([{"pass": "recover", "steps": recover, "seed": seed}] if recover else [])]
     data = {

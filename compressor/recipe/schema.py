@@ -10,7 +10,7 @@ import yaml
 from compressor.access import check_readable, kind_of
 from compressor.errors import RecipeError
 from compressor.reading import parse_yaml, read_yaml
-from compressor.registry import describe, named, node, validate
+from compressor.recipe.registry import describe, named, node, validate
 
 
 def _positive(**values: int | None) -> None:
