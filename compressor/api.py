@@ -14,11 +14,13 @@ from compressor import pipeline, tuning
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import Keep, keeping
 from compressor.card import model_card
+from compressor.contract import Plan, Tunes
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.fitting import find_plan, fit_recipe, levels_place, settle, shortened
 from compressor.forecast import expected_memory, generating
+from compressor.formats.base import OneOf
 from compressor.host import known_state
 from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
 from compressor.judging import continuations, judge, silent
@@ -38,7 +40,6 @@ from compressor.recipe.build import prune_recipe, quantize_recipe
 from compressor.recipe.schema import Recipe, changed_patterns, load_recipe
 from compressor.report import Report
 from compressor.results import CARD, completed, written
-from compressor.types import OneOf, Plan, Tunes
 from compressor.verification.check import WrongError
 from compressor.verification.probe import Record
 from compressor.verification.verify import verify as verify_directory

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from compressor.contract import Outcome
 from compressor.errors import LostRankError, RecipeError
-from compressor.types import Edits, Outcome, QuantizedTensor, Stored
+from compressor.formats.base import Edits, QuantizedTensor, Stored
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # that ranks wait for each other: the first one writes and evaluates alone

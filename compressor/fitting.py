@@ -14,8 +14,10 @@ import torch
 from compressor.absent import substitutes
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
+from compressor.contract import Pass, Plan
 from compressor.distributed import Ranks
 from compressor.errors import OutputError, RecipeError
+from compressor.formats.base import GONE, Format
 from compressor.host import known_state
 from compressor.inputs import check_shares, load_data, open_model
 from compressor.judging import silent
@@ -38,7 +40,6 @@ from compressor.search.clock import Clock
 from compressor.search.find import Found, find
 from compressor.search.levels import Level, LevelDB, Unit
 from compressor.search.text import search_text
-from compressor.types import GONE, Format, Pass, Plan
 
 OFFSETS = 8  # bytes by which a tensor's offsets in a file's header may be longer than at another size
 PADDING = 64  # bytes of a file

@@ -6,10 +6,11 @@ Estimates are of resident bytes beyond the interpreter and its libraries. A run 
 import math
 from collections.abc import Sequence
 
+from compressor.contract import PairedAccumulator, Pass, Tunes
+from compressor.model.block import Block
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource
 from compressor.plan import rest_names
-from compressor.types import Block, PairedAccumulator, Pass, Tunes
 
 SHARE = 0.5  # of the available memory, at most, for a model that only writes samples: nothing may end a long run for them
 # Bytes for each trained weight: latent and gradient, two moments, the start, fp64 sums, the rounded weight with its own

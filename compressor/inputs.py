@@ -8,6 +8,7 @@ import torch
 
 from compressor.access import kind_of
 from compressor.calibration.data import Samples, Split, check_vocabulary, load_samples, load_tokenizer
+from compressor.contract import Pass
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError, RecipeError, SourceError
 from compressor.evaluation.score import TOKENS_AT_ONCE
@@ -19,7 +20,6 @@ from compressor.model.writer import other_files
 from compressor.plan import rewritten
 from compressor.reading import read_json
 from compressor.recipe.schema import Recipe
-from compressor.types import Pass
 
 LONGEST = 2048  # tokens of a sample, unless the recipe or the model says otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

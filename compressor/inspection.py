@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor.formats.base import Format
 from compressor.host import known_state
 from compressor.model.runtimes import Runtime, runtimes
 from compressor.model.shards import NAMES
 from compressor.model.source import ModelSource
-from compressor.types import Format
 
 CACHE = "scales of the cache"
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from compressor.activations import Seen
+from compressor.contract import Pass, Plan
+from compressor.formats.base import Borrowing, Contextual, Format
+from compressor.formats.numerics.activations import Seen
 from compressor.kernels.cuda import sources
 from compressor.kernels.layouts import Layout, layout_for
 from compressor.kv_cache import CacheRounding
@@ -23,7 +25,6 @@ from compressor.plan import settled, stored_formats, total_bits
 from compressor.plan_file import to_text
 from compressor.recipe.schema import Recipe, Target, to_yaml
 from compressor.report import Report
-from compressor.types import Borrowing, Contextual, Format, Pass, Plan
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record
 

@@ -11,11 +11,11 @@ it is a warning, in the report and in the dry run.
 import difflib
 from collections.abc import Sequence
 
+from compressor.contract import Pass
 from compressor.errors import RecipeError
 from compressor.model.architecture import matches
 from compressor.model.source import ModelSource
 from compressor.reading import elide
-from compressor.types import Pass
 
 ALWAYS = ("*", "lm_head")  # defaults: whatever a model calls its head, it lies in no block and stays as it is
 

@@ -16,14 +16,16 @@ from compressor.calibration.data import Samples
 from compressor.calibration.hidden import Keep
 from compressor.calibration.sensitivity import sensitivities
 from compressor.calibration.stream import BlockStats, CalibrationStream
+from compressor.contract import NoNotes, Notes, Outcome, Pass, Plan
 from compressor.distributed import Ranks
 from compressor.evaluation.score import TOKENS_AT_ONCE
+from compressor.formats.base import QuantizedTensor, Stored, borrowed, stored_bits
 from compressor.kv_cache import CacheScales
+from compressor.model.block import Block
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.writer import Workspace
 from compressor.plan import block_names, cache_roundings, choose, describe_stored, rest_names, stored_formats
 from compressor.report import Report, Row
-from compressor.types import Block, NoNotes, Notes, Outcome, Pass, Plan, QuantizedTensor, Stored, borrowed, stored_bits
 from compressor.verification.manifest import entries
 from compressor.verification.probe import Probe, Record
 

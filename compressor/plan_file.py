@@ -8,11 +8,12 @@ from typing import Any
 import yaml
 
 from compressor.access import check_readable
+from compressor.contract import Pass, Plan
 from compressor.errors import RecipeError
+from compressor.formats.base import GONE, Format, Kept
 from compressor.plan import describe_plan, read_option
 from compressor.reading import elide, read_yaml
 from compressor.recipe.schema import Recipe
-from compressor.types import GONE, Format, Kept, Pass, Plan
 
 
 def to_text(plan: Plan) -> str:

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from compressor.calibration.data import Samples
+from compressor.contract import Plan
 from compressor.errors import OutputError
 from compressor.model.source import ModelSource
 from compressor.model.writer import clear_up
@@ -24,7 +25,6 @@ from compressor.plan import describe_plan
 from compressor.reading import read_json
 from compressor.recipe.schema import Recipe, to_yaml
 from compressor.report import Report, Row
-from compressor.types import Plan
 
 
 def fingerprint(recipe: Recipe, source: ModelSource, calibration: Samples | None) -> dict[str, str]:

@@ -13,11 +13,11 @@ import compressor
 from compressor import api
 from compressor.absent import NoAttention, NoMLP
 from compressor.errors import RecipeError, SourceError
+from compressor.model.block import Trial
 from compressor.model.source import ModelSource
 from compressor.plan_file import read_plan
 from compressor.pruning.depth import Depth
 from compressor.recipe.schema import make_recipe
-from compressor.types import Trial
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "llama_biased", "qwen3", "gemma2", "gemma3", "phi3", "olmo2")

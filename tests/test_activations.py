@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import api
-from compressor.activations import (
+from compressor.calibration.stats import Spread
+from compressor.errors import SourceError
+from compressor.formats.base import Format
+from compressor.formats.float_group import FloatGroup
+from compressor.formats.fp8 import FP8
+from compressor.formats.int_group import IntGroup
+from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.mxfp8 import MXFP8
+from compressor.formats.numerics.activations import (
     SCHEMES,
     FixedScale,
     FloatTokens,
@@ -28,21 +36,13 @@ from compressor.activations import (
     token_scales,
     way,
 )
-from compressor.calibration.stats import Spread
-from compressor.errors import SourceError
-from compressor.floats import Minifloat
-from compressor.formats.float_group import FloatGroup
-from compressor.formats.fp8 import FP8
-from compressor.formats.int_group import IntGroup
-from compressor.formats.mxfp4 import MXFP4
-from compressor.formats.mxfp8 import MXFP8
+from compressor.formats.numerics.minifloat import Minifloat
 from compressor.formats.nvfp4 import NVFP4
 from compressor.inspection import inspect_model
 from compressor.model import quantization_config
 from compressor.model.source import ModelSource
 from compressor.recipe.schema import make_recipe
 from compressor.runtime.linear import PackedWeight
-from compressor.types import Format
 from compressor.verification.loaders import streamed_logits
 from compressor.verification.verify import verify
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.floats import E2M1, E4M3, E5M2, E4M3Scale, E8M0Scale, Minifloat, RealScale, ScaleType
+from compressor.formats.numerics.minifloat import E2M1, E4M3, E5M2, E4M3Scale, E8M0Scale, Minifloat, RealScale, ScaleType
 
 ALL = [Minifloat.parse(f"e{e}m{m}") for e in range(1, 8) for m in range(8 - e) if e + m >= 2]
 TORCH = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}

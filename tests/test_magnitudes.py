@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.stats import Spread
-from compressor.floats import Minifloat
-from compressor.magnitudes import BINS, Magnitudes, bins
+from compressor.formats.numerics.histogram import BINS, Magnitudes, bins
+from compressor.formats.numerics.minifloat import Minifloat
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from compressor.magnitudes import BINS, Magnitudes, bins
-from compressor.types import Group
+from compressor.contract import Group
+from compressor.formats.numerics.histogram import BINS, Magnitudes, bins
 
 AT_ONCE = 2**22  # numbers counted together: bounds the temporaries
 

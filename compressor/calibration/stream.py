@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.calibration.hidden import Hidden, Keep, shapes
+from compressor.contract import Accumulator, NoNotes, Notes, PairedAccumulator
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError
+from compressor.model.block import Block
 from compressor.model.source import return_freed_memory
-from compressor.types import Accumulator, Block, NoNotes, Notes, PairedAccumulator
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressor.activations import FloatTokens, InputRounding, in_product
-from compressor.codes import Codes, FloatCodes
-from compressor.floats import E4M3
+from compressor.formats.numerics.activations import FloatTokens, InputRounding, in_product
+from compressor.formats.numerics.codes import Codes, FloatCodes
+from compressor.formats.numerics.minifloat import E4M3
 from compressor.kernels import reference
 from compressor.kernels.layouts import Layout
 from compressor.kernels.layouts.fp8_rows import Fp8Rows

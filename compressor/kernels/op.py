@@ -4,8 +4,9 @@
         -> Tensor
 
 It is functional and knows no gradient. `parts` are what the layout's `arrange` made, in its order; `kernel` is "auto" or the
-name of a backend (`dispatch`); `rounding` is how x is rounded first (`IN_PRODUCTS` of compressor/activations.py), by the
-kernel itself if it can. `torch.library.Library` is used because a call costs 2.5 µs; `custom_op` takes 9.
+name of a backend (`dispatch`); `rounding` is how x is rounded first (`IN_PRODUCTS` of
+compressor/formats/numerics/activations.py), by the kernel itself if it can. `torch.library.Library` is used because a call
+costs 2.5 µs; `custom_op` takes 9.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.activations import IN_PRODUCTS
 from compressor.errors import KernelError
+from compressor.formats.numerics.activations import IN_PRODUCTS
 from compressor.kernels.dispatch import choose
 from compressor.kernels.layouts import Layout, named
 from compressor.kernels.layouts.around import Around

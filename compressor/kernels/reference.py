@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from compressor.codes import IntCodes, values
+from compressor.formats.numerics.codes import IntCodes, values
 from compressor.kernels.layouts import Layout
 
 

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressor.errors import SourceError
+from compressor.model.block import LinearLike
 from compressor.reading import elide
 from compressor.recipe.expressions import expression
-from compressor.types import LinearLike
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor.types import Block
+from compressor.model.block import Block
 
 PRODUCTS = {"o_proj": "v_proj", "out_proj": "v_proj", "down_proj": "up_proj"}  # what is read is linear in what is written
 TOKENS = 8  # that go through a block to see what it does

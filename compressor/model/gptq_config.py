@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 from compressor.errors import SourceError
+from compressor.formats.base import Format
 from compressor.formats.gptq_int import GptqInt
 from compressor.reading import elide
 from compressor.recipe.expressions import expressions
 from compressor.recipe.registry import validate
-from compressor.types import Format
 
 GPTQ, AUTO_ROUND = "gptq", "auto-round"
 PACKING = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round": "gptq_v2"}

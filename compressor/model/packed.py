@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from compressor.errors import SourceError
+from compressor.formats.base import Format, QuantizedTensor, borrowed
 from compressor.model import quantization_config
 from compressor.model.checkpoint import Checkpoint
 from compressor.recipe import registry
-from compressor.types import Format, QuantizedTensor, borrowed
 
 DENSE = "weight"
 

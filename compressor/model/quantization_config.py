@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any
 
-from compressor.activations import SCHEMES
 from compressor.errors import RecipeError, SourceError
+from compressor.formats.base import Format
 from compressor.formats.fp8 import FP8
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.mxfp8 import MXFP8
+from compressor.formats.numerics.activations import SCHEMES
 from compressor.formats.nvfp4 import NVFP4
 from compressor.hadamard import Blocks, largest_block
 from compressor.kv_cache import CacheRounding, read_scheme
@@ -25,7 +26,6 @@ from compressor.model.gptq_config import AUTO_ROUND, GPTQ, Reader, auto_round_re
 from compressor.reading import cause, elide
 from compressor.recipe import registry
 from compressor.recipe.expressions import expressions
-from compressor.types import Format
 
 STATIC = ("static", "weight")  # kinds of activation order that leave nothing to be stored
 COMPRESSED_TENSORS, OWN = "compressed-tensors", "compressor"

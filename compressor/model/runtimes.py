@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass
 from math import frexp
 from typing import Any
 
-from compressor.activations import bits, way
-from compressor.formats._float_grid import FloatFormat
+from compressor.formats.base import Format
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
+from compressor.formats.numerics.activations import bits, way
+from compressor.formats.numerics.float_grid import FloatFormat
 from compressor.formats.nvfp4 import NVFP4
 from compressor.model.architecture import FLATTENING, fused_groups, linear_layers
 from compressor.model.block_configs import ROUND, rounded, runs_code
 from compressor.model.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.source import ModelSource
-from compressor.types import Format
 
 TRUST = " (--trust-remote-code)"
 KERNEL_BITS = (4, 8)  # of the kernels for 16-bit activations (Marlin) in vLLM and SGLang

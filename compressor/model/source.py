@@ -26,11 +26,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from compressor.absent import leave_out
 from compressor.access import check_readable, kind_of
-from compressor.activations import InputRounding, input_rounding, round_inputs
 from compressor.errors import SourceError
+from compressor.formats.base import Format, QuantizedTensor
+from compressor.formats.numerics.activations import InputRounding, input_rounding, round_inputs
 from compressor.hadamard import Blocks, turn_inputs
 from compressor.kv_cache import KEYS, VALUES, CacheScales, attach, attentions
 from compressor.model.architecture import check_config, decoder_blocks, linear_layers
+from compressor.model.block import Arguments, Block
 from compressor.model.block_configs import as_llama, llama_config, widths
 from compressor.model.checkpoint import Checkpoint, read_config
 from compressor.model.limits import check_limits
@@ -41,7 +43,6 @@ from compressor.model.rewritten import Rewriting, Rewritten
 from compressor.model.unused import Accounts
 from compressor.narrow import narrow
 from compressor.reading import elide
-from compressor.types import Arguments, Block, Format, QuantizedTensor
 
 Kept = TypeVar("Kept")
 GENERATION = "generation_config.json"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import FloatCodes, IntCodes, VectorCodes, others, values
-from compressor.floats import E4M3Scale
-from compressor.formats._codebook import near, nearest, vectors
+from compressor.formats.numerics.codebook import near, nearest, vectors
+from compressor.formats.numerics.codes import FloatCodes, IntCodes, VectorCodes, others, values
+from compressor.formats.numerics.minifloat import E4M3Scale
 
 AGAIN, TRIED = 20, 8  # steps after which the nearest entries are sought again, and how many
 KEPT = 0.45  # distance from its code, in steps of the grid, at which a latent starts at the most

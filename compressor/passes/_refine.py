@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compressor.types import Rescalable
+from compressor.formats.base import Rescalable
 
 AT_ONCE = 128  # columns whose changes are collected before the rest of the gradient is updated; affects speed only
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.contract import Group
 from compressor.passes._latents import Rounding
 from compressor.recipe.registry import node
-from compressor.types import Group
 
 PIECE = 1024  # tokens whose gradients are computed together; a sample at least
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compressor.codes import others
+from compressor.formats.base import QuantizedTensor
+from compressor.formats.numerics.codes import others
 from compressor.formats.vq import VQ, VectorGrid
 from compressor.passes.gptq import Factors, Layer, output_energy
-from compressor.types import QuantizedTensor
 
 LEAST = 1e-8  # of the largest norm: a column of zeros has one, too
 

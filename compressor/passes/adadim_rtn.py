@@ -11,10 +11,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from compressor.calibration.stats import Hessian
+from compressor.contract import Accumulator, Outcome, Stats
+from compressor.formats.base import Format, OneOf, QuantizedTensor, Stored
+from compressor.model.block import Block
 from compressor.passes._rounding import WeightRounding, relative
 from compressor.passes.gptq import output_energy
 from compressor.recipe.registry import node
-from compressor.types import Accumulator, Block, Format, OneOf, Outcome, QuantizedTensor, Stats, Stored
 
 
 @node

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.stats import Hessian
+from compressor.contract import Accumulator, Stats
+from compressor.formats.base import Format
 from compressor.model.feeds import Feed
 from compressor.passes._scaling import Scaling
 from compressor.passes.gptq import output_energy
 from compressor.recipe.registry import named, node
-from compressor.types import Accumulator, Format, Stats
 
 STEPS = 20  # of alpha
 

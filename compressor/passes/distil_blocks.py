@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.forecast import activations, block_parameters, collecting, largest_block
+from compressor.model.block import Block
 from compressor.model.rewritten import Pruned, Rewriting, Sketch
 from compressor.model.source import ModelSource
 from compressor.pipeline import Event
@@ -32,7 +33,6 @@ from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, read_tensors, stored
 from compressor.pruning.training import TOGETHER, Schedule, Training, descend
 from compressor.recipe.registry import node
-from compressor.types import Block
 
 ERRORS = "errors"  # of a block's output as it was, after the fit, and after training; beside its tensors
 RATES = {"norms": 3e-3, "scales": 3e-3, "lora": 1e-3, "all": 1e-4}  # learning rates that suit

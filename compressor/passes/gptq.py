@@ -23,23 +23,13 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.stats import Hessian, Mismatch, strips
+from compressor.contract import Accumulator, Outcome, PairedAccumulator, Stats
 from compressor.errors import CalibrationError, RecipeError
+from compressor.formats.base import Format, Grid, OneOf, QuantizedTensor, Rescalable, Stored
+from compressor.model.block import Block
 from compressor.passes._refine import refined
 from compressor.passes._rounding import WeightRounding
 from compressor.recipe.registry import node
-from compressor.types import (
-    Accumulator,
-    Block,
-    Format,
-    Grid,
-    OneOf,
-    Outcome,
-    PairedAccumulator,
-    QuantizedTensor,
-    Rescalable,
-    Stats,
-    Stored,
-)
 
 CONDITION_FP32 = 1e3  # largest to smallest pivot of a factor that fp32 is trusted with
 MAX_DAMP = 1.0

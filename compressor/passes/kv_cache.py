@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import CalibrationError, RecipeError
 from compressor.kv_cache import CacheRounding, CacheScales, attentions, entering
+from compressor.model.block import Block
 from compressor.recipe.registry import node
-from compressor.types import Accumulator, Block, Outcome, Stats
 
 
 @node

@@ -22,15 +22,16 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.activations import EIGHTHS, Seen, scales
 from compressor.calibration.stats import Spread
+from compressor.contract import Accumulator, Stats
 from compressor.errors import RecipeError
-from compressor.floats import Minifloat
+from compressor.formats.base import Format
 from compressor.formats.float_group import FloatGroup
+from compressor.formats.numerics.activations import EIGHTHS, Seen, scales
+from compressor.formats.numerics.minifloat import Minifloat
 from compressor.model.feeds import Feed
 from compressor.passes._scaling import Scaling
 from compressor.recipe.registry import named, node
-from compressor.types import Accumulator, Format, Stats
 
 SHIFTS = 8  # tried: from 0 on
 ROUNDS = 3

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from compressor.model.block import Block
 from compressor.model.journal import save
 from compressor.model.memory import parameters as weights
 from compressor.model.rewritten import Pruned
@@ -37,7 +38,6 @@ from compressor.pruning.stage import Work, read_tensors
 from compressor.pruning.training import Lesson, divergence, drawn, expected_memory
 from compressor.pruning.widths import Chosen, Way
 from compressor.recipe.registry import node
-from compressor.types import Block
 
 STEP = "step"  # how many are done, beside the units
 

@@ -26,14 +26,16 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.stats import Hessian
+from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import RecipeError
+from compressor.formats.base import Kept, QuantizedTensor, Stored
 from compressor.formats.sparse_bitmask import NUMBERS, SparseBitmask, SparseGrid
 from compressor.model.architecture import check_pattern
+from compressor.model.block import Block
 from compressor.passes._masks import SCORES, damped, least_squares
 from compressor.passes._rounding import relative, units
 from compressor.passes.gptq import MAX_DAMP, Factors, factors_of, gptq, output_energy
 from compressor.recipe.registry import node
-from compressor.types import Accumulator, Block, Kept, Outcome, QuantizedTensor, Stats, Stored
 
 
 @node

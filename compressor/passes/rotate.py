@@ -26,15 +26,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import RecipeError
+from compressor.formats.base import Format
 from compressor.hadamard import largest_block, turned
+from compressor.model.block import Block
 from compressor.model.feeds import Feed, gain_offset, products, run_norms, some_hidden
 from compressor.model.rewritten import Progress, Rewriting, silent
 from compressor.model.source import ModelSource
 from compressor.passes._learned_rotation import Vectors, batch, learned, some_vectors
 from compressor.passes._rotation import Rotation
 from compressor.recipe.registry import node
-from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 Change = Callable[[Tensor], Tensor]
 Norms = Mapping[str, Sequence[str]]  # of a block, with the layers that read them

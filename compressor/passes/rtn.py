@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+from compressor.contract import Accumulator, Outcome, Stats
+from compressor.formats.base import Format
+from compressor.model.block import Block
 from compressor.passes._rounding import WeightRounding, rounded
 from compressor.recipe.registry import node
-from compressor.types import Accumulator, Block, Format, Outcome, Stats
 
 
 @node

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from compressor.calibration.stats import Peak
+from compressor.contract import Accumulator, Stats
 from compressor.model.feeds import Feed
 from compressor.passes._scaling import Scaling
 from compressor.recipe.registry import node
-from compressor.types import Accumulator, Stats
 
 
 @node

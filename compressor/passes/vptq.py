@@ -21,13 +21,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compressor.formats._codebook import vectors
+from compressor.contract import Notes, Outcome, Stats
+from compressor.formats.base import Format, OneOf, QuantizedTensor, Stored
+from compressor.formats.numerics.codebook import vectors
 from compressor.formats.vq import VQ, VectorGrid, stored
+from compressor.model.block import Block
 from compressor.passes._refine import sweep
 from compressor.passes._vectors import Problem, reduced
 from compressor.passes.gptq import GPTQ, Layer, gptq, output_energy
 from compressor.recipe.registry import node
-from compressor.types import Block, Format, Notes, OneOf, Outcome, QuantizedTensor, Stats, Stored
 
 STEPS = 10  # of conjugate gradients, each a product of the weight's size with the Hessian
 SOLVED = 1e-10  # of the first squared residual

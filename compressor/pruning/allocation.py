@@ -11,6 +11,7 @@ the choice at hand is compressor/search/successive.py.
 from collections.abc import Collection, Mapping, Sequence
 
 from compressor.absent import MLP
+from compressor.formats.base import Kept
 from compressor.model.source import ModelSource
 from compressor.pruning.parts import find_all
 from compressor.pruning.searching import searched
@@ -20,7 +21,6 @@ from compressor.pruning.widths import Widths
 from compressor.recipe.schema import Search
 from compressor.search.find import Contestant
 from compressor.search.fitness import Fitness
-from compressor.types import Kept
 
 WIDTHS = 8  # of a part, besides those of uniform shapes
 REACH = 3  # how far they go down, in parts of what goes on average

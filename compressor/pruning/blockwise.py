@@ -15,10 +15,10 @@ from torch import Tensor
 from compressor.absent import ATTENTION, MLP
 from compressor.calibration.hidden import Hidden, keeping
 from compressor.calibration.stream import watching
+from compressor.model.block import Block
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pruning.stage import Work
 from compressor.pruning.training import Schedule, pieces, precision
-from compressor.types import Block
 
 Parameters = Mapping[str, Tensor]  # of a block, by name inside it; those that are not named are as they are
 WRITERS = (f"{ATTENTION}.o_proj", f"{MLP}.down_proj")  # what they make is added to the hidden states

@@ -19,12 +19,13 @@ from torch.nn.functional import cosine_similarity
 from compressor.absent import SUBLAYERS, substitutes
 from compressor.calibration.stream import CalibrationStream
 from compressor.errors import RecipeError
+from compressor.formats.base import GONE, Kept
+from compressor.model.block import Block, Trial
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline import Event, Job, Tell
 from compressor.pruning.renumbered import check_renumbered, corrected
 from compressor.search.levels import Choice, Level, Unit
-from compressor.types import GONE, Block, Kept, Trial
 
 GOES, STAYS = 0, 1  # levels of a unit
 OPTIONS = (GONE, Kept(1, 1))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from compressor.absent import ATTENTION, MLP
 from compressor.errors import RecipeError
+from compressor.model.block import Block
 from compressor.model.source import ModelSource
-from compressor.types import Block
 
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, SmolLM3 and others of their build"
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from compressor.absent import MLP
 from compressor.calibration.stats import Hessian, Mean
+from compressor.contract import Stats
+from compressor.model.block import Block
 from compressor.pruning.parts import Part, values
-from compressor.types import Block, Stats
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from compressor.calibration.stats import Hessian, Mean
 from compressor.calibration.stream import BlockStats, CalibrationStream
+from compressor.formats.base import Edits, Kept, dense
+from compressor.model.block import Block, Trial
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline import Event, Job, Tell
@@ -27,7 +29,6 @@ from compressor.pruning.order import by_score, greedy
 from compressor.pruning.parts import Part, find_all, find_parts, spread
 from compressor.pruning.scores import SCORES, Seen
 from compressor.search.levels import Choice, Level, LevelDB, Unit
-from compressor.types import Block, Edits, Kept, Trial, dense
 
 UNITS = "units"  # the name under which those that stay are kept
 

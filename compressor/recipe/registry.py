@@ -1,13 +1,16 @@
-"""Names in a recipe are module names: `pass: gptq` is `compressor.passes.gptq`, and a name with a dot is imported as is.
+"""Names in a recipe are module names: `pass: gptq` is the module gptq below compressor.passes.
 
-The directory is the registry. A module exports the class that a recipe builds as `EXPORT`.
+The directories are the registry: every module in them that defines `EXPORT`, the class that a recipe builds, has a name in
+recipes. A name with a dot is the full name of a module elsewhere.
 """
 
 import difflib
 import importlib
-import pkgutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, dataclass_transform, get_args
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -17,6 +20,7 @@ from compressor.reading import elide
 
 T = TypeVar("T")
 PACKAGES = {"pass": "passes", "format": "formats"}  # the key that names a thing in a recipe -> where it lives
+EXPORTING = re.compile(r"^EXPORT\b", re.MULTILINE)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -27,10 +31,18 @@ def node(cls: type[T]) -> type[T]:
     return made
 
 
+@cache
+def modules(kind: str) -> Mapping[str, str]:
+    """Return the full module name by the name that `kind: NAME` may take in a recipe, found without importing them."""
+    package = importlib.import_module(f"compressor.{PACKAGES[kind]}")
+    root = Path(package.__path__[0])
+    files = [file.relative_to(root) for file in root.rglob("*.py") if EXPORTING.search(file.read_text("utf-8"))]
+    return {file.stem: ".".join([package.__name__, *file.with_suffix("").parts]) for file in files}
+
+
 def available(kind: str) -> list[str]:
-    """Names that `kind: NAME` may take in a recipe, found without importing them."""
-    path = importlib.import_module(f"compressor.{PACKAGES[kind]}").__path__
-    return sorted(module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_"))
+    """Return the names that `kind: NAME` may take in a recipe."""
+    return sorted(modules(kind))
 
 
 def suggestion(name: str, known: list[str]) -> str:
@@ -64,7 +76,7 @@ def exported(kind: str, name: str) -> Any:
     if "." not in name and name not in available(kind):
         raise RecipeError(f"no {kind} named `{elide(name)}`; {suggestion(name, available(kind))}")
     try:
-        return importlib.import_module(name if "." in name else f"compressor.{PACKAGES[kind]}.{name}").EXPORT
+        return importlib.import_module(name if "." in name else modules(kind)[name]).EXPORT
     except (
         ImportError,
         AttributeError,
@@ -115,7 +127,7 @@ def describe(thing: Any) -> Any:
     module = type(thing).__module__
     for kind, package in PACKAGES.items():
         if module.startswith(f"compressor.{package}."):
-            return {kind: module.split(".")[2], **own}
+            return {kind: module.rpartition(".")[2], **own}
         if getattr(thing, "kind", None) == kind:
             return {kind: module, **own}
     return own

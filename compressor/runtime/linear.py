@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from compressor.activations import InputRounding, in_product, input_rounding
-from compressor.codes import Codes, FloatCodes, IntCodes
+from compressor.formats.base import Format, QuantizedTensor, borrowed
+from compressor.formats.numerics.activations import InputRounding, in_product, input_rounding
+from compressor.formats.numerics.codes import Codes, FloatCodes, IntCodes
 from compressor.kernels import native
 from compressor.kernels.dispatch import AUTO
 from compressor.kernels.layouts import Layout, layout_for
 from compressor.kernels.layouts._tiles import ROWS
 from compressor.kernels.op import packed_linear
-from compressor.types import Format, QuantizedTensor, borrowed
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # what floating-point parts are kept as, by their size
 
@@ -51,7 +51,7 @@ class PackedWeight(nn.Module):
         bias: [rows], or None.
         kernel: "auto", or the kernel to use.
         takers: How many layers share the product.
-        rounding: What is done to activations first (compressor/activations.py).
+        rounding: What is done to activations first (compressor/formats/numerics/activations.py).
     """
 
     bias: Tensor | None

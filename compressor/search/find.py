@@ -16,7 +16,9 @@ from torch import Tensor
 
 from compressor.absent import substitutes
 from compressor.calibration.stream import CalibrationStream
+from compressor.contract import Plan
 from compressor.errors import RecipeError
+from compressor.formats.base import GONE, Option
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.pipeline import Event, Job, Tell
 from compressor.recipe.schema import Search, Target
@@ -31,7 +33,6 @@ from compressor.search.measure import check_measurable, measure, planned_units
 from compressor.search.successive import Round, successive
 from compressor.search.text import HELD_OUT
 from compressor.search.trail import Trail
-from compressor.types import GONE, Option, Plan
 
 SHARE = 0.5  # of the available memory that a resident model may take, and dequantised levels beside it
 T = TypeVar("T")

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from compressor.distributed import Ranks
+from compressor.model.block import Block, Trial
 from compressor.model.source import ModelSource
 from compressor.search.levels import Choice, Levels, Unit
-from compressor.types import Block, Trial
 
 KEPT = 512  # probabilities of a token
 TOGETHER = 2048  # tokens that go through a block together

@@ -10,8 +10,10 @@ from types import MappingProxyType
 
 import torch
 
+from compressor.contract import Plan
+from compressor.formats.base import GONE
+from compressor.model.block import Trial
 from compressor.search.levels import Choice, Level, LevelDB, Together, Unit
-from compressor.types import GONE, Plan, Trial
 
 
 class Joined:

@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from compressor.formats.base import Edits, Format, Kept, Option, QuantizedTensor, Stored
+from compressor.model.block import Trial
 from compressor.model.journal import Journal, sound
 from compressor.plan import describe_option, read_option
 from compressor.recipe import registry
-from compressor.types import Edits, Format, Kept, Option, QuantizedTensor, Stored, Trial
 
 NAMED = "name another directory with --levels"
 DENSE = "dense"  # the only part of a weight that is not packed

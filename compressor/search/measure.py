@@ -18,13 +18,15 @@ from torch.nn.functional import cosine_similarity
 from compressor.absent import substitutes, without
 from compressor.calibration.stats import Hessian
 from compressor.calibration.stream import BlockStats, CalibrationStream
+from compressor.contract import Pass
 from compressor.errors import RecipeError
+from compressor.formats.base import GONE, Format, Option, QuantizedTensor, Stored, dense, stored_bits
+from compressor.model.block import Block, Trial
 from compressor.model.source import return_freed_memory
 from compressor.pipeline import Event, Job, Tell
 from compressor.plan import able
 from compressor.search.clock import MEASURING, WRITING, Clock
 from compressor.search.levels import Level, LevelDB, Unit
-from compressor.types import GONE, Block, Format, Option, Pass, QuantizedTensor, Stored, Trial, dense, stored_bits
 
 OUTSTANDING = 5  # M of OWL
 JUDGED = 8192  # tokens that errors of a block's output are taken from

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import SourceError
+from compressor.model.block import Block
 from compressor.model.source import ModelSource
-from compressor.types import Block
 
 LENGTH = 32
 STRIDE = 7919  # a prime far from any regular structure of a vocabulary

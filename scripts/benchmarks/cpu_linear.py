@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import linear
 
-from compressor.codes import IntCodes
+from compressor.formats.numerics.codes import IntCodes
 from compressor.kernels import cpu
 from compressor.kernels.layouts.int_groups import IntGroups
 

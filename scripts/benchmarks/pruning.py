@@ -39,6 +39,7 @@ from compressor.calibration.stats import Hessian, Mean
 from compressor.cli._quiet import quiet
 from compressor.distributed import Ranks
 from compressor.evaluation.predict import final_hidden
+from compressor.model.block import Trial
 from compressor.model.source import ModelSource
 from compressor.pipeline import Job, open_stream
 from compressor.pruning.depth import Depth, least, turns
@@ -48,7 +49,6 @@ from compressor.pruning.shapes import parameters
 from compressor.recipe.build import prune_recipe
 from compressor.search.fitness import Fitness, Teacher, opened
 from compressor.search.levels import Level, Unit
-from compressor.types import Trial
 
 MOST = 0.6  # of the KL divergence of the best of the others
 CPU = torch.device("cpu")

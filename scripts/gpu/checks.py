@@ -11,8 +11,8 @@ from tolerance import TOLERANCE, error  # type: ignore[import-not-found]
 from torch import Tensor
 from weights import layout_of, make
 
-from compressor.activations import IN_PRODUCTS
-from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, values
+from compressor.formats.numerics.activations import IN_PRODUCTS
+from compressor.formats.numerics.codes import Codes, DenseCodes, FloatCodes, IntCodes, values
 from compressor.kernels import native
 from compressor.kernels.cuda import instances
 from compressor.kernels.cuda.instances import Tile

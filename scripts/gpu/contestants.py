@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 from weights import layout_of, make, nbytes
 
-from compressor.codes import FloatCodes
+from compressor.formats.numerics.codes import FloatCodes
 from compressor.kernels import native
 from compressor.kernels.cuda import instances
 from compressor.kernels.cuda.instances import Tile

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from compressor.codes import IntCodes
+from compressor.formats.numerics.codes import IntCodes
 from compressor.kernels.layouts.int_groups import IntGroups
 from compressor.runtime.fuse import fuse
 from compressor.runtime.linear import PackedLinear, PackedWeight, Stored

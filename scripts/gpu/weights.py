@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
-from compressor.floats import E2M1, E4M3, Minifloat
+from compressor.formats.numerics.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
+from compressor.formats.numerics.minifloat import E2M1, E4M3, Minifloat
 from compressor.kernels.layouts import Layout, layout_for
 
 Make = Callable[[int, int, torch.device], Codes]  # of out_features, in_features, and where

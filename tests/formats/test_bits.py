@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from compressor.formats import _bits
+from compressor.formats.numerics import bitpack
 
 
 def bit_string(codes: list[int], bits: int) -> list[int]:
@@ -15,13 +15,13 @@ def bit_string(codes: list[int], bits: int) -> list[int]:
 @pytest.mark.parametrize("bits", (*range(1, 9), 11, 16, 23, 31))
 def test_packing_is_one_little_endian_bit_string_per_row(bits, n):
     codes = torch.randint(2**bits, (3, n), dtype=torch.uint8 if bits <= 8 else torch.int32)
-    packed = _bits.pack(codes, bits)
+    packed = bitpack.pack(codes, bits)
     assert packed.tolist() == [bit_string(row, bits) for row in codes.tolist()]
-    assert packed.shape[-1] == _bits.words(n, bits)
+    assert packed.shape[-1] == bitpack.words(n, bits)
 
 
 @pytest.mark.parametrize("n", [1, 7, 31, 32, 33, 100, 172])
 @pytest.mark.parametrize("bits", (*range(1, 9), 11, 16, 23, 31))
 def test_unpacking_returns_what_was_packed(bits, n):
     codes = torch.randint(2**bits, (2, 3, n), dtype=torch.uint8 if bits <= 8 else torch.int32)
-    assert torch.equal(_bits.unpack(_bits.pack(codes, bits), bits, n), codes)
+    assert torch.equal(bitpack.unpack(bitpack.pack(codes, bits), bits, n), codes)

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.activations import Seen
-from compressor.codes import values
+from compressor.formats.base import Contextual, Format, QuantizedTensor
+from compressor.formats.numerics.activations import Seen
+from compressor.formats.numerics.codes import values
 from compressor.formats.vq import VQ
 from compressor.recipe import registry
 from compressor.recipe.schema import load_recipe
-from compressor.types import Contextual, Format, QuantizedTensor
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -41,9 +41,7 @@ def weight():
 def test_every_format_and_every_pass_has_a_recipe():
     used = {type(step).__module__ for path in RECIPES for step in load_recipe(path).passes}
     used |= {type(fmt).__module__ for fmt in FORMATS}
-    there = {
-        f"compressor.{registry.PACKAGES[kind]}.{name}" for kind in registry.PACKAGES for name in registry.available(kind)
-    }
+    there = {module for kind in registry.PACKAGES for module in registry.modules(kind).values()}
     assert there <= used
 
 

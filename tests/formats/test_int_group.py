@@ -3,8 +3,8 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
+from compressor.formats.base import QuantizedTensor
 from compressor.formats.int_group import IntGroup
-from compressor.types import QuantizedTensor
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressor.formats.base import Format
 from compressor.formats.int_group import IntGroup
 from compressor.formats.int_input_group import IntInputGroup
 from compressor.kernels.layouts import layout_for
-from compressor.types import Format
 
 SEARCH = pytest.mark.parametrize("search", [True, False])
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False])

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.codes import values
 from compressor.errors import SourceError
+from compressor.formats.base import QuantizedTensor
+from compressor.formats.numerics.codes import values
 from compressor.formats.sparse_bitmask import SparseBitmask, lowest
-from compressor.types import QuantizedTensor
 
 SHAPES = [(6, 16), (5, 131), (16, 300)]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 
-from compressor.codes import VectorCodes, values
 from compressor.errors import RecipeError, SourceError
-from compressor.formats._codebook import kmeans, near, nearest
+from compressor.formats.base import QuantizedTensor
+from compressor.formats.numerics.codebook import kmeans, near, nearest
+from compressor.formats.numerics.codes import VectorCodes, values
 from compressor.formats.vq import VQ, VectorGrid
 from compressor.kernels.layouts import layout_for
 from compressor.kernels.layouts import named as layout_name
 from compressor.kernels.op import packed_linear
-from compressor.types import QuantizedTensor
 
 
 def drawn(count: int = 600, length: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

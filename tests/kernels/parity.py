@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import Codes, IntCodes, values
+from compressor.formats.numerics.codes import Codes, IntCodes, values
 
 
 def activations(tokens: int, columns: int) -> Tensor:

@@ -17,9 +17,9 @@ from tolerance import TOLERANCE, error
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.activations import token_scales
-from compressor.codes import IntCodes, values
 from compressor.errors import KernelError
+from compressor.formats.numerics.activations import token_scales
+from compressor.formats.numerics.codes import IntCodes, values
 from compressor.kernels import cpu
 from compressor.kernels.layouts.int_groups import IntGroups
 

@@ -11,8 +11,8 @@ import torch
 from simt import Launch
 from tolerance import TOLERANCE, error
 
-from compressor.codes import FloatCodes, values
-from compressor.floats import E2M1, E4M3, Minifloat
+from compressor.formats.numerics.codes import FloatCodes, values
+from compressor.formats.numerics.minifloat import E2M1, E4M3, Minifloat
 from compressor.kernels.cuda import instances
 from compressor.kernels.layouts.floats import Floats
 

@@ -11,7 +11,7 @@ import torch
 from simt import Launch
 from tolerance import TOLERANCE, error
 
-from compressor.codes import IntCodes, values
+from compressor.formats.numerics.codes import IntCodes, values
 from compressor.kernels.layouts.input_groups import InputGroups
 from compressor.kernels.layouts.int_groups import IntGroups
 

@@ -10,7 +10,7 @@ from simt import Launch
 from tolerance import TOLERANCE, error
 from torch import Tensor
 
-from compressor.codes import DenseCodes
+from compressor.formats.numerics.codes import DenseCodes
 from compressor.kernels.layouts.lossless import Lossless
 
 pytestmark = simt.needs_gxx

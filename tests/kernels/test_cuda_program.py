@@ -25,8 +25,8 @@ from tolerance import TOLERANCE, error
 from torch import Tensor
 from weights import FORMATS, layout_of, make
 
-from compressor.codes import values
 from compressor.errors import KernelError
+from compressor.formats.numerics.codes import values
 from compressor.kernels import cuda
 from compressor.kernels.cuda import instances, nvrtc, program, sources
 from compressor.kernels.cuda.cache import Cubin

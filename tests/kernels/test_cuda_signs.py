@@ -9,7 +9,7 @@ import torch
 from simt import Launch
 from tolerance import TOLERANCE, error
 
-from compressor.codes import SignCodes, values
+from compressor.formats.numerics.codes import SignCodes, values
 from compressor.kernels.layouts.signs import Signs
 
 pytestmark = simt.needs_gxx

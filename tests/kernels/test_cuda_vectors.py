@@ -9,7 +9,7 @@ import torch
 from simt import Launch
 from tolerance import TOLERANCE, error
 
-from compressor.codes import VectorCodes, values
+from compressor.formats.numerics.codes import VectorCodes, values
 from compressor.kernels.layouts.vectors import Vectors
 
 pytestmark = simt.needs_gxx

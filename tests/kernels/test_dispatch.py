@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from compressor.codes import IntCodes, values
 from compressor.errors import KernelError
+from compressor.formats.numerics.codes import IntCodes, values
 from compressor.kernels import dispatch
 from compressor.kernels.dispatch import choose
 from compressor.kernels.layouts import layout_for, named

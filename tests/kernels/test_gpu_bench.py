@@ -40,7 +40,7 @@ from tolerance import TOLERANCE, error
 from torch import Tensor
 from weights import MEASURED, layout_of, make, nbytes
 
-from compressor.codes import values
+from compressor.formats.numerics.codes import values
 from compressor.kernels import reference
 from compressor.kernels.cuda import instances
 from compressor.kernels.cuda.instances import Tile

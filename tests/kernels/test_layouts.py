@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.codes import FloatCodes, IntCodes, values
-from compressor.floats import E2M1, E4M3, Minifloat
+from compressor.formats.numerics.codes import FloatCodes, IntCodes, values
+from compressor.formats.numerics.minifloat import E2M1, E4M3, Minifloat
 from compressor.kernels.layouts.floats import Floats
 from compressor.kernels.layouts.input_groups import InputGroups
 from compressor.kernels.layouts.int_groups import IntGroups

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.codes import DenseCodes, SignCodes, VectorCodes, values
+from compressor.formats.numerics.codes import DenseCodes, SignCodes, VectorCodes, values
 from compressor.kernels.layouts.lossless import Lossless
 from compressor.kernels.layouts.signs import Signs
 from compressor.kernels.layouts.vectors import Vectors

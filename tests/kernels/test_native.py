@@ -5,10 +5,10 @@ import pytest
 import torch
 from tolerance import TOLERANCE, error
 
-from compressor.activations import IN_PRODUCTS, FloatTokens
-from compressor.codes import FloatCodes, values
-from compressor.floats import E2M1, E4M3
 from compressor.formats.fp8 import FP8
+from compressor.formats.numerics.activations import IN_PRODUCTS, FloatTokens
+from compressor.formats.numerics.codes import FloatCodes, values
+from compressor.formats.numerics.minifloat import E2M1, E4M3
 from compressor.kernels import dispatch, native
 from compressor.kernels.layouts import named
 from compressor.kernels.layouts.fp8_rows import Fp8Rows

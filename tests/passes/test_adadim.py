@@ -11,16 +11,18 @@ from torch import Tensor
 
 from compressor import api
 from compressor.calibration.stream import CalibrationStream
+from compressor.contract import Pass
 from compressor.distributed import Ranks
+from compressor.formats.base import Format, OneOf, QuantizedTensor
 from compressor.formats.int_group import IntGroup
 from compressor.formats.int_input_group import IntInputGroup
+from compressor.model.block import Block
 from compressor.model.source import ModelSource
 from compressor.passes.adadim import AdaDim
 from compressor.passes.adadim_rtn import AdaDimRTN
 from compressor.passes.gptq import GPTQ, factorise, gptq, output_energy
 from compressor.passes.rtn import RTN
 from compressor.recipe.schema import make_recipe
-from compressor.types import Block, Format, OneOf, Pass, QuantizedTensor
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")

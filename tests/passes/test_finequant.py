@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from compressor.errors import RecipeError
+from compressor.formats.base import stored_bits
 from compressor.formats.int_group import IntGroup
+from compressor.model.block import Block
 from compressor.passes.finequant import Rung, climb, spend
 from compressor.recipe.registry import build
-from compressor.types import Block, stored_bits
 
 SIZES = (-1, 128, 64, 32)
 LADDER = tuple({"format": "int_group", "bits": 4, "group_size": size} for size in SIZES)

@@ -5,24 +5,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compressor.activations import rounded_inputs
-from compressor.activations import rounding as rounding_of
 from compressor.assets import DEMO_MODEL
 from compressor.calibration.stream import CalibrationStream
-from compressor.codes import FloatCodes, values
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError
+from compressor.formats.base import dense
 from compressor.formats.float_group import FloatGroup
 from compressor.formats.fp8 import FP8
 from compressor.formats.int_group import IntGroup
 from compressor.formats.mxfp4 import MXFP4
+from compressor.formats.numerics.activations import rounded_inputs
+from compressor.formats.numerics.activations import rounding as rounding_of
+from compressor.formats.numerics.codes import FloatCodes, values
 from compressor.formats.nvfp4 import NVFP4
 from compressor.formats.vq import VQ, VectorGrid
 from compressor.model.source import ModelSource
 from compressor.passes._latents import AGAIN
 from compressor.passes.learned import Learned, rounding
 from compressor.passes.rtn import RTN
-from compressor.types import dense
 
 CPU = torch.device("cpu")
 FORMATS = [

@@ -6,13 +6,13 @@ from itertools import pairwise
 import pytest
 import torch
 
+from compressor.formats.base import Rescalable
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.formats.int_input_group import IntInputGroup
 from compressor.passes import _refine
 from compressor.passes._refine import refined
 from compressor.passes.gptq import GPTQ, factorise, gptq
-from compressor.types import Rescalable
 
 FORMATS = [
     IntGroup(bits=2, group_size=16),

@@ -7,7 +7,6 @@ import torch
 from tiny_models import FAMILIES, some_tokens, stock_logits, tensors
 
 from compressor import api
-from compressor.activations import FixedScale, scales
 from compressor.assets import DEMO_MODEL
 from compressor.calibration.data import load_samples, load_tokenizer
 from compressor.calibration.stats import Hessian, Peak, Spread
@@ -16,6 +15,8 @@ from compressor.distributed import Ranks
 from compressor.errors import RecipeError
 from compressor.formats.float_group import FloatGroup
 from compressor.formats.int_group import IntGroup
+from compressor.formats.numerics.activations import FixedScale, scales
+from compressor.model.block import Block
 from compressor.model.feeds import find_feeds
 from compressor.model.source import ModelSource
 from compressor.passes import _learned_rotation
@@ -27,7 +28,6 @@ from compressor.passes.rotate import Rotate
 from compressor.passes.smooth import Smooth
 from compressor.pipeline import Event
 from compressor.recipe.schema import make_recipe
-from compressor.types import Block
 from compressor.verification.verify import verify
 
 CPU = torch.device("cpu")

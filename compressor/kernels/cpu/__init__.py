@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.activations import token_scales
 from compressor.errors import KernelError
+from compressor.formats.numerics.activations import token_scales
 from compressor.kernels.layouts import Layout
 from compressor.kernels.layouts.int_groups import IntGroups
 

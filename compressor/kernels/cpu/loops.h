@@ -46,7 +46,7 @@ INLINE void round_span(const float *x, int span, int bits, int8_t *out, float *s
     *sum = (float)total;
 }
 
-/* Numbers to the nearest of 256 multiples of a scale that is given: as compressor/activations.py, bit for bit. */
+/* Numbers to the nearest of 256 multiples of a scale that is given: as compressor/formats/numerics/activations.py, bit for bit. */
 INLINE void round_given(const float *x, int span, int bits, float scale, int8_t *out, float *sum) {
     int8_t codes[BLOCK];
     int32_t total = 0;

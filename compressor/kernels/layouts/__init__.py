@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from compressor.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, SparseCodes, VectorCodes
 from compressor.errors import KernelError
+from compressor.formats.numerics.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, SparseCodes, VectorCodes
 from compressor.kernels.layouts.around import Around
 from compressor.kernels.layouts.floats import Floats
 from compressor.kernels.layouts.fp8_rows import Fp8Rows

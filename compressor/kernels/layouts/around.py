@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import linear
 
-from compressor.codes import VectorCodes, others
+from compressor.formats.numerics.codes import VectorCodes, others
 from compressor.kernels.layouts.vectors import Vectors
 
 NORMED, ORDERED = "-normed", "-ordered"

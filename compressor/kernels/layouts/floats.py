@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import FloatCodes
-from compressor.floats import E2M1, Minifloat
+from compressor.formats.numerics.codes import FloatCodes
+from compressor.formats.numerics.minifloat import E2M1, Minifloat
 from compressor.kernels.layouts import _tiles
 
 REALS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -16,8 +16,8 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import FloatCodes
-from compressor.floats import E4M3
+from compressor.formats.numerics.codes import FloatCodes
+from compressor.formats.numerics.minifloat import E4M3
 from compressor.kernels.layouts._tiles import ROWS
 from compressor.kernels.layouts.floats import NAMES, REALS
 

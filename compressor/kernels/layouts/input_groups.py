@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import IntCodes
+from compressor.formats.numerics.codes import IntCodes
 from compressor.kernels.layouts import _tiles
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import DenseCodes
+from compressor.formats.numerics.codes import DenseCodes
 from compressor.kernels.layouts import _tiles
 
 CHUNK = 64

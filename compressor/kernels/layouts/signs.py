@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import SignCodes
+from compressor.formats.numerics.codes import SignCodes
 from compressor.kernels.layouts import _tiles
 
 CHUNK = 256

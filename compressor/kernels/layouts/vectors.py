@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import VectorCodes
+from compressor.formats.numerics.codes import VectorCodes
 
 CHUNK = 128
 MOST_BITS = 12  # of an index: 64 KB of shared memory

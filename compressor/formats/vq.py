@@ -31,12 +31,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compressor.codes import Codes, VectorCodes, values
 from compressor.errors import RecipeError, SourceError
-from compressor.formats import _bits
-from compressor.formats._codebook import kmeans, near, nearest, sample, vectors
+from compressor.formats.base import PartSpec, QuantizedTensor
+from compressor.formats.numerics import bitpack
+from compressor.formats.numerics.codebook import kmeans, near, nearest, sample, vectors
+from compressor.formats.numerics.codes import Codes, VectorCodes, values
 from compressor.recipe.registry import node
-from compressor.types import PartSpec, QuantizedTensor
 
 MOST_COLUMNS = 2**31  # of a grid for weights of any width
 ITERATIONS = 20  # of k-means, where entries are searched
@@ -101,7 +101,7 @@ class VQ:
             )
         dense = self.dense_channels(columns)
         parts: dict[str, PartSpec] = {
-            "weight_index": (torch.int32, (rows // self.vector, _bits.words(columns - dense, self.index_bits)))
+            "weight_index": (torch.int32, (rows // self.vector, bitpack.words(columns - dense, self.index_bits)))
         }
         if not self.lender:
             parts |= self.borrowed_parts(shape)
@@ -160,7 +160,7 @@ class VQ:
 
     def codes(self, packed: QuantizedTensor) -> VectorCodes:
         columns, parts = packed.shape[1], packed.parts
-        index = _bits.unpack(parts["weight_index"], self.index_bits, columns - self.dense_channels(columns)).int()
+        index = bitpack.unpack(parts["weight_index"], self.index_bits, columns - self.dense_channels(columns)).int()
         main = VectorCodes(
             index & 2**self.bits - 1,
             parts["weight_codebook"],
@@ -189,7 +189,7 @@ class VQ:
             index, parts["weight_residual"] = index | codes.residual_index_VI.int() << self.bits, codes.residual
         more = {"weight_norm": codes.norm, "weight_dense": codes.dense_ON, "weight_channels": codes.channels_N}
         parts |= {name: part for name, part in more.items() if part is not None}
-        return QuantizedTensor(self, shape, {"weight_index": _bits.pack(index, self.index_bits), **parts})
+        return QuantizedTensor(self, shape, {"weight_index": bitpack.pack(index, self.index_bits), **parts})
 
     def dequantize(self, packed: QuantizedTensor) -> Tensor:
         return values(self.codes(packed))

@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compressor.activations import SCHEMES, Seen
-from compressor.codes import Codes, FloatCodes
-from compressor.floats import E4M3, RealScale
-from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of
-from compressor.formats._int_grid import groups
+from compressor.formats.base import PartSpec, QuantizedTensor
+from compressor.formats.numerics.activations import SCHEMES, Seen
+from compressor.formats.numerics.codes import Codes, FloatCodes
+from compressor.formats.numerics.float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of
+from compressor.formats.numerics.int_grid import groups
+from compressor.formats.numerics.minifloat import E4M3, RealScale
 from compressor.recipe.registry import node
-from compressor.types import PartSpec, QuantizedTensor
 
 BLOCK = 128
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {

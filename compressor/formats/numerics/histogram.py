@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.floats import FP32_BIAS, FP32_MANTISSA, Minifloat
+from compressor.formats.numerics.minifloat import FP32_BIAS, FP32_MANTISSA, Minifloat
 
 FINE = 3  # bits of the mantissa that tell bins apart
 FIRST, LAST = -16, 16  # powers of two

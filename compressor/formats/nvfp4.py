@@ -5,7 +5,8 @@ Bytes, for a weight [O, I]:
     weight_packed        uint8 [O, I / 2]    two codes to a byte, the even column in the low bits
     weight_scale         e4m3  [O, I / 16]
     weight_global_scale  fp32  [1]           a divisor
-    input_global_scale   fp32  [1]           with `activations: nvfp4`, the divisor of those (compressor/activations.py)
+    input_global_scale   fp32  [1]           with `activations: nvfp4`, the divisor of those
+    (compressor/formats/numerics/activations.py)
 
     w[o, i] = e2m1(code[o, i]) * scale[o, i // 16] / global_scale
 
@@ -24,14 +25,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compressor.activations import INPUT_DIVISOR, SCHEMES, Seen
-from compressor.codes import Codes, FloatCodes
 from compressor.errors import SourceError
-from compressor.floats import E2M1, E4M3Scale
-from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of, pairs, unpaired
-from compressor.formats._int_grid import groups
+from compressor.formats.base import PartSpec, QuantizedTensor
+from compressor.formats.numerics.activations import INPUT_DIVISOR, SCHEMES, Seen
+from compressor.formats.numerics.codes import Codes, FloatCodes
+from compressor.formats.numerics.float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of, pairs, unpaired
+from compressor.formats.numerics.int_grid import groups
+from compressor.formats.numerics.minifloat import E2M1, E4M3Scale
 from compressor.recipe.registry import node
-from compressor.types import PartSpec, QuantizedTensor
 
 GROUP = 16
 POWERS = 120  # of two: divisors beyond leave products with scales that fp32 does not hold

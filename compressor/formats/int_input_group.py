@@ -5,7 +5,7 @@ An input channel with large weights then keeps its error to itself: it shares no
 Bytes, for a weight [O, I] with G = O / group_size groups in a column:
 
     weight_packed      int32 [O, ceil(I * bits / 32)]   codes, LSB-first bit stream along the input channels
-    weight_scale       bf16  [G, I]                     may be negative: see compressor/formats/_int_grid.py
+    weight_scale       bf16  [G, I]                     may be negative: see compressor/formats/numerics/int_grid.py
     weight_shape       int64 [2]                        (O, I)
     weight_zero_point  int32 [G, ceil(I * bits / 32)]   asymmetric only: zero points, packed along the input channels
 
@@ -14,8 +14,9 @@ Bytes, for a weight [O, I] with G = O / group_size groups in a column:
 The layout is our own: no other program groups weights this way.
 
 Source: Heo et al., "Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of Large Language
-Models" (AdaDim), ICLR 2024, section 4. What differs: scales are searched for (compressor/formats/_int_grid.py) and may do
-without zero points. With error feedback, as there, a column is fitted when it is rounded, to what it has become by then.
+Models" (AdaDim), ICLR 2024, section 4. What differs: scales are searched for (compressor/formats/numerics/int_grid.py) and
+may do without zero points. With error feedback, as there, a column is fitted when it is rounded, to what it has become by
+then.
 
 Shape suffixes: O out_features, I in_features, G groups in a column, C adjacent columns.
 """
@@ -27,11 +28,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.codes import Codes, IntCodes, values
-from compressor.formats import _bits
-from compressor.formats._int_grid import IntFit, IntGrid, groups, rescaled
+from compressor.formats.base import PartSpec, QuantizedTensor
+from compressor.formats.numerics import bitpack
+from compressor.formats.numerics.codes import Codes, IntCodes, values
+from compressor.formats.numerics.int_grid import IntFit, IntGrid, groups, rescaled
 from compressor.recipe.registry import node
-from compressor.types import PartSpec, QuantizedTensor
 
 SCALE_DTYPE = torch.bfloat16
 
@@ -63,7 +64,7 @@ class IntInputGroup:
 
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         rows, columns, count = *shape, groups(shape[0], self.group_size, "out_features")
-        words = _bits.words(columns, self.bits)
+        words = bitpack.words(columns, self.bits)
         parts: dict[str, PartSpec] = {
             "weight_packed": (torch.int32, (rows, words)),
             "weight_scale": (SCALE_DTYPE, (count, columns)),
@@ -86,20 +87,20 @@ class IntInputGroup:
 
     def codes(self, packed: QuantizedTensor) -> IntCodes:
         parts, columns = packed.parts, packed.shape[1]
-        codes, scale = _bits.unpack(parts["weight_packed"], self.bits, columns), parts["weight_scale"]
+        codes, scale = bitpack.unpack(parts["weight_packed"], self.bits, columns), parts["weight_scale"]
         if self.symmetric:
             zero = torch.full(scale.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=scale.device)
         else:
-            zero = _bits.unpack(parts["weight_zero_point"], self.bits, columns)
+            zero = bitpack.unpack(parts["weight_zero_point"], self.bits, columns)
         return IntCodes(self.bits, codes, scale, zero)
 
     def stored(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
         assert isinstance(codes, IntCodes)
         assert codes.order_I is None
-        parts = {"weight_packed": _bits.pack(codes.codes_OI, self.bits), "weight_scale": codes.scale}
+        parts = {"weight_packed": bitpack.pack(codes.codes_OI, self.bits), "weight_scale": codes.scale}
         parts["weight_shape"] = torch.tensor(shape)
         if not self.symmetric:
-            parts["weight_zero_point"] = _bits.pack(codes.zero, self.bits)
+            parts["weight_zero_point"] = bitpack.pack(codes.zero, self.bits)
         return QuantizedTensor(self, shape, parts)
 
     def dequantize(self, packed: QuantizedTensor) -> Tensor:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compressor.floats import E2M1, E4M3, E8M0Scale, Minifloat
-from compressor.magnitudes import BINS, Magnitudes
+from compressor.formats.numerics.histogram import BINS, Magnitudes
+from compressor.formats.numerics.minifloat import E2M1, E4M3, E8M0Scale, Minifloat
 
 HALF_RANGE = 127.5  # of the 256 values of 8 bits
 LEAST, MOST = -128, 127

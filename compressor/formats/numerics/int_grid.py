@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from compressor.codes import IntCodes
-from compressor.types import Format, QuantizedTensor
+from compressor.formats.base import Format, QuantizedTensor
+from compressor.formats.numerics.codes import IntCodes
 
 COARSE = tuple(1 - 0.05 * i for i in range(15))  # shares of the full range that are tried
 FINE = tuple(0.01 * i for i in (0, -4, -3, -2, -1, 1, 2, 3, 4))  # then these around the best of them

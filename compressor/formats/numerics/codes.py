@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.floats import Minifloat
+from compressor.formats.numerics.minifloat import Minifloat
 
 
 @dataclass(frozen=True, slots=True)

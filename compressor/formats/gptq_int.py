@@ -23,12 +23,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compressor.codes import Codes, IntCodes, values
 from compressor.errors import SourceError
-from compressor.formats import _bits
-from compressor.formats._int_grid import IntFit, IntGrid, groups
+from compressor.formats.base import PartSpec, QuantizedTensor
+from compressor.formats.numerics import bitpack
+from compressor.formats.numerics.codes import Codes, IntCodes, values
+from compressor.formats.numerics.int_grid import IntFit, IntGrid, groups
 from compressor.recipe.registry import node
-from compressor.types import PartSpec, QuantizedTensor
 
 BITS = (2, 3, 4, 8)
 SCALE_DTYPE = torch.float16
@@ -67,8 +67,8 @@ class GptqInt:
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         rows, columns, count = *shape, groups(shape[1], self.group_size)
         parts: dict[str, PartSpec] = {
-            "qweight": (torch.int32, (_bits.words(columns, self.bits), rows)),
-            "qzeros": (torch.int32, (count, _bits.words(rows, self.bits))),
+            "qweight": (torch.int32, (bitpack.words(columns, self.bits), rows)),
+            "qzeros": (torch.int32, (count, bitpack.words(rows, self.bits))),
             "scales": (SCALE_DTYPE, (count, rows)),
         }
         return parts | {"g_idx": (torch.int32, (columns,))} if self.g_idx else parts
@@ -85,8 +85,8 @@ class GptqInt:
 
     def codes(self, packed: QuantizedTensor) -> IntCodes:
         (rows, columns), parts = packed.shape, packed.parts
-        codes = _bits.unpack(parts["qweight"].T, self.bits, columns)
-        zero = _bits.unpack(self._shifted(parts["qzeros"], rows, 1), self.bits, rows).T.contiguous()
+        codes = bitpack.unpack(parts["qweight"].T, self.bits, columns)
+        zero = bitpack.unpack(self._shifted(parts["qzeros"], rows, 1), self.bits, rows).T.contiguous()
         order = self._order(parts["g_idx"], parts["scales"].shape[0]) if self.g_idx else None
         codes = codes.contiguous() if order is None else codes[:, order]
         return IntCodes(self.bits, codes, parts["scales"].T.contiguous(), zero, order)
@@ -101,8 +101,8 @@ class GptqInt:
             natural = torch.empty_like(natural).index_copy_(1, codes.order_I, natural)
             g_idx = torch.empty_like(group).index_copy_(0, codes.order_I, group)
         parts = {
-            "qweight": _bits.pack(natural, self.bits).T.contiguous(),
-            "qzeros": self._shifted(_bits.pack(codes.zero.T, self.bits), shape[0], -1),
+            "qweight": bitpack.pack(natural, self.bits).T.contiguous(),
+            "qzeros": self._shifted(bitpack.pack(codes.zero.T, self.bits), shape[0], -1),
             "scales": codes.scale.T.contiguous(),
         }
         return QuantizedTensor(self, shape, parts | {"g_idx": g_idx} if self.g_idx else parts)
@@ -124,8 +124,8 @@ class GptqInt:
         if not self._minus_one:
             return qzeros
         if 32 % self.bits:
-            zeros = _bits.unpack(qzeros, self.bits, rows)
-            return _bits.pack(zeros.int() + by & 2**self.bits - 1, self.bits)
+            zeros = bitpack.unpack(qzeros, self.bits, rows)
+            return bitpack.pack(zeros.int() + by & 2**self.bits - 1, self.bits)
         return qzeros + by * sum(1 << bit for bit in range(0, 32, self.bits))
 
     def _order(self, g_idx: Tensor, count: int) -> Tensor | None:

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.codes import Codes, SparseCodes, values
 from compressor.errors import SourceError
-from compressor.formats import _bits
+from compressor.formats.base import PartSpec, QuantizedTensor
+from compressor.formats.numerics import bitpack
+from compressor.formats.numerics.codes import Codes, SparseCodes, values
 from compressor.recipe.registry import node
-from compressor.types import PartSpec, QuantizedTensor
 
 COLUMNS = 128  # that are chosen among together, where there is no pattern
 Number = Literal["bfloat16", "float16", "float32"]
@@ -136,7 +136,7 @@ class SparseBitmask:
     def codes(self, packed: QuantizedTensor) -> SparseCodes:
         parts, columns = packed.parts, packed.shape[1]
         words = pad(parts["bitmask"], (0, -parts["bitmask"].shape[1] % 4)).view(torch.int32)
-        stays_OI = _bits.unpack(words, 1, columns).bool()
+        stays_OI = bitpack.unpack(words, 1, columns).bool()
         if not stays_OI.is_meta and int(stays_OI.sum()) != len(parts["compressed"]):
             raise SourceError(
                 f"{self.label}: bitmask has {int(stays_OI.sum())} numbers, compressed {len(parts['compressed'])}; "
@@ -147,7 +147,7 @@ class SparseBitmask:
     def stored(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
         assert isinstance(codes, SparseCodes)
         counts_O = codes.stays_OI.sum(1)
-        words = _bits.pack(codes.stays_OI, 1)
+        words = bitpack.pack(codes.stays_OI, 1)
         parts = {
             "compressed": codes.values_N,
             "bitmask": words.view(torch.uint8)[:, : -(-shape[1] // 8)].contiguous(),

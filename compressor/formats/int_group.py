@@ -3,7 +3,7 @@
 Bytes, for a weight [O, I] with G = I / group_size groups in a row:
 
     weight_packed      int32 [O, ceil(I * bits / 32)]   codes, LSB-first bit stream along the input channels
-    weight_scale       bf16  [O, G]                     may be negative: see compressor/formats/_int_grid.py
+    weight_scale       bf16  [O, G]                     may be negative: see compressor/formats/numerics/int_grid.py
     weight_shape       int64 [2]                        (O, I)
     weight_zero_point  int32 [ceil(O * bits / 32), G]   asymmetric only: zero points, packed along the output channels
 
@@ -15,7 +15,8 @@ Without packing, each code takes a byte, and is stored less 2**(bits - 1):
     weight_scale       bf16  [O, G]
     weight_zero_point  int8  [O, G]                     asymmetric only
 
-With `activations: int8` a layer also rounds what it multiplies by (compressor/activations.py), of which nothing is stored.
+With `activations: int8` a layer also rounds what it multiplies by (compressor/formats/numerics/activations.py), of which
+nothing is stored.
 
 These are the layouts `pack-quantized` (of 0.18 and later) and `int-quantized` of compressed-tensors, byte for byte. Stock
 transformers loads them, but for packed zero points; vLLM loads what is packed. Scales in fp16 and fp32 are read as well.
@@ -29,12 +30,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compressor.activations import SCHEMES
-from compressor.codes import Codes, IntCodes, values
-from compressor.formats import _bits
-from compressor.formats._int_grid import IntFit, IntGrid, groups
+from compressor.formats.base import PartSpec, QuantizedTensor
+from compressor.formats.numerics import bitpack
+from compressor.formats.numerics.activations import SCHEMES
+from compressor.formats.numerics.codes import Codes, IntCodes, values
+from compressor.formats.numerics.int_grid import IntFit, IntGrid, groups
 from compressor.recipe.registry import node
-from compressor.types import PartSpec, QuantizedTensor
 
 SCALE_DTYPE = torch.bfloat16  # exact in float32 too, and in float16 above 2e-5
 
@@ -75,8 +76,8 @@ class IntGroup:
         if not self.packed:
             zero: dict[str, PartSpec] = {} if self.symmetric else {"weight_zero_point": (torch.int8, (rows, count))}
             return {"weight": (torch.int8, (rows, columns))} | scale | zero
-        zero = {} if self.symmetric else {"weight_zero_point": (torch.int32, (_bits.words(rows, self.bits), count))}
-        codes: dict[str, PartSpec] = {"weight_packed": (torch.int32, (rows, _bits.words(columns, self.bits)))}
+        zero = {} if self.symmetric else {"weight_zero_point": (torch.int32, (bitpack.words(rows, self.bits), count))}
+        codes: dict[str, PartSpec] = {"weight_packed": (torch.int32, (rows, bitpack.words(columns, self.bits)))}
         return codes | scale | {"weight_shape": (torch.int64, (2,))} | zero
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
@@ -100,13 +101,13 @@ class IntGroup:
         parts, (rows, columns) = packed.parts, packed.shape
         scale = parts["weight_scale"]
         if self.packed:
-            codes = _bits.unpack(parts["weight_packed"], self.bits, columns)
+            codes = bitpack.unpack(parts["weight_packed"], self.bits, columns)
         else:
             codes = parts["weight"].view(torch.uint8) + self._half
         if self.symmetric:
             zero = torch.full(scale.shape, self._half, dtype=torch.uint8, device=scale.device)
         elif self.packed:
-            zero = _bits.unpack(parts["weight_zero_point"].T, self.bits, rows).T.contiguous()
+            zero = bitpack.unpack(parts["weight_zero_point"].T, self.bits, rows).T.contiguous()
         else:
             zero = parts["weight_zero_point"].view(torch.uint8) + self._half
         return IntCodes(self.bits, codes, scale, zero)
@@ -115,9 +116,9 @@ class IntGroup:
         assert isinstance(codes, IntCodes)
         assert codes.order_I is None
         if self.packed:
-            parts = {"weight_packed": _bits.pack(codes.codes_OI, self.bits), "weight_scale": codes.scale}
+            parts = {"weight_packed": bitpack.pack(codes.codes_OI, self.bits), "weight_scale": codes.scale}
             parts["weight_shape"] = torch.tensor(shape)
-            zero = _bits.pack(codes.zero.T, self.bits).T.contiguous()
+            zero = bitpack.pack(codes.zero.T, self.bits).T.contiguous()
         else:
             parts = {"weight": (codes.codes_OI - self._half).view(torch.int8), "weight_scale": codes.scale}
             zero = (codes.zero - self._half).view(torch.int8)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compressor.activations import static_part
-from compressor.codes import FloatCodes, values
 from compressor.errors import RecipeError, SourceError
-from compressor.floats import Minifloat, ScaleType
-from compressor.formats._int_grid import groups
-from compressor.types import Format, PartSpec, QuantizedTensor
+from compressor.formats.base import Format, PartSpec, QuantizedTensor
+from compressor.formats.numerics.activations import static_part
+from compressor.formats.numerics.codes import FloatCodes, values
+from compressor.formats.numerics.int_grid import groups
+from compressor.formats.numerics.minifloat import Minifloat, ScaleType
 
 AT_ONCE = 2**20  # elements searched together: bounds the temporaries
 
@@ -87,7 +87,7 @@ class FloatGrid:
     group_size: int  # columns
     rows: int = 1  # output channels that share a scale
     factor: float = 1.0  # of the whole weight: a power of two, so that no product with it is rounded
-    inputs: float | None = None  # stored with the weight: see compressor/activations.py
+    inputs: float | None = None  # stored with the weight: see compressor/formats/numerics/activations.py
     step: int = 1
 
     def round(self, w_OC: Tensor, column: int) -> Tensor:

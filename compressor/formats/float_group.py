@@ -23,14 +23,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.activations import TENSOR, TOKEN, Seen
-from compressor.codes import Codes, FloatCodes
-from compressor.floats import Minifloat, RealScale
-from compressor.formats import _bits
-from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid
-from compressor.formats._int_grid import groups
+from compressor.formats.base import PartSpec, QuantizedTensor
+from compressor.formats.numerics import bitpack
+from compressor.formats.numerics.activations import TENSOR, TOKEN, Seen
+from compressor.formats.numerics.codes import Codes, FloatCodes
+from compressor.formats.numerics.float_grid import FloatFit, FloatFormat, FloatGrid
+from compressor.formats.numerics.int_grid import groups
+from compressor.formats.numerics.minifloat import Minifloat, RealScale
 from compressor.recipe.registry import node
-from compressor.types import PartSpec, QuantizedTensor
 
 SEARCHED = {
     "fp4": tuple(Minifloat.parse(name) for name in ("e2m1", "e1m2", "e3m0")),
@@ -85,7 +85,7 @@ class FloatGroup(FloatFormat):
 
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
         rows, columns = shape
-        packed: PartSpec = (torch.int32, (rows, _bits.words(columns, self.element.bits)))
+        packed: PartSpec = (torch.int32, (rows, bitpack.words(columns, self.element.bits)))
         scale: PartSpec = (torch.bfloat16, (rows, groups(columns, self.group_size)))
         return {"weight_packed": packed, "weight_scale": scale, **self.input_parts()}
 
@@ -113,12 +113,12 @@ class FloatGroup(FloatFormat):
         )
 
     def codes(self, packed: QuantizedTensor) -> FloatCodes:
-        codes = _bits.unpack(packed.parts["weight_packed"], self.element.bits, packed.shape[1])
+        codes = bitpack.unpack(packed.parts["weight_packed"], self.element.bits, packed.shape[1])
         return FloatCodes(self.element, codes, packed.parts["weight_scale"], inputs=self.input_number(packed))
 
     def stored(self, codes: Codes, shape: tuple[int, int]) -> QuantizedTensor:
         assert isinstance(codes, FloatCodes)
-        parts = {"weight_packed": _bits.pack(codes.codes_OI, self.element.bits), "weight_scale": codes.scale}
+        parts = {"weight_packed": bitpack.pack(codes.codes_OI, self.element.bits), "weight_scale": codes.scale}
         return QuantizedTensor(self, shape, parts | self.stored_inputs(codes))
 
 

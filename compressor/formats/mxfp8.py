@@ -18,13 +18,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compressor.activations import SCHEMES
-from compressor.codes import Codes, FloatCodes
-from compressor.floats import E4M3, E8M0Scale
-from compressor.formats._float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of
-from compressor.formats._int_grid import groups
+from compressor.formats.base import PartSpec, QuantizedTensor
+from compressor.formats.numerics.activations import SCHEMES
+from compressor.formats.numerics.codes import Codes, FloatCodes
+from compressor.formats.numerics.float_grid import FloatFit, FloatFormat, FloatGrid, bytes_of
+from compressor.formats.numerics.int_grid import groups
+from compressor.formats.numerics.minifloat import E4M3, E8M0Scale
 from compressor.recipe.registry import node
-from compressor.types import PartSpec, QuantizedTensor
 
 GROUP = 32
 
