@@ -11,27 +11,26 @@ from typing import Any
 import torch
 
 from compressor import pipeline, tuning
-from compressor.calibration.data import Samples
+from compressor.calibration.data import TOKENS_AT_ONCE, Samples
 from compressor.calibration.hidden import Keep, keeping
 from compressor.card import model_card
-from compressor.contract import Plan, Tunes
+from compressor.contract import Plan, Prunes, Tunes
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
-from compressor.evaluation.score import TOKENS_AT_ONCE
+from compressor.evaluation.data import Judged, load_evaluation
 from compressor.fitting import find_plan, fit_recipe, levels_place, settle, shortened
 from compressor.forecast import expected_memory, generating
 from compressor.formats.base import OneOf
 from compressor.host import known_state
-from compressor.inputs import Judged, check_shares, load_data, needs_data, open_model, sample_length, streams
-from compressor.judging import continuations, judge, silent
+from compressor.inputs import check_shares, load_calibration, needs_data, open_model, sample_length, streams
+from compressor.job import Event, Job, Tell, silent
+from compressor.judging import continuations, judge
 from compressor.model import shards
 from compressor.model.journal import remove_leftovers
-from compressor.model.rewritten import Prunes
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, check_space, check_target
 from compressor.output import default_out, write_model
 from compressor.patterns import check_patterns
-from compressor.pipeline import Event, Job, Tell
 from compressor.plan import describe_plan, make_plan, model_formats, output_headers, total_bits
 from compressor.plan_file import offering, read_plan
 from compressor.provenance import fingerprint, fingerprint_plan, finished_report, new_report
@@ -118,7 +117,7 @@ def run(
     expected = make_plan(small, recipe.passes, given) if recipe.target is None else {}
     out = default_out(Path(model), recipe.passes, expected, recipe.target) if out is None else Path(out)
     check_target(out, Path(model), resume=resume, overwrite=overwrite)
-    calibration, evaluation = load_data(recipe, source)
+    calibration, evaluation = load_calibration(recipe, source), load_evaluation(recipe, source)
     check_shares(calibration, ranks)
     made_by = fingerprint(recipe, source, calibration) | ({} if given is None else fingerprint_plan(given))
     report = new_report(recipe, source, out, made_by, calibration, unmatched)

@@ -8,9 +8,9 @@ from typing import Any
 
 from compressor.errors import OutputError
 from compressor.inspection import Inspection, inspect_model
-from compressor.judging import evaluate_all, silent
+from compressor.job import Tell, silent
+from compressor.judging import evaluate_all
 from compressor.model.checkpoint import Checkpoint
-from compressor.pipeline import Tell
 from compressor.provenance import versions
 from compressor.report import Report
 from compressor.report_html.page import render

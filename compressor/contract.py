@@ -5,7 +5,7 @@ Shape suffixes: O out_features, I in_features, T tokens, B samples of a batch, S
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,12 @@ from torch import Tensor
 from compressor.formats.base import Edits, Format, Option, QuantizedTensor
 from compressor.kv_cache import CacheScales
 from compressor.model.block import Block
+from compressor.model.rewritten import Progress, Rewriting, silent
+from compressor.model.source import ModelSource
+from compressor.recipe.registry import node
+
+if TYPE_CHECKING:
+    from compressor.pruning.stage import Work
 
 
 class Accumulator(Protocol):
@@ -159,3 +165,90 @@ class Pass(Protocol):
     def options(self) -> tuple[Any, ...]: ...  # one entry means there is nothing to allocate
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]: ...  # unit -> the layers it rewrites
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, Any]) -> Outcome: ...  # pure
+
+
+@node
+class Schedule:
+    """Fields of every pass that trains.
+
+    Args:
+        steps: Of training.
+        batch: Samples in a step.
+        lr: First learning rate of the latents, in steps of the grid (their mean, of floating-point numbers), times the bits
+            of a code: fine grids need small moves.
+        scale_lr: First learning rate of the scales, or of the entries of codebooks, as a fraction of their mean size.
+        seed: Of the order of samples.
+    """
+
+    steps: int = 200
+    batch: int = 8
+    lr: float = 0.01
+    scale_lr: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"{name}: {value} is not a positive number")
+        for name, rate in (("lr", self.lr), ("scale_lr", self.scale_lr)):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name}: {rate} is not in 0 … 1")
+
+
+@runtime_checkable
+class Rewrites(Protocol):
+    """A pass that changes the model before any block is read."""
+
+    def rewriting(self, source: ModelSource, tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
+        """What is different.
+
+        Args:
+            source: The model; headers are read, and whatever else is needed.
+            tell: Called with progress.
+            sizes_only: Only names, dtypes and shapes matter; what takes long may be left out.
+        """
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a pass that prunes leaves.
+
+    Args:
+        rewriting: The change; None if there is none.
+        report: What was done, plain data.
+    """
+
+    rewriting: Rewriting | None
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Names, dtypes and shapes as a pass that prunes will leave them, before any weight is read.
+
+    Args:
+        rewriting: The change; None if there is none.
+        certain: There is no other.
+        more: Parameters that there may be besides, if there is.
+    """
+
+    rewriting: Rewriting | None
+    certain: bool = True
+    more: int = 0
+
+
+@runtime_checkable
+class Prunes(Protocol):
+    """A pass that makes the model smaller before any block is compressed, for which it reads text."""
+
+    @property
+    def label(self) -> str: ...  # file-name safe; empty if nothing goes
+
+    def sketch(self, source: ModelSource) -> Sketch:
+        """What will be left."""
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of its work in bytes (compressor/forecast.py), when so many calibration tokens go by in such batches."""
+
+    def prune(self, work: "Work") -> Pruned:
+        """What becomes of the model."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from compressor.contract import Outcome
 from compressor.errors import LostRankError, RecipeError
 from compressor.formats.base import Edits, QuantizedTensor, Stored
+from compressor.model.device import compute_device
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # that ranks wait for each other: the first one writes and evaluates alone
@@ -123,24 +124,6 @@ class Ranks:
             parts = {name: send(like, given.get(name)) for name, like in shape.parts.items()}
             return replace(shape, parts=parts)
         return send(shape, own if isinstance(own, Tensor) else None)
-
-
-def compute_device(name: str | None) -> torch.device:
-    """The device of a name; None takes a GPU if there is one.
-
-    Raises:
-        RecipeError: neither `cpu` nor `cuda`, or a GPU that is not there.
-    """
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    try:
-        device = torch.device(name or ("cuda" if found else "cpu"))
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"device {name}: not one of cpu, cuda")
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise RecipeError(f"device {name}: torch finds {found} CUDA devices here; use another, or cpu")
-    return device
 
 
 def check_alone() -> None:

@@ -14,25 +14,23 @@ import torch
 from compressor.absent import substitutes
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
-from compressor.contract import Pass, Plan
+from compressor.contract import Pass, Plan, Prunes, Rewrites, Schedule
 from compressor.distributed import Ranks
 from compressor.errors import OutputError, RecipeError
 from compressor.formats.base import GONE, Format
 from compressor.host import known_state
-from compressor.inputs import check_shares, load_data, open_model
-from compressor.judging import silent
+from compressor.inputs import check_shares, load_calibration, open_model
+from compressor.job import Event, Job, Tell, silent
 from compressor.model import shards
 from compressor.model.architecture import matches
+from compressor.model.edits import fewer_sublayers
 from compressor.model.journal import remove_leftovers, replace_text
-from compressor.model.rewritten import Prunes, Rewrites
 from compressor.model.source import ModelSource
-from compressor.passes._training import Schedule
 from compressor.patterns import check_patterns
-from compressor.pipeline import Event, Job, Tell, open_stream
+from compressor.pipeline import open_stream
 from compressor.plan import make_plan, output_headers
 from compressor.plan_file import to_text
 from compressor.provenance import fingerprint
-from compressor.pruning.depth import fewer_sublayers
 from compressor.recipe import presets
 from compressor.recipe.registry import validate
 from compressor.recipe.schema import Recipe, Search, Target, load_recipe, make_recipe
@@ -169,7 +167,7 @@ def search_plan(
         raise OutputError(f"{out}: exists already; give --overwrite to replace it or choose another --out")
     source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
     unmatched = check_patterns(source, recipe.passes, required)
-    calibration, _ = load_data(replace(recipe, evaluation=None), source)
+    calibration = load_calibration(recipe, source)
     check_shares(calibration, ranks)
     found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell, started=started)
     if ranks.first:

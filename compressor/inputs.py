@@ -1,41 +1,24 @@
 """What a run needs before it can start: the opened model, the plan, the tokens. What can fail early, fails here."""
 
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from compressor.access import kind_of
-from compressor.calibration.data import Samples, Split, check_vocabulary, load_samples, load_tokenizer
-from compressor.contract import Pass
+from compressor.calibration.data import TOKENS_AT_ONCE, Samples, check_vocabulary, load_samples
+from compressor.contract import Pass, Prunes
 from compressor.distributed import Ranks
-from compressor.errors import CalibrationError, RecipeError, SourceError
-from compressor.evaluation.score import TOKENS_AT_ONCE
-from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
+from compressor.errors import RecipeError, SourceError
 from compressor.model.checkpoint import native_dtype
-from compressor.model.rewritten import Progress, Prunes, silent
+from compressor.model.rewritten import Progress, silent
 from compressor.model.source import ModelSource
+from compressor.model.tokenizer import load_tokenizer
 from compressor.model.writer import other_files
 from compressor.plan import rewritten
-from compressor.reading import read_json
 from compressor.recipe.schema import Recipe
 
 LONGEST = 2048  # tokens of a sample, unless the recipe or the model says otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What a model is judged on."""
-
-    texts: tuple[Text, ...]
-    protocol: Protocol
-
-    @property
-    def tokens(self) -> int:
-        """That go through the models."""
-        return sum(passage.tokens.numel() for text in self.texts for passage in text.passages)
 
 
 def open_model(
@@ -78,55 +61,15 @@ def sample_length(wanted: int | None, source: ModelSource) -> int:
     return wanted or min(LONGEST, source.max_positions)
 
 
-def load_data(recipe: Recipe, source: ModelSource) -> tuple[Samples | None, Judged | None]:
-    """The text for calibration and for evaluation, where the recipe needs it. Fails before any long work."""
-    spec, judge = recipe.calibration, recipe.evaluation
-    if not needs_data(recipe) and judge is None:
-        return None, None
-    tokenizer = load_tokenizer(source.path)
-    calibration = evaluation = None
-    length = sample_length(spec.seq_len, source)
-    if needs_data(recipe):
-        calibration = load_samples(spec.source, tokenizer, samples=spec.samples, seq_len=length, seed=spec.seed)
-        check_vocabulary(calibration.tokens, source.vocab_size, spec.source)
-    if judge is not None:
-        named = (judge.source,) if isinstance(judge.source, str) else judge.source or (spec.source,)
-        protocol = make_protocol(tokenizer, sample_length(judge.seq_len or length, source), judge.stride, judge.bos)
-        evaluation = judged(source, named, protocol, judge.samples, spec.seed, {spec.source})
-    return calibration, evaluation
-
-
-def judged(
-    model: ModelSource,
-    sources: Sequence[str],
-    protocol: Protocol,
-    samples: int,
-    seed: int = 0,
-    calibrated_on: Set[str | None] = frozenset(),
-) -> Judged:
-    """Texts to judge a model on: whole ones, but the held-out part of those that it was calibrated on."""
-    tokenizer = load_tokenizer(model.path)
-    known = {_place(name) for name in calibrated_on if name is not None}
-    texts = []
-    for name in dict.fromkeys(sources):
-        split: Split = "held-out" if _place(name) in known else "all"
-        texts.append(load_text(name, tokenizer, protocol, samples=samples, seed=seed, split=split))
-        check_vocabulary(torch.cat([p.tokens for p in texts[-1].passages]), model.vocab_size, name)
-    return Judged(tuple(texts), protocol)
-
-
-def calibration_source(model: Path) -> str | None:
-    """Where the text came from that a model was calibrated on, if its report tells."""
-    try:
-        found = read_json(model / "report.json", SourceError)["calibration"]["source"]
-    except (SourceError, LookupError, TypeError):
+def load_calibration(recipe: Recipe, source: ModelSource) -> Samples | None:
+    """Return the calibration text of a recipe; None if none of its passes reads text."""
+    spec = recipe.calibration
+    if not needs_data(recipe):
         return None
-    return str(found)
-
-
-def _place(source: str) -> str:
-    """The same for every way to write the same file."""
-    return str(Path(source).resolve()) if kind_of(Path(source), CalibrationError) == "file" else source
+    length, tokenizer = sample_length(spec.seq_len, source), load_tokenizer(source.path)
+    calibration = load_samples(spec.source, tokenizer, samples=spec.samples, seq_len=length, seed=spec.seed)
+    check_vocabulary(calibration.tokens, source.vocab_size, spec.source)
+    return calibration
 
 
 def check_shares(calibration: Samples | None, ranks: Ranks) -> None:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.calibration.data import load_tokenizer
-from compressor.distributed import check_alone, compute_device
+from compressor.calibration.data import TOKENS_AT_ONCE
+from compressor.distributed import check_alone
 from compressor.errors import RecipeError, SourceError
+from compressor.evaluation.data import Judged, calibration_source, judged
 from compressor.evaluation.predict import RESIDENT_LOGITS, Predictor, Resident, Streamed
 from compressor.evaluation.quality import Quality, measure
-from compressor.evaluation.score import TOKENS_AT_ONCE
 from compressor.evaluation.tasks.harness import load_tasks, run_tasks
 from compressor.evaluation.tasks.results import TaskResult
 from compressor.evaluation.tasks.subject import Place
@@ -17,19 +17,17 @@ from compressor.evaluation.tasks.work import Work
 from compressor.evaluation.text import make_protocol
 from compressor.forecast import generating
 from compressor.host import known_state
-from compressor.inputs import Judged, calibration_source, computation_dtype, judged, sample_length
+from compressor.inputs import computation_dtype, sample_length
+from compressor.job import Event, Tell, silent
+from compressor.model.device import compute_device
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource, return_freed_memory
+from compressor.model.tokenizer import load_tokenizer
 from compressor.model.unused import log_warnings
-from compressor.pipeline import Event, Tell
 from compressor.runtime.load import continuation
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 48
-
-
-def silent(event: Event) -> None:
-    """Report progress to nobody."""
 
 
 def evaluate(

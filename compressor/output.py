@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from compressor.contract import Pass, Plan
+from compressor.contract import Pass, Plan, Prunes
 from compressor.formats.base import Borrowing, Contextual, Format
 from compressor.formats.numerics.activations import Seen
 from compressor.kernels.cuda import sources
@@ -18,7 +18,6 @@ from compressor.model import quantization_config, shards
 from compressor.model.architecture import LinearKind, linear_layers
 from compressor.model.block_configs import runs_code
 from compressor.model.journal import writing
-from compressor.model.rewritten import Prunes
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, copy_other_files
 from compressor.plan import settled, stored_formats, total_bits

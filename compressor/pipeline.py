@@ -6,20 +6,19 @@ Resident are one dense block, the statistics of one pass and the block's packed 
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
-from compressor.calibration.data import Samples
+from compressor.calibration.data import TOKENS_AT_ONCE, Samples
 from compressor.calibration.hidden import Keep
 from compressor.calibration.sensitivity import sensitivities
 from compressor.calibration.stream import BlockStats, CalibrationStream
-from compressor.contract import NoNotes, Notes, Outcome, Pass, Plan
-from compressor.distributed import Ranks
-from compressor.evaluation.score import TOKENS_AT_ONCE
+from compressor.contract import NoNotes, Notes, Outcome, Pass
 from compressor.formats.base import QuantizedTensor, Stored, borrowed, stored_bits
+from compressor.job import Event, Job, Tell
 from compressor.kv_cache import CacheScales
 from compressor.model.block import Block
 from compressor.model.source import ModelSource, return_freed_memory
@@ -28,31 +27,6 @@ from compressor.plan import block_names, cache_roundings, choose, describe_store
 from compressor.report import Report, Row
 from compressor.verification.manifest import entries
 from compressor.verification.probe import Probe, Record
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a person who waits wants to see."""
-
-    stage: str  # "rotate", "sensitivity", "compress", "resume", "evaluate", "write"
-    done: int
-    total: int
-    what: str = ""
-    error: float | None = None
-    tokens_per_second: float | None = None
-
-
-Tell = Callable[[Event], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What is to be done, and by whom."""
-
-    source: ModelSource
-    passes: Sequence[Pass]
-    plan: Plan
-    ranks: Ranks
 
 
 def compress(

@@ -13,10 +13,11 @@ from torch import Tensor
 from compressor.calibration.hidden import Hidden, Keep
 from compressor.contract import Tunes, Whole
 from compressor.formats.base import QuantizedTensor
+from compressor.job import Event, Job, Tell
 from compressor.model.block import Block
 from compressor.model.source import return_freed_memory
 from compressor.model.writer import Workspace
-from compressor.pipeline import Event, Job, Tell, finish_probe, keep, part_name, stored_layers
+from compressor.pipeline import finish_probe, keep, part_name, stored_layers
 from compressor.plan import block_names
 from compressor.report import Report
 from compressor.verification.probe import Probe, Record

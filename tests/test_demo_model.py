@@ -10,8 +10,8 @@ import torch
 
 from compressor import api
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_tokenizer
 from compressor.evaluation.text import load_text, make_protocol
+from compressor.model.tokenizer import load_tokenizer
 
 OPTIONS = {"samples": 32, "seq_len": 256, "device": "cpu"}
 

@@ -31,7 +31,7 @@ def compress(
     from compressor import api
     from compressor.cli._quiet import quiet
     from compressor.distributed import Ranks
-    from compressor.judging import silent
+    from compressor.job import silent
 
     quiet()
     first = Ranks.from_environment(device).first

@@ -18,7 +18,7 @@ from compressor.report_html.numbers import duration, size
 
 if TYPE_CHECKING:
     from compressor.api import Forecast
-    from compressor.pipeline import Event
+    from compressor.job import Event
     from compressor.report import Report
 
 

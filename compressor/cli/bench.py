@@ -39,9 +39,9 @@ def bench(
     """
     from compressor import results
     from compressor.cli._quiet import quiet
-    from compressor.distributed import compute_device
     from compressor.inputs import computation_dtype
-    from compressor.pipeline import Event
+    from compressor.job import Event
+    from compressor.model.device import compute_device
     from compressor.runtime import bench as runtime
 
     quiet()

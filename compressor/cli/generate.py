@@ -27,7 +27,7 @@ def generate(
     Example: `compress generate model-int4 --chat --prompt "What is a list?"`
     """
     from compressor.cli._quiet import quiet, tell_kernels
-    from compressor.distributed import compute_device
+    from compressor.model.device import compute_device
     from compressor.runtime.load import generate as continue_prompt
 
     quiet()

@@ -45,7 +45,7 @@ def search(
     from compressor.cli._quiet import quiet
     from compressor.distributed import Ranks
     from compressor.fitting import fit_recipe, search_plan
-    from compressor.judging import silent
+    from compressor.job import silent
     from compressor.recipe.schema import changed_patterns, load_recipe
 
     quiet()

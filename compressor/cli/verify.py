@@ -26,8 +26,8 @@ def verify(
     Example: `compress verify model-int4 --reference model/`
     """
     from compressor.cli._quiet import quiet
-    from compressor.distributed import compute_device
-    from compressor.pipeline import Event
+    from compressor.job import Event
+    from compressor.model.device import compute_device
     from compressor.verification import verify as verification
 
     quiet()

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.calibration.data import TOKENS_AT_ONCE
 from compressor.errors import SourceError
 from compressor.evaluation.predict import LOGITS_AT_ONCE, RESIDENT_LOGITS, Batch, Predictor
 
-TOKENS_AT_ONCE = 4096  # that go through a block together
 PADDED_TO = 32  # lengths are rounded up to a multiple: few different shapes
 
 

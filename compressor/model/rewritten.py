@@ -9,17 +9,12 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
 from compressor.hadamard import Blocks
 from compressor.model.checkpoint import Checkpoint
-
-if TYPE_CHECKING:
-    from compressor.model.source import ModelSource
-    from compressor.pruning.stage import Work
-
 
 Progress = Callable[[int, int], None]  # done, total
 
@@ -78,65 +73,6 @@ class Rewriting:
 
 def _in_turn(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor], old: Tensor) -> Tensor:
     return second(first(old))
-
-
-@runtime_checkable
-class Rewrites(Protocol):
-    """A pass that changes the model before any block is read."""
-
-    def rewriting(self, source: "ModelSource", tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
-        """What is different.
-
-        Args:
-            source: The model; headers are read, and whatever else is needed.
-            tell: Called with progress.
-            sizes_only: Only names, dtypes and shapes matter; what takes long may be left out.
-        """
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What a pass that prunes leaves.
-
-    Args:
-        rewriting: The change; None if there is none.
-        report: What was done, plain data.
-    """
-
-    rewriting: Rewriting | None
-    report: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """Names, dtypes and shapes as a pass that prunes will leave them, before any weight is read.
-
-    Args:
-        rewriting: The change; None if there is none.
-        certain: There is no other.
-        more: Parameters that there may be besides, if there is.
-    """
-
-    rewriting: Rewriting | None
-    certain: bool = True
-    more: int = 0
-
-
-@runtime_checkable
-class Prunes(Protocol):
-    """A pass that makes the model smaller before any block is compressed, for which it reads text."""
-
-    @property
-    def label(self) -> str: ...  # file-name safe; empty if nothing goes
-
-    def sketch(self, source: "ModelSource") -> Sketch:
-        """What will be left."""
-
-    def expected_memory(self, source: "ModelSource", tokens: int, batch: int) -> int:
-        """Peak of its work in bytes (compressor/forecast.py), when so many calibration tokens go by in such batches."""
-
-    def prune(self, work: "Work") -> Pruned:
-        """What becomes of the model."""
 
 
 class Rewritten(Checkpoint):

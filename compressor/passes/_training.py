@@ -12,39 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.contract import Group
+from compressor.contract import Group, Schedule
 from compressor.passes._latents import Rounding
-from compressor.recipe.registry import node
 
 PIECE = 1024  # tokens whose gradients are computed together; a sample at least
-
-
-@node
-class Schedule:
-    """Fields of every pass that trains.
-
-    Args:
-        steps: Of training.
-        batch: Samples in a step.
-        lr: First learning rate of the latents, in steps of the grid (their mean, of floating-point numbers), times the bits
-            of a code: fine grids need small moves.
-        scale_lr: First learning rate of the scales, or of the entries of codebooks, as a fraction of their mean size.
-        seed: Of the order of samples.
-    """
-
-    steps: int = 200
-    batch: int = 8
-    lr: float = 0.01
-    scale_lr: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("batch", self.batch)):
-            if value < 1:
-                raise ValueError(f"{name}: {value} is not a positive number")
-        for name, rate in (("lr", self.lr), ("scale_lr", self.scale_lr)):
-            if not 0 <= rate <= 1:
-                raise ValueError(f"{name}: {rate} is not in 0 … 1")
 
 
 @dataclass(frozen=True)

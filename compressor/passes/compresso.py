@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.model.rewritten import Pruned
+from compressor.contract import Pruned
 from compressor.model.source import ModelSource
 from compressor.pruning.gates import Gates, settled
 from compressor.pruning.gradual import linear

@@ -22,11 +22,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from compressor.contract import Pruned, Sketch
 from compressor.forecast import activations, block_parameters, collecting, largest_block
+from compressor.job import Event
 from compressor.model.block import Block
-from compressor.model.rewritten import Pruned, Rewriting, Sketch
+from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
-from compressor.pipeline import Event
 from compressor.plan import block_names
 from compressor.pruning.blockwise import Twins, fit
 from compressor.pruning.shapes import parameters

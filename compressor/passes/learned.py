@@ -19,13 +19,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from compressor.calibration.stats import Hessian
-from compressor.contract import Accumulator, Outcome, Stats
+from compressor.contract import Accumulator, Outcome, Schedule, Stats
 from compressor.errors import RecipeError
 from compressor.formats.base import Format, QuantizedTensor, borrowed
 from compressor.formats.numerics.codes import FloatCodes, IntCodes, VectorCodes
 from compressor.model.block import Block
 from compressor.passes._latents import FloatRounding, IntRounding, Rounding, VectorRounding
-from compressor.passes._training import Schedule, Text, Training
+from compressor.passes._training import Text, Training
 from compressor.passes.gptq import output_energy
 from compressor.recipe.registry import node
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.model.rewritten import Pruned
+from compressor.contract import Pruned
 from compressor.model.source import ModelSource
 from compressor.passes.rotate import residual_writers
 from compressor.pruning.basis import Turned, turned

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
+from compressor.contract import Pruned, Sketch
 from compressor.forecast import collecting
-from compressor.model.rewritten import Pruned, Sketch
 from compressor.model.source import ModelSource
 from compressor.pruning.depth import STAYS, Depth, Parts, even, least, turns
 from compressor.pruning.searching import BRIEF, compared, comparing, searched

@@ -12,7 +12,7 @@ Distillation", NeurIPS 2024, for `channels`. The fit is not theirs.
 import math
 from dataclasses import replace
 
-from compressor.model.rewritten import Pruned
+from compressor.contract import Pruned
 from compressor.pruning.basis import turned
 from compressor.pruning.hidden import HiddenPass
 from compressor.pruning.readers import Refit

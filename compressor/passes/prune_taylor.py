@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from compressor.contract import Pruned
+from compressor.job import Event
 from compressor.model.block import Block
 from compressor.model.journal import save
 from compressor.model.memory import parameters as weights
-from compressor.model.rewritten import Pruned
 from compressor.model.source import ModelSource
-from compressor.pipeline import Event
 from compressor.pruning.gradual import SCHEDULES, Kind, left
 from compressor.pruning.narrowing import WidthPass, nearest
 from compressor.pruning.parts import Part, find_all

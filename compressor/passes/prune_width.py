@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from compressor.absent import ATTENTION, MLP
+from compressor.contract import Pruned
 from compressor.errors import RecipeError
 from compressor.model import block_configs
-from compressor.model.rewritten import Pruned, Rewriting
+from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.allocation import allocated, called, ladders
 from compressor.pruning.narrowing import Tried, WidthPass, nearest

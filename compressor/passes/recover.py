@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.model.rewritten import Pruned, Sketch
+from compressor.contract import Pruned, Sketch
 from compressor.model.source import ModelSource
 from compressor.pruning.lora import merged, student
 from compressor.pruning.shapes import parameters

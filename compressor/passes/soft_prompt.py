@@ -23,9 +23,10 @@ from peft import PromptTuningConfig, TaskType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compressor.contract import Pruned, Sketch
 from compressor.errors import RecipeError
 from compressor.model.journal import save, writing
-from compressor.model.rewritten import Pruned, Rewriting, Sketch
+from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, read_tensors

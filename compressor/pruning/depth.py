@@ -20,10 +20,11 @@ from compressor.absent import SUBLAYERS, substitutes
 from compressor.calibration.stream import CalibrationStream
 from compressor.errors import RecipeError
 from compressor.formats.base import GONE, Kept
+from compressor.job import Event, Job, Tell
 from compressor.model.block import Block, Trial
+from compressor.model.edits import fewer_sublayers
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
-from compressor.pipeline import Event, Job, Tell
 from compressor.pruning.renumbered import check_renumbered, corrected
 from compressor.search.levels import Choice, Level, Unit
 
@@ -141,15 +142,6 @@ def even(units: int, count: int) -> Choice:
     staying = units - count
     kept = {round(i * (units - 1) / max(staying - 1, 1)) for i in range(staying)}
     return tuple(STAYS if index in kept else GOES for index in range(units))
-
-
-def fewer_sublayers(source: ModelSource, gone: frozenset[str]) -> Rewriting:
-    """The model without some attentions and MLPs, by full name, which only our loader reads."""
-    starts = tuple(f"{name}." for name in gone)
-    removed = frozenset(stored for name, stored in source.names.items() if starts and name.startswith(starts))
-    removed = removed.union(*(source.unused.below(name.removeprefix(f"{source.prefix}.")) for name in gone))
-    widths = {name: count for name, count in source.unsaid.items() if name not in gone}
-    return Rewriting({}, removed=removed, absent=gone, widths=widths)
 
 
 def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:

@@ -2,8 +2,9 @@
 
 from typing import ClassVar, Literal
 
+from compressor.contract import Pruned, Sketch
 from compressor.forecast import collecting, hidden_size
-from compressor.model.rewritten import Pruned, Rewriting, Sketch
+from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.basis import Basis, apart
 from compressor.pruning.residual import Residual, fitting

@@ -7,8 +7,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from compressor.contract import Pruned, Sketch
 from compressor.forecast import collecting
-from compressor.model.rewritten import Pruned, Rewriting, Sketch
+from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.allocation import called, ladders
 from compressor.pruning.parts import find_all

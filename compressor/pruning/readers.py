@@ -24,9 +24,9 @@ from torch import Tensor
 from compressor.calibration.stats import Hessian
 from compressor.calibration.stream import CalibrationStream, read_inputs
 from compressor.distributed import Ranks
+from compressor.job import Event
 from compressor.model.block import Block
 from compressor.model.source import ModelSource
-from compressor.pipeline import Event
 from compressor.pruning.order import damped
 from compressor.pruning.stage import Work, read_tensors, stored
 

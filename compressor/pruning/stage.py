@@ -15,16 +15,17 @@ from torch import Tensor
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
 from compressor.calibration.stream import CalibrationStream
-from compressor.contract import Accumulator, Outcome, Pass, Stats
+from compressor.contract import Accumulator, Outcome, Pass, Prunes, Rewrites, Stats
 from compressor.distributed import Ranks
 from compressor.errors import CalibrationError, OutputError, RecipeError
 from compressor.forecast import collecting
 from compressor.formats.base import Format
+from compressor.job import Job, Tell
 from compressor.model.block import Block
 from compressor.model.journal import LOCK, Journal, load_tensors, remove_leftovers, save, sound, writing
-from compressor.model.rewritten import Prunes, Rewrites, Rewriting
+from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
-from compressor.pipeline import Job, Tell, open_stream
+from compressor.pipeline import open_stream
 from compressor.recipe.registry import node
 from compressor.recipe.schema import Recipe
 from compressor.search.text import search_text

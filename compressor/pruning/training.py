@@ -22,10 +22,10 @@ from transformers import get_cosine_schedule_with_warmup
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError
 from compressor.forecast import hidden_size
+from compressor.job import Event
 from compressor.model.journal import sync, writing
 from compressor.model.memory import parameters as weights
 from compressor.model.source import ModelSource
-from compressor.pipeline import Event
 from compressor.pruning.stage import Work
 
 WARM = 0.05  # of the steps, in which the learning rate rises

@@ -20,10 +20,10 @@ from torch import Tensor
 from compressor.calibration.stats import Hessian, Mean
 from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.formats.base import Edits, Kept, dense
+from compressor.job import Event, Job, Tell
 from compressor.model.block import Block, Trial
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
-from compressor.pipeline import Event, Job, Tell
 from compressor.plan import describe_option
 from compressor.pruning.order import by_score, greedy
 from compressor.pruning.parts import Part, find_all, find_parts, spread

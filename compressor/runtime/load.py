@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compressor.distributed import compute_device
 from compressor.host import known_state
 from compressor.kernels.cuda import sources
 from compressor.kernels.dispatch import AUTO
 from compressor.model.checkpoint import native_dtype, read_config
+from compressor.model.device import compute_device
 from compressor.model.generation import generate_plainly
 from compressor.model.quantization_config import write
 from compressor.model.source import ModelSource
@@ -113,7 +113,7 @@ def generate(
     Raises:
         CompressorError: no model or tokenizer that can be read, or no chat template.
     """
-    from compressor.calibration.data import encode_prompt, load_tokenizer
+    from compressor.model.tokenizer import encode_prompt, load_tokenizer
 
     read_config(Path(path))  # the first thing to miss in a directory that is not there
     tokenizer = load_tokenizer(Path(path))

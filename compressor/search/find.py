@@ -19,8 +19,8 @@ from compressor.calibration.stream import CalibrationStream
 from compressor.contract import Plan
 from compressor.errors import RecipeError
 from compressor.formats.base import GONE, Option
+from compressor.job import Event, Job, Tell
 from compressor.model.memory import available_memory, dense_bytes
-from compressor.pipeline import Event, Job, Tell
 from compressor.recipe.schema import Search, Target
 from compressor.search.allocate import Budget, BudgetError
 from compressor.search.clock import JUDGING, TRAINED, TRAINING, WRITING, Clock

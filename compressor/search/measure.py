@@ -21,9 +21,9 @@ from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.contract import Pass
 from compressor.errors import RecipeError
 from compressor.formats.base import GONE, Format, Option, QuantizedTensor, Stored, dense, stored_bits
+from compressor.job import Event, Job, Tell
 from compressor.model.block import Block, Trial
 from compressor.model.source import return_freed_memory
-from compressor.pipeline import Event, Job, Tell
 from compressor.plan import able
 from compressor.search.clock import MEASURING, WRITING, Clock
 from compressor.search.levels import Level, LevelDB, Unit

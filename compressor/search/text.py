@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from compressor.calibration.data import Samples, load_samples, load_tokenizer
+from compressor.calibration.data import Samples, load_samples
 from compressor.errors import CalibrationError
 from compressor.model.source import ModelSource
+from compressor.model.tokenizer import load_tokenizer
 from compressor.recipe.schema import Recipe
 
 HELD_OUT = 8  # the text that only the last word is spoken on is this fraction of what the search sees

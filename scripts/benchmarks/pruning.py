@@ -33,15 +33,17 @@ from torch.nn.functional import cosine_similarity
 
 from compressor.absent import ATTENTION, MLP
 from compressor.api import run
-from compressor.calibration.data import Samples, load_samples, load_tokenizer
+from compressor.calibration.data import Samples, load_samples
 from compressor.calibration.hidden import keeping
 from compressor.calibration.stats import Hessian, Mean
 from compressor.cli._quiet import quiet
 from compressor.distributed import Ranks
 from compressor.evaluation.predict import final_hidden
+from compressor.job import Job
 from compressor.model.block import Trial
 from compressor.model.source import ModelSource
-from compressor.pipeline import Job, open_stream
+from compressor.model.tokenizer import load_tokenizer
+from compressor.pipeline import open_stream
 from compressor.pruning.depth import Depth, least, turns
 from compressor.pruning.parts import Part, find_parts
 from compressor.pruning.scores import SCORES, Seen

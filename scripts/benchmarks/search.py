@@ -32,14 +32,16 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.api import run
-from compressor.calibration.data import load_samples, load_tokenizer
+from compressor.calibration.data import load_samples
 from compressor.calibration.hidden import keeping
 from compressor.cli._quiet import quiet
 from compressor.distributed import Ranks
 from compressor.fitting import choosable, fit_recipe
+from compressor.job import Event, Job
 from compressor.model.source import ModelSource
+from compressor.model.tokenizer import load_tokenizer
 from compressor.passes.prune_depth import PruneDepth
-from compressor.pipeline import Event, Job, open_stream
+from compressor.pipeline import open_stream
 from compressor.provenance import fingerprint
 from compressor.pruning.depth import GOES, STAYS, Depth, least, turns
 from compressor.recipe.presets import ladder as passes_near

@@ -20,7 +20,6 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.calibration.data import load_tokenizer
 from compressor.cli._quiet import quiet
 from compressor.evaluation.tasks.encode import Encoder
 from compressor.evaluation.tasks.harness import answer
@@ -28,6 +27,7 @@ from compressor.evaluation.tasks.harness import quiet as quiet_harness
 from compressor.evaluation.tasks.loading import load
 from compressor.evaluation.tasks.subject import Place, Subject
 from compressor.model.memory import available_memory
+from compressor.model.tokenizer import load_tokenizer
 
 SHOTS = 5
 ANSWER = 256  # tokens

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from compressor import api
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_tokenizer
 from compressor.errors import SourceError
 from compressor.evaluation import predict
 from compressor.evaluation.predict import Predictor, Resident, Streamed
@@ -19,6 +18,7 @@ from compressor.evaluation.quality import Quality, measure
 from compressor.evaluation.score import Passage, score
 from compressor.evaluation.text import Protocol, Text, load_text
 from compressor.model.source import ModelSource
+from compressor.model.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 PROTOCOL = Protocol(96, 96, bos=False)

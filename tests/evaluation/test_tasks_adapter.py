@@ -13,11 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_tokenizer
 from compressor.errors import CalibrationError, RecipeError
 from compressor.evaluation.tasks.encode import Encoder
 from compressor.evaluation.tasks.generation import continuations
 from compressor.evaluation.tasks.subject import Place, Subject
+from compressor.model.tokenizer import load_tokenizer
 
 pytest.importorskip("lm_eval")
 

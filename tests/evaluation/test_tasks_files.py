@@ -12,13 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_tokenizer
 from compressor.errors import RecipeError
 from compressor.evaluation.tasks import files
 from compressor.evaluation.tasks.files import read
 from compressor.evaluation.tasks.harness import run_tasks
 from compressor.evaluation.tasks.results import TaskResult
 from compressor.evaluation.tasks.subject import Place
+from compressor.model.tokenizer import load_tokenizer
 
 PLACE = Place(torch.device("cpu"), torch.float32, False, lambda device: 2**40)
 Row = dict[str, Any]

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_tokenizer
 from compressor.errors import RecipeError
 from compressor.evaluation.tasks import facts
 from compressor.evaluation.tasks.encode import Encoder
 from compressor.evaluation.tasks.questions import Questions
 from compressor.evaluation.tasks.suites import HUB, OWN, SUITES, tasks_of
+from compressor.model.tokenizer import load_tokenizer
 
 LENGTH = 1024  # nothing is computed with the model
 

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from compressor import api
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_tokenizer
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.tasks.encode import Encoder
 from compressor.evaluation.tasks.harness import expected_work, run_tasks
@@ -21,6 +20,7 @@ from compressor.evaluation.tasks.significance import mcnemar, paired
 from compressor.evaluation.tasks.subject import Place
 from compressor.evaluation.tasks.suites import HUB
 from compressor.evaluation.tasks.work import Work
+from compressor.model.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 STREAMED = Place(CPU, torch.float32, False, lambda device: 2**40)

@@ -9,9 +9,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_tokenizer
 from compressor.errors import CalibrationError, RecipeError
 from compressor.evaluation.text import Text, load_text, make_protocol
+from compressor.model.tokenizer import load_tokenizer
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen " * 4
 

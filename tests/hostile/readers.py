@@ -11,13 +11,14 @@ import torch
 from hostile.mutations import Mutate, bytes_changed, header_changed, json_changed, lines_changed, yaml_changed
 
 from compressor import api
-from compressor.calibration.data import documents, load_tokenizer
+from compressor.calibration.data import documents
 from compressor.evaluation.tasks import files as task_files
 from compressor.inspection import inspect_model
 from compressor.model.block_configs import changes
 from compressor.model.checkpoint import INDEX, SINGLE, Checkpoint, read_config
 from compressor.model.journal import Journal, read_journal
 from compressor.model.source import ModelSource
+from compressor.model.tokenizer import load_tokenizer
 from compressor.plan_file import read_plan
 from compressor.recipe.schema import load_recipe, make_recipe
 from compressor.results import read_report

@@ -15,8 +15,9 @@ from compressor import api
 from compressor.cli import main
 from compressor.errors import SourceError
 from compressor.judging import evaluate
+from compressor.model.edits import fewer_sublayers
 from compressor.model.source import ModelSource
-from compressor.pruning.depth import GOES, STAYS, fewer_blocks, fewer_sublayers
+from compressor.pruning.depth import GOES, STAYS, fewer_blocks
 from compressor.recipe.build import quantize_recipe
 from compressor.recipe.schema import make_recipe
 from compressor.verification.verify import verify

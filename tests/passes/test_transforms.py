@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, some_tokens, stock_logits, tensors
 
 from compressor import api
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_samples, load_tokenizer
+from compressor.calibration.data import load_samples
 from compressor.calibration.stats import Hessian, Peak, Spread
 from compressor.calibration.stream import CalibrationStream, watching
 from compressor.distributed import Ranks
@@ -16,9 +16,11 @@ from compressor.errors import RecipeError
 from compressor.formats.float_group import FloatGroup
 from compressor.formats.int_group import IntGroup
 from compressor.formats.numerics.activations import FixedScale, scales
+from compressor.job import Event
 from compressor.model.block import Block
 from compressor.model.feeds import find_feeds
 from compressor.model.source import ModelSource
+from compressor.model.tokenizer import load_tokenizer
 from compressor.passes import _learned_rotation
 from compressor.passes._learned_rotation import gradient, learned, of_one_length, some_vectors
 from compressor.passes._rotation import Rotation
@@ -26,7 +28,6 @@ from compressor.passes.awq import AWQ
 from compressor.passes.preshift import Preshift
 from compressor.passes.rotate import Rotate
 from compressor.passes.smooth import Smooth
-from compressor.pipeline import Event
 from compressor.recipe.schema import make_recipe
 from compressor.verification.verify import verify
 

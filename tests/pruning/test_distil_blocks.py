@@ -11,15 +11,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor import api
-from compressor.calibration.data import Samples, load_samples, load_tokenizer
+from compressor.calibration.data import Samples, load_samples
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError
-from compressor.judging import silent
+from compressor.job import Event, Tell, silent
+from compressor.model.edits import fewer_sublayers
 from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
-from compressor.pipeline import Event, Tell
+from compressor.model.tokenizer import load_tokenizer
 from compressor.pruning.blockwise import Twins, fit
-from compressor.pruning.depth import fewer_blocks, fewer_sublayers
+from compressor.pruning.depth import fewer_blocks
 from compressor.pruning.stage import Work
 from compressor.pruning.training import Schedule
 from compressor.recipe.schema import make_recipe

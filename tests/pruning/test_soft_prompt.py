@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor import api
-from compressor.calibration.data import load_samples, load_tokenizer
+from compressor.calibration.data import load_samples
 from compressor.errors import RecipeError
-from compressor.pipeline import Event
+from compressor.job import Event
+from compressor.model.tokenizer import load_tokenizer
 from compressor.recipe.schema import make_recipe
 from compressor.verification.check import WrongError
 from compressor.verification.files import check_copies

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import compressor
 from compressor import api
 from compressor.errors import CalibrationError, OutputError, RecipeError
+from compressor.job import Event
 from compressor.model.source import ModelSource
-from compressor.pipeline import Event
 from compressor.pruning.stage import held, pruning_place
 from compressor.recipe.schema import make_recipe
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor import api
 from compressor.errors import RecipeError
-from compressor.inputs import load_data
+from compressor.inputs import load_calibration
 from compressor.model.source import ModelSource
 from compressor.passes import prune_taylor
 from compressor.pruning.gradual import SCHEDULES, left
@@ -96,7 +96,7 @@ def test_in_the_first_step_importance_is_weights_times_gradients_of_the_next_tok
     """By transformers' own loss, unit by unit; two groups of two query heads of 32, 256 channels."""
     model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32)
     whole = recipe(text_file, steps=1, batch=8, **BOTH)
-    calibration, _ = load_data(whole, ModelSource(tiny(family), CPU))
+    calibration = load_calibration(whole, ModelSource(tiny(family), CPU))
     assert calibration is not None
     model(calibration.tokens, labels=calibration.tokens).loss.backward()
     api.run(whole, tiny(family), tmp_path / "out", verify=False)

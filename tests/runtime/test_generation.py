@@ -10,8 +10,8 @@ from tiny_models import exact
 from transformers import PreTrainedModel
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_tokenizer
 from compressor.evaluation.tasks.generation import continuations
+from compressor.model.tokenizer import load_tokenizer
 from compressor.runtime.load import continuation, generate
 
 PROMPT, LENGTH = "def read(self, size=-1):", 40

@@ -15,8 +15,9 @@ from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
 from compressor.distributed import Ranks
 from compressor.errors import OutputError, RecipeError
+from compressor.job import Job
 from compressor.model.source import ModelSource
-from compressor.pipeline import Job, open_stream
+from compressor.pipeline import open_stream
 from compressor.recipe.schema import make_recipe
 from compressor.search.fitness import Fitness, Teacher, opened
 from compressor.search.levels import LevelDB

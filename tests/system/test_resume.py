@@ -25,8 +25,8 @@ from harness import (
 )
 
 from compressor import api, pipeline
+from compressor.job import Event
 from compressor.model.checkpoint import SINGLE
-from compressor.pipeline import Event
 from compressor.recipe.build import quantize_recipe
 
 # Both passes send two streams through what is done.

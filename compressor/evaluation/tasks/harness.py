@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from compressor.calibration.data import load_tokenizer
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.tasks.encode import Encoder
 from compressor.evaluation.tasks.loading import load
@@ -22,6 +21,7 @@ from compressor.evaluation.tasks.subject import Place, Subject
 from compressor.evaluation.tasks.work import Work
 from compressor.model.memory import dense_bytes
 from compressor.model.source import ModelSource
+from compressor.model.tokenizer import load_tokenizer
 from compressor.model.unused import log_warnings
 
 FEWSHOT_SEED = 1234  # the harness's own: which examples stand before a question of the hub
