@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from compressor.formats.base import Edits, Format, Option, QuantizedTensor
-from compressor.kv_cache import CacheScales
 from compressor.model.block import Block
-from compressor.model.rewritten import Progress, Rewriting, silent
+from compressor.model.edited import Progress, Rewriting, silent
 from compressor.model.source import ModelSource
+from compressor.model.surgery.kv_cache import CacheScales
 from compressor.recipe.registry import node
 
 if TYPE_CHECKING:

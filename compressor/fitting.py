@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from compressor.absent import substitutes
 from compressor.calibration.data import Samples
 from compressor.calibration.hidden import keeping
 from compressor.contract import Pass, Plan, Prunes, Rewrites, Schedule
@@ -26,6 +25,7 @@ from compressor.model.architecture import matches
 from compressor.model.edits import fewer_sublayers
 from compressor.model.journal import remove_leftovers, replace_text
 from compressor.model.source import ModelSource
+from compressor.model.surgery.skip_sublayers import substitutes
 from compressor.patterns import check_patterns
 from compressor.pipeline import open_stream
 from compressor.plan import make_plan, output_headers

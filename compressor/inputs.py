@@ -10,7 +10,7 @@ from compressor.contract import Pass, Prunes
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.model.checkpoint import native_dtype
-from compressor.model.rewritten import Progress, silent
+from compressor.model.edited import Progress, silent
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
 from compressor.model.writer import other_files

@@ -13,12 +13,13 @@ from compressor.formats.base import Borrowing, Contextual, Format
 from compressor.formats.numerics.activations import Seen
 from compressor.kernels.cuda import sources
 from compressor.kernels.layouts import Layout, layout_for
-from compressor.kv_cache import CacheRounding
-from compressor.model import quantization_config, shards
+from compressor.model import shards
 from compressor.model.architecture import LinearKind, linear_layers
-from compressor.model.block_configs import runs_code
+from compressor.model.hf_config import quantization_config
+from compressor.model.hf_config.decilm import runs_code
 from compressor.model.journal import writing
 from compressor.model.source import ModelSource
+from compressor.model.surgery.kv_cache import CacheRounding
 from compressor.model.writer import Workspace, copy_other_files
 from compressor.plan import settled, stored_formats, total_bits
 from compressor.plan_file import to_text

@@ -19,9 +19,9 @@ from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.contract import NoNotes, Notes, Outcome, Pass
 from compressor.formats.base import QuantizedTensor, Stored, borrowed, stored_bits
 from compressor.job import Event, Job, Tell
-from compressor.kv_cache import CacheScales
 from compressor.model.block import Block
 from compressor.model.source import ModelSource, return_freed_memory
+from compressor.model.surgery.kv_cache import CacheScales
 from compressor.model.writer import Workspace
 from compressor.plan import block_names, cache_roundings, choose, describe_stored, rest_names, stored_formats
 from compressor.report import Report, Row

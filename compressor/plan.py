@@ -8,11 +8,11 @@ from typing import Any
 from compressor.contract import Pass, Picks, Plan, Prunes, Rewrites, Shares, Suits, Tunes
 from compressor.errors import RecipeError
 from compressor.formats.base import Format, Kept, OneOf, Option, QuantizedTensor
-from compressor.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attentions
 from compressor.model.block import Block
 from compressor.model.checkpoint import Header
-from compressor.model.rewritten import Progress, silent
+from compressor.model.edited import Progress, silent
 from compressor.model.source import ModelSource
+from compressor.model.surgery.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attentions
 from compressor.recipe import registry
 
 

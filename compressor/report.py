@@ -35,7 +35,7 @@ class Report:
     size_bytes: int = 0  # of the safetensors files
     source_size_bytes: int = 0
     layout: str = ""  # quant_method of config.json, or `dense`
-    runs_code: bool = False  # transformers has to run a file of the result (compressor/model/block_configs.py)
+    runs_code: bool = False  # transformers has to run a file of the result (compressor/model/hf_config/decilm.py)
     seconds: float = 0.0  # of pruning and compression, evaluation not included
     peak_memory_bytes: int = 0
     peak_device_memory_bytes: int = 0

@@ -18,9 +18,9 @@ from compressor import api, pipeline
 from compressor.cli import main
 from compressor.errors import CalibrationError, RecipeError, SourceError
 from compressor.inspection import inspect_model
-from compressor.kv_cache import CacheRounding, read_scheme
-from compressor.model.quantization_config import cache_rounding
+from compressor.model.hf_config.quantization_config import cache_rounding
 from compressor.model.source import ModelSource
+from compressor.model.surgery.kv_cache import CacheRounding, read_scheme
 from compressor.output import default_out
 from compressor.passes.kv_cache import KVCache
 from compressor.plan import make_plan

@@ -11,7 +11,7 @@ How many stay is known before any weight is read: with `sparsity` O (I - round(I
 N:M, N of every M adjacent weights of a row. A number that stays may be zero by itself.
 
 This is the layout `sparse-bitmask` of compressed-tensors, byte for byte, which its versions up to 0.12 could read; those that
-transformers now asks for cannot. So our own layout (compressor/model/quantization_config.py) names it; no kernel
+transformers now asks for cannot. So our own layout (compressor/model/hf_config/quantization_config.py) names it; no kernel
 multiplies by it: each call makes the dense weight.
 
 Shape suffixes: O out_features, I in_features, C adjacent columns, N numbers that stay.

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from compressor.absent import without
 from compressor.errors import SourceError
 from compressor.formats.base import Edits, QuantizedTensor, Stored, dense
 from compressor.formats.numerics.activations import InputRounding, input_rounding, rounded_inputs
-from compressor.kv_cache import CacheScales, rounded_cache
+from compressor.model.surgery.kv_cache import CacheScales, rounded_cache
+from compressor.model.surgery.skip_sublayers import without
 
 
 def _roundings(edits: Edits) -> dict[str, InputRounding]:
@@ -30,7 +30,7 @@ class Trial:
 
     weights: Mapping[str, Tensor]  # dense, as in `Edits`
     rounded: Mapping[str, InputRounding]
-    skips: tuple[str, ...] = ()  # sub-layers of the block that it does without (compressor/absent.py)
+    skips: tuple[str, ...] = ()  # sub-layers of the block that it does without (compressor/model/surgery/skip_sublayers.py)
     whole: bool = False  # the block is passed over
 
     @classmethod
@@ -69,7 +69,7 @@ class Block:
     installed: dict[str, Stored] = field(default_factory=dict)
     unrounded: dict[str, Tensor] | None = None  # [O, I] of the layers that were packed, before that; None: not kept
     rounded: Mapping[str, InputRounding] = field(default_factory=dict)  # layers that round what they multiply by
-    cache: CacheScales | None = None  # how it rounds keys and values (compressor/kv_cache.py)
+    cache: CacheScales | None = None  # how it rounds keys and values (compressor/model/surgery/kv_cache.py)
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of its dense parameters in the checkpoint
 
     def weight(self, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Make changes to a whole checkpoint."""
 
-from compressor.model.rewritten import Rewriting
+from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
 
 

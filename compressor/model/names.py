@@ -6,7 +6,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from compressor.errors import SourceError
 from compressor.model.checkpoint import Checkpoint
-from compressor.model.packed import PackedLayers
+from compressor.model.packed_layers import PackedLayers
 
 
 def checkpoint_names(model: PreTrainedModel, checkpoint: Checkpoint, packing: PackedLayers) -> dict[str, str]:

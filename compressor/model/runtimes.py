@@ -17,8 +17,8 @@ from compressor.formats.numerics.activations import bits, way
 from compressor.formats.numerics.float_grid import FloatFormat
 from compressor.formats.nvfp4 import NVFP4
 from compressor.model.architecture import FLATTENING, fused_groups, linear_layers
-from compressor.model.block_configs import ROUND, rounded, runs_code
-from compressor.model.quantization_config import OWN, STOCK_NEEDS
+from compressor.model.hf_config.decilm import ROUND, rounded, runs_code
+from compressor.model.hf_config.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.source import ModelSource
 
 TRUST = " (--trust-remote-code)"

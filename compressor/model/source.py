@@ -24,24 +24,24 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from compressor.absent import leave_out
 from compressor.access import check_readable, kind_of
 from compressor.errors import SourceError
 from compressor.formats.base import Format, QuantizedTensor
 from compressor.formats.numerics.activations import InputRounding, input_rounding, round_inputs
-from compressor.hadamard import Blocks, turn_inputs
-from compressor.kv_cache import KEYS, VALUES, CacheScales, attach, attentions
 from compressor.model.architecture import check_config, decoder_blocks, linear_layers
 from compressor.model.block import Arguments, Block
-from compressor.model.block_configs import as_llama, llama_config, widths
 from compressor.model.checkpoint import Checkpoint, read_config
+from compressor.model.edited import Rewriting, Rewritten
+from compressor.model.hf_config.decilm import as_llama, llama_config, widths
+from compressor.model.hf_config.quantization_config import absent_sublayers, cache_rounding, sublayer_widths, turned_layers
 from compressor.model.limits import check_limits
 from compressor.model.names import checkpoint_names
-from compressor.model.packed import PackedLayers
-from compressor.model.quantization_config import absent_sublayers, cache_rounding, sublayer_widths, turned_layers
-from compressor.model.rewritten import Rewriting, Rewritten
+from compressor.model.packed_layers import PackedLayers
+from compressor.model.surgery.kv_cache import KEYS, VALUES, CacheScales, attach, attentions
+from compressor.model.surgery.online_hadamard import Blocks, turn_inputs
+from compressor.model.surgery.resize import narrow
+from compressor.model.surgery.skip_sublayers import leave_out
 from compressor.model.unused import Accounts
-from compressor.narrow import narrow
 from compressor.reading import elide
 
 Kept = TypeVar("Kept")

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from compressor.access import check_readable
 from compressor.errors import CalibrationError
-from compressor.model.block_configs import llama_config
+from compressor.model.hf_config.decilm import llama_config
 from compressor.reading import cause
 
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.jinja")  # what transformers may read for a tokenizer

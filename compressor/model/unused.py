@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from compressor.errors import SourceError
 from compressor.model.checkpoint import Checkpoint
-from compressor.model.packed import PackedLayers
+from compressor.model.packed_layers import PackedLayers
 from compressor.reading import elide
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from math import cos, pi
 import torch
 from torch import Tensor
 
-from compressor.model.rewritten import Progress, silent
+from compressor.model.edited import Progress, silent
 from compressor.passes._rotation import Rotation
 
 STRIP = 2**22  # numbers that are in fp64 together

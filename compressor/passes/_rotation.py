@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from compressor.hadamard import FACTOR, sylvester
+from compressor.model.surgery.online_hadamard import FACTOR, sylvester
 
 STRIP = 2**22  # numbers that are rotated together, in fp64
 

@@ -14,7 +14,7 @@ from compressor.errors import RecipeError
 from compressor.formats.base import Format, Stored
 from compressor.model.architecture import check_pattern, matches
 from compressor.model.block import Block
-from compressor.model.feeds import Feed, find_feeds, rescaled
+from compressor.model.dataflow import Feed, find_feeds, rescaled
 from compressor.recipe.registry import node
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from compressor.calibration.stats import Hessian
 from compressor.contract import Accumulator, Stats
 from compressor.formats.base import Format
-from compressor.model.feeds import Feed
+from compressor.model.dataflow import Feed
 from compressor.passes._scaling import Scaling
 from compressor.passes.gptq import output_energy
 from compressor.recipe.registry import named, node

@@ -26,7 +26,7 @@ from compressor.contract import Pruned, Sketch
 from compressor.forecast import activations, block_parameters, collecting, largest_block
 from compressor.job import Event
 from compressor.model.block import Block
-from compressor.model.rewritten import Rewriting
+from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
 from compressor.plan import block_names
 from compressor.pruning.blockwise import Twins, fit

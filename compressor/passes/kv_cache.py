@@ -1,7 +1,7 @@
 """Scales for a key-value cache of 8 bits, from the largest key and value of each block on the calibration text.
 
 Put it behind the passes that change weights: keys and values are then those of the compressed model. What is rounded, and who
-reads it, is in compressor/kv_cache.py.
+reads it, is in compressor/model/surgery/kv_cache.py.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import CalibrationError, RecipeError
-from compressor.kv_cache import CacheRounding, CacheScales, attentions, entering
 from compressor.model.block import Block
+from compressor.model.surgery.kv_cache import CacheRounding, CacheScales, attentions, entering
 from compressor.recipe.registry import node
 
 

@@ -29,7 +29,7 @@ from compressor.formats.base import Format
 from compressor.formats.float_group import FloatGroup
 from compressor.formats.numerics.activations import EIGHTHS, Seen, scales
 from compressor.formats.numerics.minifloat import Minifloat
-from compressor.model.feeds import Feed
+from compressor.model.dataflow import Feed
 from compressor.passes._scaling import Scaling
 from compressor.recipe.registry import named, node
 

@@ -9,12 +9,12 @@ with which the model's predictions stay nearest to what they were.
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from compressor.absent import ATTENTION, MLP
 from compressor.contract import Pruned
 from compressor.errors import RecipeError
-from compressor.model import block_configs
-from compressor.model.rewritten import Rewriting
+from compressor.model.edited import Rewriting
+from compressor.model.hf_config import decilm
 from compressor.model.source import ModelSource
+from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
 from compressor.pruning.allocation import allocated, called, ladders
 from compressor.pruning.narrowing import Tried, WidthPass, nearest
 from compressor.pruning.parts import find_all
@@ -34,7 +34,7 @@ class PruneWidth(WidthPass):
     refit: Fit the rest to the model's own outputs; false only with scores.
     layout: `uniform`: every block has the same shape, which stock software reads; `per-layer`: every block gets widths of its
         own by search, which loses less and only our loader reads; `block-configs`: every MLP does, of a Llama, which vLLM and
-        transformers read with trust_remote_code (compressor/model/block_configs.py).
+        transformers read with trust_remote_code (compressor/model/hf_config/decilm.py).
     search: How to search, too.
     """
 
@@ -84,8 +84,8 @@ class PruneWidth(WidthPass):
                 f"`{source.raw_config['model_type']}`; take per-layer, which our loader reads, or uniform"
             )
         counts = [keep.get(name, part.count) for name, (_, part) in find_all(source).items() if part.name == MLP]
-        config = {**shape.config, **block_configs.changes({**source.raw_config, **shape.config}, counts)}
-        return Rewriting({}, config=config, files={block_configs.CODE.name: block_configs.CODE})
+        config = {**shape.config, **decilm.changes({**source.raw_config, **shape.config}, counts)}
+        return Rewriting({}, config=config, files={decilm.CODE.name: decilm.CODE})
 
     def prune(self, work: Work) -> Pruned:
         """Narrow the model: first in more widths than it will have, then in the best of them by themselves."""

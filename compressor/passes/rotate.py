@@ -5,8 +5,8 @@
 R is orthogonal, so a norm without a mean computes the same from x R as from x, once its gains g have moved into the layers
 that read it. In a head, values are written turned by another rotation that the output projection takes back. Nothing of this
 is left to do at run time. What reads a product (down_proj) can be turned by an online Hadamard matrix only: this package's
-runtime multiplies the activations by it (compressor/hadamard.py). The rotated model is rounded to the checkpoint's dtype, as
-if it had been stored so.
+runtime multiplies the activations by it (compressor/model/surgery/online_hadamard.py). The rotated model is rounded to the
+checkpoint's dtype, as if it had been stored so.
 
 R is random, or learned from there: see compressor/passes/_learned_rotation.py.
 
@@ -29,11 +29,11 @@ from torch import Tensor
 from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import RecipeError
 from compressor.formats.base import Format
-from compressor.hadamard import largest_block, turned
 from compressor.model.block import Block
-from compressor.model.feeds import Feed, gain_offset, products, run_norms, some_hidden
-from compressor.model.rewritten import Progress, Rewriting, silent
+from compressor.model.dataflow import Feed, gain_offset, products, run_norms, some_hidden
+from compressor.model.edited import Progress, Rewriting, silent
 from compressor.model.source import ModelSource
+from compressor.model.surgery.online_hadamard import largest_block, turned
 from compressor.passes._learned_rotation import Vectors, batch, learned, some_vectors
 from compressor.passes._rotation import Rotation
 from compressor.recipe.registry import node

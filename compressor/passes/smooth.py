@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compressor.calibration.stats import Peak
 from compressor.contract import Accumulator, Stats
-from compressor.model.feeds import Feed
+from compressor.model.dataflow import Feed
 from compressor.passes._scaling import Scaling
 from compressor.recipe.registry import node
 

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from compressor.contract import Pruned, Sketch
 from compressor.errors import RecipeError
+from compressor.model.edited import Rewriting
 from compressor.model.journal import save, writing
-from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.shapes import parameters
 from compressor.pruning.stage import PruningPass, Work, read_tensors

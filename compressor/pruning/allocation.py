@@ -10,9 +10,9 @@ the choice at hand is compressor/search/successive.py.
 
 from collections.abc import Collection, Mapping, Sequence
 
-from compressor.absent import MLP
 from compressor.formats.base import Kept
 from compressor.model.source import ModelSource
+from compressor.model.surgery.skip_sublayers import MLP
 from compressor.pruning.parts import find_all
 from compressor.pruning.searching import searched
 from compressor.pruning.shapes import Shape, multiple_of

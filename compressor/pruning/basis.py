@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import RecipeError
-from compressor.model.rewritten import Rewriting
+from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
 from compressor.passes._rotation import Rotation
 from compressor.passes.rotate import SAME, Changes, Norms, off, residual_norms

@@ -16,15 +16,15 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import cosine_similarity
 
-from compressor.absent import SUBLAYERS, substitutes
 from compressor.calibration.stream import CalibrationStream
 from compressor.errors import RecipeError
 from compressor.formats.base import GONE, Kept
 from compressor.job import Event, Job, Tell
 from compressor.model.block import Block, Trial
+from compressor.model.edited import Rewriting
 from compressor.model.edits import fewer_sublayers
-from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
+from compressor.model.surgery.skip_sublayers import SUBLAYERS, substitutes
 from compressor.pruning.renumbered import check_renumbered, corrected
 from compressor.search.levels import Choice, Level, Unit
 

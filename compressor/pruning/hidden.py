@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from compressor.contract import Pruned, Sketch
 from compressor.forecast import collecting, hidden_size
-from compressor.model.rewritten import Rewriting
+from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.basis import Basis, apart
 from compressor.pruning.residual import Residual, fitting

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from compressor.contract import Pruned, Sketch
 from compressor.forecast import collecting
-from compressor.model.rewritten import Rewriting
+from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.allocation import called, ladders
 from compressor.pruning.parts import find_all

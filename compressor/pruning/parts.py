@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.absent import ATTENTION, MLP
 from compressor.errors import RecipeError
 from compressor.model.block import Block
 from compressor.model.source import ModelSource
+from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
 
 FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, SmolLM3 and others of their build"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import RecipeError, SourceError
-from compressor.model.rewritten import Rewriting
+from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
 from compressor.reading import elide
 

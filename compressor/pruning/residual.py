@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compressor.errors import RecipeError, SourceError
-from compressor.model.block_configs import runs_code
-from compressor.model.feeds import gain_offset
-from compressor.model.rewritten import Rewriting
+from compressor.model.dataflow import gain_offset
+from compressor.model.edited import Rewriting
+from compressor.model.hf_config.decilm import runs_code
 from compressor.model.source import ModelSource, skeleton
-from compressor.narrow import narrow
+from compressor.model.surgery.resize import narrow
 from compressor.pruning.shapes import multiple_of, parameters
 
 EPS = "rms_norm_eps"

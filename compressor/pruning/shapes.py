@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from compressor.absent import ATTENTION, MLP
 from compressor.errors import RecipeError, SourceError
 from compressor.model.source import ModelSource, skeleton
+from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
 from compressor.pruning.parts import Part, find_parts
 
 Of = Literal["model", "blocks", "mlp"]

@@ -22,8 +22,8 @@ from compressor.forecast import collecting
 from compressor.formats.base import Format
 from compressor.job import Job, Tell
 from compressor.model.block import Block
+from compressor.model.edited import Rewriting
 from compressor.model.journal import LOCK, Journal, load_tensors, remove_leftovers, save, sound, writing
-from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pipeline import open_stream
 from compressor.recipe.registry import node

@@ -22,7 +22,7 @@ from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.formats.base import Edits, Kept, dense
 from compressor.job import Event, Job, Tell
 from compressor.model.block import Block, Trial
-from compressor.model.rewritten import Rewriting
+from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.plan import describe_option
 from compressor.pruning.order import by_score, greedy

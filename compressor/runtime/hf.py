@@ -51,10 +51,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        from compressor.absent import leave_out
-        from compressor.kv_cache import attach, attentions
         from compressor.model.source import ModelSource
-        from compressor.narrow import narrow
+        from compressor.model.surgery.kv_cache import attach, attentions
+        from compressor.model.surgery.resize import narrow
+        from compressor.model.surgery.skip_sublayers import leave_out
         from compressor.runtime.linear import StoredLinear, link
 
         files = kwargs.get("checkpoint_files")
@@ -75,8 +75,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                     attach(model.get_submodule(name), source.cache, *torch.empty(2, 1, device="meta"))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
-        from compressor.hadamard import turn_inputs
         from compressor.kernels.cuda.sources import CONFIG_KEY
+        from compressor.model.surgery.online_hadamard import turn_inputs
         from compressor.runtime.fuse import make_ready
         from compressor.runtime.linear import StoredLinear, packed_linear_module
 
@@ -138,7 +138,7 @@ def _ours_or(stock: Callable[..., Any]) -> Any:
 
 
 def _readable(config: QuantizationConfigMixin) -> bool:
-    from compressor.model.quantization_config import reader
+    from compressor.model.hf_config.quantization_config import reader
 
     try:
         reader({"quantization_config": config.to_dict()}, "config.json")

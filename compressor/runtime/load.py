@@ -15,7 +15,7 @@ from compressor.kernels.dispatch import AUTO
 from compressor.model.checkpoint import native_dtype, read_config
 from compressor.model.device import compute_device
 from compressor.model.generation import generate_plainly
-from compressor.model.quantization_config import write
+from compressor.model.hf_config.quantization_config import write
 from compressor.model.source import ModelSource
 from compressor.model.unused import log_warnings
 from compressor.runtime.fuse import make_ready

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from compressor.absent import substitutes
 from compressor.calibration.stream import CalibrationStream
 from compressor.contract import Plan
 from compressor.errors import RecipeError
 from compressor.formats.base import GONE, Option
 from compressor.job import Event, Job, Tell
 from compressor.model.memory import available_memory, dense_bytes
+from compressor.model.surgery.skip_sublayers import substitutes
 from compressor.recipe.schema import Search, Target
 from compressor.search.allocate import Budget, BudgetError
 from compressor.search.clock import JUDGING, TRAINED, TRAINING, WRITING, Clock

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from compressor.absent import substitutes, without
 from compressor.calibration.stats import Hessian
 from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.contract import Pass
@@ -24,6 +23,7 @@ from compressor.formats.base import GONE, Format, Option, QuantizedTensor, Store
 from compressor.job import Event, Job, Tell
 from compressor.model.block import Block, Trial
 from compressor.model.source import return_freed_memory
+from compressor.model.surgery.skip_sublayers import substitutes, without
 from compressor.plan import able
 from compressor.search.clock import MEASURING, WRITING, Clock
 from compressor.search.levels import Level, LevelDB, Unit

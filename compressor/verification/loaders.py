@@ -16,9 +16,9 @@ from torch import Tensor
 
 from compressor.errors import SourceError
 from compressor.evaluation.predict import final_hidden
-from compressor.model import block_configs
+from compressor.model.hf_config import decilm
+from compressor.model.hf_config.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.memory import available_memory, parameters
-from compressor.model.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.runtimes import activation_bits, per_tensor, stock_dtype
 from compressor.model.source import ModelSource
 from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
@@ -60,8 +60,8 @@ def check_transformers(directory: Path, source: ModelSource, tokens: Tensor | No
         raise NotCheckedError(f"it needs the package {needed[0]}, which is not installed here")
     if (obstacle := per_tensor(source)) is not None:
         raise NotCheckedError(f"it computes something else: {obstacle}")
-    trusted = block_configs.own_code(directory, source.raw_config)
-    if block_configs.runs_code(source.raw_config) and not trusted:
+    trusted = decilm.own_code(directory, source.raw_config)
+    if decilm.runs_code(source.raw_config) and not trusted:
         raise NotCheckedError("it would run code from the directory, which is not this package's")
     _check_memory(source)
     tokens_1S = probe_tokens(source) if tokens is None else tokens

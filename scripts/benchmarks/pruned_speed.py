@@ -22,8 +22,8 @@ from decode import ONE_BILLION, tell
 from memory import Shape, write_model
 
 import compressor
-from compressor.absent import MLP
 from compressor.model.source import ModelSource
+from compressor.model.surgery.skip_sublayers import MLP
 from compressor.pruning.shapes import parameters, shapes
 from compressor.runtime.bench import bench
 

@@ -31,7 +31,6 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from compressor.absent import ATTENTION, MLP
 from compressor.api import run
 from compressor.calibration.data import Samples, load_samples
 from compressor.calibration.hidden import keeping
@@ -42,6 +41,7 @@ from compressor.evaluation.predict import final_hidden
 from compressor.job import Job
 from compressor.model.block import Trial
 from compressor.model.source import ModelSource
+from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
 from compressor.model.tokenizer import load_tokenizer
 from compressor.pipeline import open_stream
 from compressor.pruning.depth import Depth, least, turns

@@ -11,7 +11,7 @@ from compressor.errors import SourceError
 from compressor.formats.base import QuantizedTensor
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.numerics.codes import values
-from compressor.model import quantization_config
+from compressor.model.hf_config import quantization_config
 
 GOLDEN = Path(__file__).parent / "golden" / "gptq.safetensors"
 VARIANTS = ["b4", "b4actasym2", "b3asym", "b2asym", "b8asym", "autoround", "b4zero", "b3zero"]

@@ -14,8 +14,8 @@ from compressor import api
 from compressor.calibration.data import documents
 from compressor.evaluation.tasks import files as task_files
 from compressor.inspection import inspect_model
-from compressor.model.block_configs import changes
 from compressor.model.checkpoint import INDEX, SINGLE, Checkpoint, read_config
+from compressor.model.hf_config.decilm import changes
 from compressor.model.journal import Journal, read_journal
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer

@@ -20,7 +20,7 @@ from compressor.errors import CompressorError, SourceError
 from compressor.formats.gptq_int import GptqInt
 from compressor.inspection import inspect_model
 from compressor.model.checkpoint import Checkpoint
-from compressor.model.packed import PackedLayers
+from compressor.model.packed_layers import PackedLayers
 from compressor.model.source import ModelSource
 from compressor.recipe.schema import make_recipe
 from compressor.verification.verify import verify

@@ -14,7 +14,7 @@ from compressor.errors import RecipeError, SourceError
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.inspection import inspect_model
-from compressor.model import quantization_config
+from compressor.model.hf_config import quantization_config
 from compressor.model.source import ModelSource
 from compressor.output import default_out
 from compressor.recipe.build import quantize_recipe

@@ -18,7 +18,7 @@ from compressor.formats.int_group import IntGroup
 from compressor.formats.numerics.activations import FixedScale, scales
 from compressor.job import Event
 from compressor.model.block import Block
-from compressor.model.feeds import find_feeds
+from compressor.model.dataflow import find_feeds
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
 from compressor.passes import _learned_rotation

@@ -16,7 +16,7 @@ from transformers.models.auto import configuration_auto
 import compressor
 from compressor.errors import RecipeError, SourceError
 from compressor.inspection import inspect_model
-from compressor.model import block_configs
+from compressor.model.hf_config import decilm
 from compressor.model.source import ModelSource
 from compressor.pruning.shapes import parameters
 from compressor.runtime import hf
@@ -76,9 +76,9 @@ def test_heads_that_go_in_all_blocks_count(text_file: Path, tmp_path: Path, tiny
 def test_without_a_number_of_groups_every_head_is_one(groups: dict[str, Any]) -> None:
     """As transformers has it of Llama."""
     llama = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 1, **groups}
-    written = {**llama, **block_configs.changes(llama, [48])}
+    written = {**llama, **decilm.changes(llama, [48])}
     assert written["block_configs"][0]["attention"]["n_heads_in_group"] == 1
-    assert block_configs.widths(written, "here") == {"model.layers.0.mlp": 48}
+    assert decilm.widths(written, "here") == {"model.layers.0.mlp": 48}
 
 
 def test_it_is_saved_and_read_again_by_either(out: Path, tmp_path: Path) -> None:
@@ -115,11 +115,11 @@ def test_entries_are_attributes_of_the_config_as_vllm_asks_for_them(out: Path) -
 def test_widths_of_whole_256s_are_said_by_their_multiple_too(hidden: int) -> None:
     llama = {"hidden_size": hidden, "num_attention_heads": 16, "num_key_value_heads": 4}
     for count in range(256, 4 * hidden, 256):
-        (block,) = block_configs.changes(llama, [count])["block_configs"]
+        (block,) = decilm.changes(llama, [count])["block_configs"]
         whole = int(2 * block["ffn"]["ffn_mult"] * hidden / 3)  # as llama.cpp, vLLM and TensorRT-LLM compute it
         assert whole + -whole % 256 == count
         assert block["attention"]["n_heads_in_group"] == 4
-    assert "ffn_mult" not in block_configs.changes(llama, [256, 320])["block_configs"][0]["ffn"]
+    assert "ffn_mult" not in decilm.changes(llama, [256, 320])["block_configs"][0]["ffn"]
 
 
 def test_it_can_be_rounded_and_is_then_read_by_stock_transformers_too(model: Path, text_file: Path, tmp_path: Path) -> None:
@@ -174,8 +174,8 @@ def test_no_foreign_code_is_run(out: Path) -> None:
     (check,) = [check for check in verify(out) if check.check == "transformers"]
     assert (check.outcome, check.detail) == ("skipped", "it would run code from the directory, which is not this package's")
     change_config(out, auto_map={"AutoConfig": "somebody/elses--decilm.DeciLMConfig"})
-    (out / "decilm.py").write_bytes(block_configs.CODE.read_bytes())
-    assert not block_configs.own_code(out, config(out))
+    (out / "decilm.py").write_bytes(decilm.CODE.read_bytes())
+    assert not decilm.own_code(out, config(out))
 
 
 def test_inspect_says_who_reads_it(out: Path) -> None:

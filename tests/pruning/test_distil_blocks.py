@@ -15,8 +15,8 @@ from compressor.calibration.data import Samples, load_samples
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError
 from compressor.job import Event, Tell, silent
+from compressor.model.edited import Rewriting
 from compressor.model.edits import fewer_sublayers
-from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
 from compressor.pruning.blockwise import Twins, fit

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from compressor import api
 from compressor.errors import RecipeError
+from compressor.model.edited import Rewriting
 from compressor.model.edits import fewer_sublayers
-from compressor.model.rewritten import Rewriting
 from compressor.model.source import ModelSource
 from compressor.pruning.readers import Both, Refit
 from compressor.pruning.residual import Residual, fitting

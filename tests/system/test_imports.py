@@ -26,7 +26,6 @@ FLOORS = (
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Modules that are still outside the package that they belong to.
 MOVING = {
-    **dict.fromkeys(("absent", "narrow", "kv_cache", "hadamard"), "model"),
     **dict.fromkeys(("model.runtimes", "card", "results", "inspection", "report_html"), "report"),
     **dict.fromkeys(("kernels", "_on_import"), "runtime"),
     **dict.fromkeys(

@@ -8,8 +8,8 @@ import torch
 
 from compressor.errors import SourceError
 from compressor.formats.base import Format, QuantizedTensor, borrowed
-from compressor.model import quantization_config
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.hf_config import quantization_config
 from compressor.recipe import registry
 
 DENSE = "weight"

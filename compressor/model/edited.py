@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from compressor.hadamard import Blocks
 from compressor.model.checkpoint import Checkpoint
+from compressor.model.surgery.online_hadamard import Blocks
 
 Progress = Callable[[int, int], None]  # done, total
 
@@ -31,11 +31,12 @@ class Rewriting:
         tensors: By name on disk: the new values, fp32, from the old ones.
         copies: New name on disk -> the tensor that it starts from.
         config: Entries of config.json.
-        hadamard: Layers whose activations are turned from now on (compressor/hadamard.py), by full name.
+        hadamard: Layers whose activations are turned from now on (compressor/model/surgery/online_hadamard.py), by full name.
         shapes: By name on disk, where they are others.
         removed: Names that are no longer there.
-        absent: Sub-layers that the model does without from now on (compressor/absent.py), by full name.
-        widths: All sub-layers that are narrower than the config says (compressor/narrow.py), by full name; None: as before.
+        absent: Sub-layers that the model does without from now on (compressor/model/surgery/skip_sublayers.py), by full name.
+        widths: All sub-layers that are narrower than the config says (compressor/model/surgery/resize.py), by full name;
+            None: as before.
         blocks: Of each block, the number that it had; empty if all have kept theirs.
         files: What lies beside the weights, by its place in the directory: the file that it is a copy of.
     """

@@ -14,9 +14,9 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from compressor.absent import MLP
 from compressor.errors import SourceError
 from compressor.model.checkpoint import read_config
+from compressor.model.surgery.skip_sublayers import MLP
 
 CONFIG = "config.json"
 MODEL_TYPE, ARCHITECTURE = "nemotron-nas", "DeciLMForCausalLM"

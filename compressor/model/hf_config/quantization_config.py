@@ -2,7 +2,7 @@
 
 Three layouts are written. `compressed-tensors` holds everything that stock transformers and vLLM can load; byte facts and the
 JSON were taken from compressed-tensors 0.20 (https://github.com/vllm-project/compressed-tensors). `gptq` is for one format
-(compressor/model/gptq_config.py). `compressor` is our own, for the rest: it lists each packed layer with its format as a
+(compressor/model/hf_config/gptq.py). `compressor` is our own, for the rest: it lists each packed layer with its format as a
 recipe would write it.
 """
 
@@ -20,9 +20,9 @@ from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.numerics.activations import SCHEMES
 from compressor.formats.nvfp4 import NVFP4
-from compressor.hadamard import Blocks, largest_block
-from compressor.kv_cache import CacheRounding, read_scheme
-from compressor.model.gptq_config import AUTO_ROUND, GPTQ, Reader, auto_round_reader, gptq_reader, refuse_set, write_gptq
+from compressor.model.hf_config.gptq import AUTO_ROUND, GPTQ, Reader, auto_round_reader, gptq_reader, refuse_set, write_gptq
+from compressor.model.surgery.kv_cache import CacheRounding, read_scheme
+from compressor.model.surgery.online_hadamard import Blocks, largest_block
 from compressor.reading import cause, elide
 from compressor.recipe import registry
 from compressor.recipe.expressions import expressions

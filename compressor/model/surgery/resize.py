@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from compressor.absent import ATTENTION, MLP
 from compressor.errors import SourceError
+from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
 
 READERS = {ATTENTION: ("q_proj", "k_proj", "v_proj"), MLP: ("gate_proj", "up_proj")}  # lose rows
 WRITER = {ATTENTION: "o_proj", MLP: "down_proj"}  # loses columns

@@ -1,0 +1,1 @@
+"""Read and write what config.json says of compression: quantization_config in all its layouts, and block configs."""
