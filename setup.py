@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
-HERE = Path("compressor/kernels/cpu")
+HERE = Path("compressor/runtime/kernels/cpu")
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 
 
@@ -40,7 +40,7 @@ setup(
     cmdclass={"build_ext": BuildKernels},
     ext_modules=[
         Extension(
-            "compressor.kernels.cpu._kernels",
+            "compressor.runtime.kernels.cpu._kernels",
             sorted(map(str, HERE.glob("*.c"))),
             depends=sorted(map(str, HERE.glob("*.h"))),
             extra_compile_args=FLAGS,

@@ -9,12 +9,12 @@
     model = compressor.load("out/")
 
 Importing the package is cheap: torch and transformers are imported with the first function that is used. Once transformers is
-imported too, its `AutoModelForCausalLM.from_pretrained` keeps packed weights packed (compressor/runtime/hf.py).
+imported too, its `AutoModelForCausalLM.from_pretrained` keeps packed weights packed (compressor/runtime/hf_quantizer.py).
 """
 
 from typing import TYPE_CHECKING, Any
 
-from compressor._on_import import on_import
+from compressor.runtime.on_import import on_import
 
 if TYPE_CHECKING:
     from compressor.api import Forecast, fit, forecast, prune, quantize, run
@@ -50,7 +50,7 @@ _HOME = {
 
 
 def _register() -> None:
-    from compressor.runtime.hf import register
+    from compressor.runtime.hf_quantizer import register
 
     register()
 

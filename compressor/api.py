@@ -13,7 +13,6 @@ import torch
 from compressor import pipeline, tuning
 from compressor.calibration.data import TOKENS_AT_ONCE, Samples
 from compressor.calibration.hidden import Keep, keeping
-from compressor.card import model_card
 from compressor.contract import Plan, Prunes, Tunes
 from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
@@ -37,8 +36,9 @@ from compressor.provenance import fingerprint, fingerprint_plan, finished_report
 from compressor.pruning.stage import clear, expected_peak, held, pruned, pruning_place, sketched
 from compressor.recipe.build import prune_recipe, quantize_recipe
 from compressor.recipe.schema import Recipe, changed_patterns, load_recipe
-from compressor.report import Report
-from compressor.results import CARD, completed, written
+from compressor.report.card import model_card
+from compressor.report.files import CARD, completed, written
+from compressor.report.record import Report
 from compressor.verification.check import WrongError
 from compressor.verification.probe import Record
 from compressor.verification.verify import verify as verify_directory

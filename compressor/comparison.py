@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import OutputError
-from compressor.inspection import Inspection, inspect_model
 from compressor.job import Tell, silent
 from compressor.judging import evaluate_all
 from compressor.model.checkpoint import Checkpoint
 from compressor.provenance import versions
-from compressor.report import Report
-from compressor.report_html.page import render
-from compressor.report_html.plots import pareto_front
-from compressor.results import REPORT, read_report
+from compressor.report.files import REPORT, read_report
+from compressor.report.html.page import render
+from compressor.report.html.plots import pareto_front
+from compressor.report.inspect import Inspection, inspect_model
+from compressor.report.record import Report
 
 
 @dataclass(frozen=True)

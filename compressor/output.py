@@ -11,8 +11,6 @@ import torch
 from compressor.contract import Pass, Plan, Prunes
 from compressor.formats.base import Borrowing, Contextual, Format
 from compressor.formats.numerics.activations import Seen
-from compressor.kernels.cuda import sources
-from compressor.kernels.layouts import Layout, layout_for
 from compressor.model import shards
 from compressor.model.architecture import LinearKind, linear_layers
 from compressor.model.hf_config import quantization_config
@@ -24,7 +22,9 @@ from compressor.model.writer import Workspace, copy_other_files
 from compressor.plan import settled, stored_formats, total_bits
 from compressor.plan_file import to_text
 from compressor.recipe.schema import Recipe, Target, to_yaml
-from compressor.report import Report
+from compressor.report.record import Report
+from compressor.runtime.kernels.cuda import sources
+from compressor.runtime.kernels.layouts import Layout, layout_for
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record
 

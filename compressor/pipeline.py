@@ -24,7 +24,7 @@ from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.surgery.kv_cache import CacheScales
 from compressor.model.writer import Workspace
 from compressor.plan import block_names, cache_roundings, choose, describe_stored, rest_names, stored_formats
-from compressor.report import Report, Row
+from compressor.report.record import Report, Row
 from compressor.verification.manifest import entries
 from compressor.verification.probe import Probe, Record
 

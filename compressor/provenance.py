@@ -24,7 +24,7 @@ from compressor.model.writer import clear_up
 from compressor.plan import describe_plan
 from compressor.reading import read_json
 from compressor.recipe.schema import Recipe, to_yaml
-from compressor.report import Report, Row
+from compressor.report.record import Report, Row
 
 
 def fingerprint(recipe: Recipe, source: ModelSource, calibration: Samples | None) -> dict[str, str]:

@@ -19,7 +19,7 @@ from compressor.model.source import return_freed_memory
 from compressor.model.writer import Workspace
 from compressor.pipeline import finish_probe, keep, part_name, stored_layers
 from compressor.plan import block_names
-from compressor.report import Report
+from compressor.report.record import Report
 from compressor.verification.probe import Probe, Record
 
 TUNED = "tuned"

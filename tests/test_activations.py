@@ -38,11 +38,11 @@ from compressor.formats.numerics.activations import (
 )
 from compressor.formats.numerics.minifloat import Minifloat
 from compressor.formats.nvfp4 import NVFP4
-from compressor.inspection import inspect_model
 from compressor.model.hf_config import quantization_config
 from compressor.model.source import ModelSource
 from compressor.recipe.schema import make_recipe
-from compressor.runtime.linear import PackedWeight
+from compressor.report.inspect import inspect_model
+from compressor.runtime.packed_linear import PackedWeight
 from compressor.verification.loaders import streamed_logits
 from compressor.verification.verify import verify
 

@@ -17,10 +17,10 @@ from compressor.calibration.stats import Hessian
 from compressor.calibration.stream import CalibrationStream
 from compressor.distributed import Ranks
 from compressor.errors import SourceError
-from compressor.inspection import inspect_model
 from compressor.model.source import ModelSource
 from compressor.model.surgery.online_hadamard import largest_block, turned
 from compressor.recipe.schema import Recipe, make_recipe
+from compressor.report.inspect import inspect_model
 from compressor.verification.verify import verify
 
 Tiny = Callable[..., Path]

@@ -9,10 +9,10 @@ from tiny_models import change_config, tensors
 
 from compressor import api
 from compressor.cli import main
-from compressor.inspection import Inspection, inspect_model
-from compressor.model.runtimes import Runtime
 from compressor.recipe.build import quantize_recipe
 from compressor.recipe.schema import make_recipe
+from compressor.report.compatibility import Runtime
+from compressor.report.inspect import Inspection, inspect_model
 
 EVERYWHERE = {"compressor": True, "transformers": True, "vLLM": True, "SGLang": True, "llama.cpp": False}
 

@@ -17,7 +17,6 @@ import compressor
 from compressor import api, pipeline
 from compressor.cli import main
 from compressor.errors import CalibrationError, RecipeError, SourceError
-from compressor.inspection import inspect_model
 from compressor.model.hf_config.quantization_config import cache_rounding
 from compressor.model.source import ModelSource
 from compressor.model.surgery.kv_cache import CacheRounding, read_scheme
@@ -25,7 +24,8 @@ from compressor.output import default_out
 from compressor.passes.kv_cache import KVCache
 from compressor.plan import make_plan
 from compressor.recipe.schema import Recipe, make_recipe
-from compressor.runtime.linear import PackedWeight
+from compressor.report.inspect import inspect_model
+from compressor.runtime.packed_linear import PackedWeight
 from compressor.verification.loaders import streamed_logits
 from compressor.verification.verify import verify
 

@@ -14,7 +14,7 @@ from compressor.recipe import presets, registry
 from compressor.recipe.build import quantize_recipe
 from compressor.recipe.presets import METHODS
 from compressor.recipe.registry import describe
-from compressor.report import Report
+from compressor.report.record import Report
 
 FAST = ("steps", "learn")  # what takes long
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from compressor.errors import OutputError
-from compressor.report import Report
-from compressor.results import amend, completed, read_report, written
+from compressor.report.files import amend, completed, read_report, written
+from compressor.report.record import Report
 
 
 def quality(perplexity: float, kl: float | None) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_tasks_are_added_and_those_asked_again_replaced(place: Path) -> None:
 
 
 def test_a_card_is_made_of_the_least_that_a_report_holds(place: Path, report: dict[str, Any]) -> None:
-    from compressor.report_html.schema import NEEDED
+    from compressor.report.html.schema import NEEDED
 
     (place / "report.json").write_text(json.dumps({key: report[key] for key in NEEDED}))
     assert "# o\n" in card(place)

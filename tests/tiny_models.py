@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import compressor
-from compressor.runtime.hf import stock
+from compressor.runtime.hf_quantizer import stock
 
 VOCABULARY = 384
 POSITIONS = 64

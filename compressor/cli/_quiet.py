@@ -17,7 +17,7 @@ def tell_kernels() -> None:
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("compressor.kernels.dispatch")
+    log = logging.getLogger("compressor.runtime.kernels.dispatch")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

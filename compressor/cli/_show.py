@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.report_html.model import protocol
-from compressor.report_html.numbers import duration, size
+from compressor.report.html.model import protocol
+from compressor.report.html.numbers import duration, size
 
 if TYPE_CHECKING:
     from compressor.api import Forecast
     from compressor.job import Event
-    from compressor.report import Report
+    from compressor.report.record import Report
 
 
 OPENING = 3.0  # seconds
@@ -296,8 +296,8 @@ def loaders(out: str) -> str:
     """The runtimes that load what a run wrote."""
     import torch
 
-    from compressor.model.runtimes import runtimes
     from compressor.model.source import ModelSource
+    from compressor.report.compatibility import runtimes
 
     found = [one for one in runtimes(ModelSource(Path(out), torch.device("cpu"))) if one.loads]
     return ", ".join(one.name if one.tried else f"{one.name} (as read, not run)" for one in found)

@@ -8,7 +8,7 @@ import typer
 
 from compressor.cli import _arguments as a
 from compressor.cli._show import print_json, print_table, progress
-from compressor.report_html.numbers import size
+from compressor.report.html.numbers import size
 
 
 def bench(
@@ -37,16 +37,16 @@ def bench(
 
     Example: `compress bench model-int4 --reference model/ --batch 1 --batch 16 --save`
     """
-    from compressor import results
     from compressor.cli._quiet import quiet
     from compressor.inputs import computation_dtype
     from compressor.job import Event
     from compressor.model.device import compute_device
+    from compressor.report import files
     from compressor.runtime import bench as runtime
 
     quiet()
     if save:
-        results.read_report(model)  # fails before the work
+        files.read_report(model)  # fails before the work
     place = compute_device(device)
     with progress() as tell:
         speed = runtime.bench(
@@ -62,7 +62,7 @@ def bench(
             tell=lambda done, total, what: tell(Event("bench", done, total, what)),
         )
     if save:
-        results.amend(model, speed=speed.to_dict())
+        files.amend(model, speed=speed.to_dict())
     if as_json:
         print_json(speed.to_dict())
     else:

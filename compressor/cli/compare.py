@@ -10,8 +10,8 @@ import typer
 
 from compressor.cli import _arguments as a
 from compressor.cli._show import print_json, print_table, progress
-from compressor.report_html.model import protocol
-from compressor.report_html.numbers import size
+from compressor.report.html.model import protocol
+from compressor.report.html.numbers import size
 
 if TYPE_CHECKING:
     from compressor.comparison import Compared

@@ -8,7 +8,7 @@ import typer
 
 from compressor.cli import _arguments as a
 from compressor.cli._show import print_json, print_table, progress
-from compressor.report_html.numbers import size
+from compressor.report.html.numbers import size
 
 PROMPT = "def read(self, size=-1):"
 
@@ -28,7 +28,7 @@ def demo(
     from compressor.cli._quiet import quiet
     from compressor.model.journal import replace_text, writing
     from compressor.recipe.build import quantize_recipe
-    from compressor.report_html.page import render
+    from compressor.report.html.page import render
     from compressor.runtime.load import generate
 
     quiet()

@@ -60,12 +60,12 @@ def eval_(
 
     Example: `compress eval model-int4 --reference model/ --max-kl 0.05 --max-ppl-increase 2%`
     """
-    from compressor import results
     from compressor.cli._quiet import quiet
     from compressor.errors import RecipeError
     from compressor.evaluation.limits import Limits, share
     from compressor.evaluation.tasks.suites import tasks_of
     from compressor.judging import answer_tasks, check_tasks, evaluate
+    from compressor.report import files
 
     names = [*(tasks or ()), *(tasks_of(suite) if suite else ())]
     limits = Limits(max_kl, max_kl_p99, share(max_ppl_increase, "--max-ppl-increase"), share(min_top1, "--min-top1"))
@@ -76,7 +76,7 @@ def eval_(
     if limit is not None and not names:
         raise RecipeError(f"--limit {limit}: there are no questions; name --tasks or a --suite")
     if save:
-        results.check_amendable(model, judged=text, compared=reference is not None)  # fails before the work
+        files.check_amendable(model, judged=text, compared=reference is not None)  # fails before the work
     quiet()
     if names:
         check_tasks(model, names, limit, seed)  # fails before the work
@@ -96,7 +96,7 @@ def eval_(
         broken = limits.broken(quality) if limits.any else []
         answer |= quality.to_dict()
         if save:
-            results.amend(model, quality=quality.to_dict())
+            files.amend(model, quality=quality.to_dict())
         if not as_json:
             print_quality(str(model), quality.to_dict())
     if names:
@@ -104,7 +104,7 @@ def eval_(
             answered = answer_tasks(model, names, reference, limit=limit, announce=_announce, **shared, tell=tell)
         answer["tasks"] = [result.to_dict() for result in answered]
         if save:
-            results.amend(model, tasks=answer["tasks"])
+            files.amend(model, tasks=answer["tasks"])
         if not as_json:
             print_tasks(answer["tasks"])
     if as_json:

@@ -8,11 +8,11 @@ import typer
 
 from compressor.cli import _arguments as a
 from compressor.cli._show import print_json, print_table, print_warnings
-from compressor.report_html.numbers import size
+from compressor.report.html.numbers import size
 
 if TYPE_CHECKING:
-    from compressor.inspection import Inspection, Parameter
-    from compressor.model.runtimes import Runtime
+    from compressor.report.compatibility import Runtime
+    from compressor.report.inspect import Inspection, Parameter
 
 
 def inspect(
@@ -25,7 +25,7 @@ def inspect(
     Example: `compress inspect model-int4 --tensors`
     """
     from compressor.cli._quiet import quiet
-    from compressor.inspection import inspect_model
+    from compressor.report.inspect import inspect_model
 
     quiet()
     found = inspect_model(model)

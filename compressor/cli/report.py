@@ -26,9 +26,9 @@ def report(
     Example: `compress report model-int4 model-int3 --out page.html`
     """
     from compressor.model.journal import replace_text
-    from compressor.report_html.page import render
-    from compressor.report_html.plots import plot_data
-    from compressor.results import read_report
+    from compressor.report.files import read_report
+    from compressor.report.html.page import render
+    from compressor.report.html.plots import plot_data
 
     reports = [read_report(directory) for directory in directories]
     if out is None:

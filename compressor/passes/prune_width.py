@@ -9,6 +9,7 @@ with which the model's predictions stay nearest to what they were.
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from compressor.assets import DECILM_CODE
 from compressor.contract import Pruned
 from compressor.errors import RecipeError
 from compressor.model.edited import Rewriting
@@ -85,7 +86,7 @@ class PruneWidth(WidthPass):
             )
         counts = [keep.get(name, part.count) for name, (_, part) in find_all(source).items() if part.name == MLP]
         config = {**shape.config, **decilm.changes({**source.raw_config, **shape.config}, counts)}
-        return Rewriting({}, config=config, files={decilm.CODE.name: decilm.CODE})
+        return Rewriting({}, config=config, files={DECILM_CODE.name: DECILM_CODE})
 
     def prune(self, work: Work) -> Pruned:
         """Narrow the model: first in more widths than it will have, then in the best of them by themselves."""

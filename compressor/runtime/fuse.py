@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from compressor.kernels.dispatch import prepare
-from compressor.kernels.layouts import Layout
-from compressor.kernels.layouts._tiles import ROWS
-from compressor.kernels.layouts.around import Around
 from compressor.model.architecture import fused_groups
-from compressor.runtime.linear import PackedLinear, PackedWeight, StoredLinear, link
+from compressor.runtime.kernels.dispatch import prepare
+from compressor.runtime.kernels.layouts import Layout
+from compressor.runtime.kernels.layouts._tiles import ROWS
+from compressor.runtime.kernels.layouts.around import Around
+from compressor.runtime.packed_linear import PackedLinear, PackedWeight, StoredLinear, link
 
 log = logging.getLogger(__name__)
 

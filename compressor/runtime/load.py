@@ -10,8 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compressor.host import known_state
-from compressor.kernels.cuda import sources
-from compressor.kernels.dispatch import AUTO
 from compressor.model.checkpoint import native_dtype, read_config
 from compressor.model.device import compute_device
 from compressor.model.generation import generate_plainly
@@ -19,7 +17,9 @@ from compressor.model.hf_config.quantization_config import write
 from compressor.model.source import ModelSource
 from compressor.model.unused import log_warnings
 from compressor.runtime.fuse import make_ready
-from compressor.runtime.linear import packed_linear_module
+from compressor.runtime.kernels.cuda import sources
+from compressor.runtime.kernels.dispatch import AUTO
+from compressor.runtime.packed_linear import packed_linear_module
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def load(
         dtype: Of the computation; None takes the checkpoint's where the device computes in it, else float32.
         kernel: "auto", or the one to use: "native" (FP8 weights and activations on tensor cores), "cuda", "cpu" (rounds
             activations to 8 bits) or "reference" (slow and exact).
-            The choice and its reason are logged by `compressor.kernels.dispatch`.
+            The choice and its reason are logged by `compressor.runtime.kernels.dispatch`.
         dense: Dequantise packed layers, once, here.
         trust_kernels: Compile the CUDA sources that lie beside the weights, where they are not this package's own: they run
             with your rights. Otherwise this package's are used, which decode the same bytes.

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from compressor.kernels.dispatch import choose
 from compressor.model.checkpoint import read_config
-from compressor.runtime.linear import PackedWeight, StoredLinear
+from compressor.runtime.kernels.dispatch import choose
 from compressor.runtime.load import load
+from compressor.runtime.packed_linear import PackedWeight, StoredLinear
 
 TRIES = 5  # of each way to use the memory's bandwidth; the best counts
 

@@ -19,8 +19,8 @@ from compressor.evaluation.predict import final_hidden
 from compressor.model.hf_config import decilm
 from compressor.model.hf_config.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.memory import available_memory, parameters
-from compressor.model.runtimes import activation_bits, per_tensor, stock_dtype
 from compressor.model.source import ModelSource
+from compressor.report.compatibility import activation_bits, per_tensor, stock_dtype
 from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
 from compressor.verification.manifest import MANIFEST, Manifest
 from compressor.verification.probe import Record, probe_tokens

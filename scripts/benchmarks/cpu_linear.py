@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from compressor.formats.numerics.codes import IntCodes
-from compressor.kernels import cpu
-from compressor.kernels.layouts.int_groups import IntGroups
+from compressor.runtime.kernels import cpu
+from compressor.runtime.kernels.layouts.int_groups import IntGroups
 
 SHAPES = ((4096, 4096), (14336, 4096))
 BITS = (2, 3, 4, 8)

@@ -23,9 +23,9 @@ from sanitizer import TOOLS, watched
 from weights import FORMATS, Format
 
 from compressor.errors import KernelError
-from compressor.kernels import cuda, native
-from compressor.kernels.cuda import instances, program
-from compressor.kernels.layouts import Layout
+from compressor.runtime.kernels import cuda, native
+from compressor.runtime.kernels.cuda import instances, program
+from compressor.runtime.kernels.layouts import Layout
 
 TOKENS = (1, 7, 8, 16, 33, 64, 65)
 SHAPES = (  # made as small as a format asks for
@@ -152,7 +152,7 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     first = laid_out(options.formats[0], 64, 128, torch.device("cpu"))
     if (obstacle := cuda.obstacle(first.layout, device, torch.bfloat16)) is not None:
-        sys.stderr.write(f"scripts/gpu/check: the kernels cannot run here: {obstacle}; see compressor/kernels/cuda\n")
+        sys.stderr.write(f"scripts/gpu/check: the kernels cannot run here: {obstacle}; see compressor/runtime/kernels/cuda\n")
         return 2
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}", flush=True)
     if options.sanitized:

@@ -13,11 +13,11 @@ from weights import layout_of, make
 
 from compressor.formats.numerics.activations import IN_PRODUCTS
 from compressor.formats.numerics.codes import Codes, DenseCodes, FloatCodes, IntCodes, values
-from compressor.kernels import native
-from compressor.kernels.cuda import instances
-from compressor.kernels.cuda.instances import Tile
-from compressor.kernels.layouts import Layout
-from compressor.kernels.layouts.fp8_rows import Fp8Rows
+from compressor.runtime.kernels import native
+from compressor.runtime.kernels.cuda import instances
+from compressor.runtime.kernels.cuda.instances import Tile
+from compressor.runtime.kernels.layouts import Layout
+from compressor.runtime.kernels.layouts.fp8_rows import Fp8Rows
 
 MARGIN = 64  # elements before and after an output, which leave it as aligned as it was
 

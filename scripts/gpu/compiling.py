@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from compressor.kernels.cuda import instances, nvrtc, sources
-from compressor.kernels.cuda.instances import Tile
-from compressor.kernels.layouts import Layout, named
+from compressor.runtime.kernels.cuda import instances, nvrtc, sources
+from compressor.runtime.kernels.cuda.instances import Tile
+from compressor.runtime.kernels.layouts import Layout, named
 
 Wanted = tuple[Layout, tuple[Tile, ...]]
 

@@ -11,8 +11,8 @@ from checks import Case, Finding, Load
 from parity import in_stored_order  # type: ignore[import-not-found] # of tests/kernels
 from torch import Tensor
 
-from compressor.kernels import cuda
-from compressor.kernels.cuda import instances
+from compressor.runtime.kernels import cuda
+from compressor.runtime.kernels.cuda import instances
 
 REPLAYS = 3
 TIMES = 20  # that each of two streams runs its chain

@@ -12,11 +12,11 @@ from torch.nn.functional import linear as dense_linear
 from weights import layout_of, make, nbytes
 
 from compressor.formats.numerics.codes import FloatCodes
-from compressor.kernels import native
-from compressor.kernels.cuda import instances
-from compressor.kernels.cuda.instances import Tile
-from compressor.kernels.layouts import Layout
-from compressor.kernels.layouts.fp8_rows import Fp8Rows
+from compressor.runtime.kernels import native
+from compressor.runtime.kernels.cuda import instances
+from compressor.runtime.kernels.cuda.instances import Tile
+from compressor.runtime.kernels.layouts import Layout
+from compressor.runtime.kernels.layouts.fp8_rows import Fp8Rows
 
 FUSED, ALONE, UNPACKED, NATIVE, DENSE = "fused", "fused, without overlap", "dequantised", "native", "bf16"
 FORMAT_OF_RIVALS = "4 bits"

@@ -24,9 +24,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from compressor.formats.numerics.codes import IntCodes
-from compressor.kernels.layouts.int_groups import IntGroups
 from compressor.runtime.fuse import fuse
-from compressor.runtime.linear import PackedLinear, PackedWeight, Stored
+from compressor.runtime.kernels.layouts.int_groups import IntGroups
+from compressor.runtime.packed_linear import PackedLinear, PackedWeight, Stored
 
 GROUP, ROUNDS, REPLAYS = 128, 7, 20
 LLAMA_3_8B = {

@@ -12,7 +12,7 @@ from contestants import DENSE, FUSED, UNPACKED, Contestant, layout_named
 from show import in_a_line, table
 from timing import Budget, Gpu, OutOfTimeError, in_turns, write
 
-from compressor.kernels.cuda import instances
+from compressor.runtime.kernels.cuda import instances
 
 LAST, LAST_MINUTES = "model", 2.0  # the section that minutes are kept for
 

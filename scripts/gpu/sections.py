@@ -24,9 +24,9 @@ from rivals import RIVALS, Rival
 from show import in_a_line
 from timing import copies
 
-from compressor.kernels import native
-from compressor.kernels.cuda import instances
-from compressor.kernels.cuda.instances import Tile
+from compressor.runtime.kernels import native
+from compressor.runtime.kernels.cuda import instances
+from compressor.runtime.kernels.cuda.instances import Tile
 
 BLOCK = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # the fused linear layers of a block of Llama-3-8B
 SHAPES = (*BLOCK, (8192, 8192), (14336, 4096))

@@ -15,9 +15,9 @@ import torch
 from compiling import Wanted, compile_all
 
 from compressor.errors import CompressorError
-from compressor.kernels.cuda import nvrtc
-from compressor.kernels.cuda.instances import Tile
-from compressor.kernels.cuda.program import Program, architecture, load
+from compressor.runtime.kernels.cuda import nvrtc
+from compressor.runtime.kernels.cuda.instances import Tile
+from compressor.runtime.kernels.cuda.program import Program, architecture, load
 
 ROUNDS = 7
 CALLS = 32  # in a graph, at least: then what a replay costs is below a hundredth

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compressor.formats.numerics.codes import Codes, DenseCodes, FloatCodes, IntCodes, SignCodes, VectorCodes
 from compressor.formats.numerics.minifloat import E2M1, E4M3, Minifloat
-from compressor.kernels.layouts import Layout, layout_for
+from compressor.runtime.kernels.layouts import Layout, layout_for
 
 Make = Callable[[int, int, torch.device], Codes]  # of out_features, in_features, and where
 

@@ -21,9 +21,9 @@ from compressor.formats.mxfp4 import MXFP4
 from compressor.formats.mxfp8 import MXFP8
 from compressor.formats.numerics.minifloat import E2M1, E4M3Scale, E8M0Scale, ScaleType
 from compressor.formats.nvfp4 import NVFP4
-from compressor.inspection import inspect_model
 from compressor.model.source import ModelSource
 from compressor.recipe.schema import Recipe, make_recipe
+from compressor.report.inspect import inspect_model
 
 FORMATS = {"nvfp4": NVFP4(), "mxfp4": MXFP4()}
 KINDS: dict[str, ScaleType] = {"nvfp4": E4M3Scale(), "mxfp4": E8M0Scale()}

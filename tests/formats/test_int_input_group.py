@@ -7,7 +7,7 @@ from torch import Tensor
 from compressor.formats.base import Format
 from compressor.formats.int_group import IntGroup
 from compressor.formats.int_input_group import IntInputGroup
-from compressor.kernels.layouts import layout_for
+from compressor.runtime.kernels.layouts import layout_for
 
 SEARCH = pytest.mark.parametrize("search", [True, False])
 SYMMETRIC = pytest.mark.parametrize("symmetric", [True, False])

@@ -10,9 +10,9 @@ from compressor.formats.base import QuantizedTensor
 from compressor.formats.numerics.codebook import kmeans, near, nearest
 from compressor.formats.numerics.codes import VectorCodes, values
 from compressor.formats.vq import VQ, VectorGrid
-from compressor.kernels.layouts import layout_for
-from compressor.kernels.layouts import named as layout_name
-from compressor.kernels.op import packed_linear
+from compressor.runtime.kernels.layouts import layout_for
+from compressor.runtime.kernels.layouts import named as layout_name
+from compressor.runtime.kernels.op import packed_linear
 
 
 def drawn(count: int = 600, length: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

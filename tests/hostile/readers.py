@@ -13,7 +13,6 @@ from hostile.mutations import Mutate, bytes_changed, header_changed, json_change
 from compressor import api
 from compressor.calibration.data import documents
 from compressor.evaluation.tasks import files as task_files
-from compressor.inspection import inspect_model
 from compressor.model.checkpoint import INDEX, SINGLE, Checkpoint, read_config
 from compressor.model.hf_config.decilm import changes
 from compressor.model.journal import Journal, read_journal
@@ -21,7 +20,8 @@ from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
 from compressor.plan_file import read_plan
 from compressor.recipe.schema import load_recipe, make_recipe
-from compressor.results import read_report
+from compressor.report.files import read_report
+from compressor.report.inspect import inspect_model
 from compressor.verification.files import check_config, check_copies, check_files, check_hashes
 from compressor.verification.manifest import MANIFEST, read_manifest
 

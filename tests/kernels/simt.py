@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.kernels import cuda
+from compressor.runtime.kernels import cuda
 
 SOURCES = Path(cuda.__path__[0])
 EMULATOR = Path(__file__).parent / "simt"

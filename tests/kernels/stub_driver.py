@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.kernels.cuda.driver import Driver
+from compressor.runtime.kernels.cuda.driver import Driver
 
 GCC = shutil.which("gcc")
 needs_gcc = pytest.mark.skipif(GCC is None, reason="no gcc to compile a stand-in for libcuda with")

@@ -15,10 +15,10 @@ from test_driver import OFFSETS_AND_SIZES
 from test_nvrtc import installed
 from weights import FORMATS, layout_of, make
 
-from compressor.kernels.cuda import instances, nvrtc, sources
-from compressor.kernels.cuda.cache import Cubin
-from compressor.kernels.cuda.instances import Tile
-from compressor.kernels.layouts import Layout
+from compressor.runtime.kernels.cuda import instances, nvrtc, sources
+from compressor.runtime.kernels.cuda.cache import Cubin
+from compressor.runtime.kernels.cuda.instances import Tile
+from compressor.runtime.kernels.layouts import Layout
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 LOOKED_AT = "sm_90a"

@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 from compressor.errors import KernelError
 from compressor.formats.numerics.activations import token_scales
 from compressor.formats.numerics.codes import IntCodes, values
-from compressor.kernels import cpu
-from compressor.kernels.layouts.int_groups import IntGroups
+from compressor.runtime.kernels import cpu
+from compressor.runtime.kernels.layouts.int_groups import IntGroups
 
 SOURCES = Path(cpu.__file__).parent
 TILES = Path(__file__).with_name("amx_tiles.h")

@@ -13,8 +13,8 @@ from tolerance import TOLERANCE, error
 
 from compressor.formats.numerics.codes import FloatCodes, values
 from compressor.formats.numerics.minifloat import E2M1, E4M3, Minifloat
-from compressor.kernels.cuda import instances
-from compressor.kernels.layouts.floats import Floats
+from compressor.runtime.kernels.cuda import instances
+from compressor.runtime.kernels.layouts.floats import Floats
 
 pytestmark = simt.needs_gxx
 

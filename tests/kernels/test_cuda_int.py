@@ -12,8 +12,8 @@ from simt import Launch
 from tolerance import TOLERANCE, error
 
 from compressor.formats.numerics.codes import IntCodes, values
-from compressor.kernels.layouts.input_groups import InputGroups
-from compressor.kernels.layouts.int_groups import IntGroups
+from compressor.runtime.kernels.layouts.input_groups import InputGroups
+from compressor.runtime.kernels.layouts.int_groups import IntGroups
 
 pytestmark = simt.needs_gxx
 

@@ -11,7 +11,7 @@ from tolerance import TOLERANCE, error
 from torch import Tensor
 
 from compressor.formats.numerics.codes import DenseCodes
-from compressor.kernels.layouts.lossless import Lossless
+from compressor.runtime.kernels.layouts.lossless import Lossless
 
 pytestmark = simt.needs_gxx
 

@@ -27,11 +27,11 @@ from weights import FORMATS, layout_of, make
 
 from compressor.errors import KernelError
 from compressor.formats.numerics.codes import values
-from compressor.kernels import cuda
-from compressor.kernels.cuda import instances, nvrtc, program, sources
-from compressor.kernels.cuda.cache import Cubin
-from compressor.kernels.cuda.instances import Tile
-from compressor.kernels.layouts import Layout, named
+from compressor.runtime.kernels import cuda
+from compressor.runtime.kernels.cuda import instances, nvrtc, program, sources
+from compressor.runtime.kernels.cuda.cache import Cubin
+from compressor.runtime.kernels.cuda.instances import Tile
+from compressor.runtime.kernels.layouts import Layout, named
 
 pytestmark = [stub_driver.needs_gcc, simt.needs_gxx]
 STREAM = 0x57EA

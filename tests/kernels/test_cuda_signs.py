@@ -10,7 +10,7 @@ from simt import Launch
 from tolerance import TOLERANCE, error
 
 from compressor.formats.numerics.codes import SignCodes, values
-from compressor.kernels.layouts.signs import Signs
+from compressor.runtime.kernels.layouts.signs import Signs
 
 pytestmark = simt.needs_gxx
 

@@ -10,7 +10,7 @@ from simt import Launch
 from tolerance import TOLERANCE, error
 
 from compressor.formats.numerics.codes import VectorCodes, values
-from compressor.kernels.layouts.vectors import Vectors
+from compressor.runtime.kernels.layouts.vectors import Vectors
 
 pytestmark = simt.needs_gxx
 

@@ -8,10 +8,10 @@ import torch
 
 from compressor.errors import KernelError
 from compressor.formats.numerics.codes import IntCodes, values
-from compressor.kernels import dispatch
-from compressor.kernels.dispatch import choose
-from compressor.kernels.layouts import layout_for, named
-from compressor.kernels.op import packed_linear
+from compressor.runtime.kernels import dispatch
+from compressor.runtime.kernels.dispatch import choose
+from compressor.runtime.kernels.layouts import layout_for, named
+from compressor.runtime.kernels.op import packed_linear
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 LAYOUT = "int4-g128-bf16"

@@ -11,8 +11,8 @@ import stub_driver
 from stub_driver import Stub
 
 from compressor.errors import KernelError
-from compressor.kernels.cuda.driver import Driver, Kernel, LaunchAttribute, LaunchConfig
-from compressor.kernels.cuda.program import DEQUANTIZE, MULTIPLY
+from compressor.runtime.kernels.cuda.driver import Driver, Kernel, LaunchAttribute, LaunchConfig
+from compressor.runtime.kernels.cuda.program import DEQUANTIZE, MULTIPLY
 
 pytestmark = stub_driver.needs_gcc
 

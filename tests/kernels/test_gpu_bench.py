@@ -41,10 +41,10 @@ from torch import Tensor
 from weights import MEASURED, layout_of, make, nbytes
 
 from compressor.formats.numerics.codes import values
-from compressor.kernels import reference
-from compressor.kernels.cuda import instances
-from compressor.kernels.cuda.instances import Tile
-from compressor.kernels.layouts import Layout, named
+from compressor.runtime.kernels import reference
+from compressor.runtime.kernels.cuda import instances
+from compressor.runtime.kernels.cuda.instances import Tile
+from compressor.runtime.kernels.layouts import Layout, named
 
 SHAPE, OTHER, COPY = (256, 512), (512, 256), 4e12
 

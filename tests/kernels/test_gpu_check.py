@@ -29,10 +29,10 @@ from concurrency import REPLAYS, TIMES, Product, alone, chain, different, in_a_g
 from tolerance import TOLERANCE, error
 from torch import Tensor
 
-from compressor.kernels import cuda, native, reference
-from compressor.kernels.cuda import instances, nvrtc, program
-from compressor.kernels.cuda.instances import Tile
-from compressor.kernels.layouts import Layout
+from compressor.runtime.kernels import cuda, native, reference
+from compressor.runtime.kernels.cuda import instances, nvrtc, program
+from compressor.runtime.kernels.cuda.instances import Tile
+from compressor.runtime.kernels.layouts import Layout
 
 CPU = torch.device("cpu")
 SMALL = tuple((name, check.fitting(weights.FORMATS[name], shape)) for name in weights.FORMATS for shape in check.SMALL)

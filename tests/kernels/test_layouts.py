@@ -9,9 +9,9 @@ from torch import Tensor
 
 from compressor.formats.numerics.codes import FloatCodes, IntCodes, values
 from compressor.formats.numerics.minifloat import E2M1, E4M3, Minifloat
-from compressor.kernels.layouts.floats import Floats
-from compressor.kernels.layouts.input_groups import InputGroups
-from compressor.kernels.layouts.int_groups import IntGroups
+from compressor.runtime.kernels.layouts.floats import Floats
+from compressor.runtime.kernels.layouts.input_groups import InputGroups
+from compressor.runtime.kernels.layouts.int_groups import IntGroups
 
 BITS = (2, 3, 4, 8)
 INT_SHAPES = ((32, 256, 1, 128), (21, 200, 1, 200), (17, 384, 1, 64), (16, 192, 1, 96))  # N, K, a, b

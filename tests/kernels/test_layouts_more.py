@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from compressor.formats.numerics.codes import DenseCodes, SignCodes, VectorCodes, values
-from compressor.kernels.layouts.lossless import Lossless
-from compressor.kernels.layouts.signs import Signs
-from compressor.kernels.layouts.vectors import Vectors
+from compressor.runtime.kernels.layouts.lossless import Lossless
+from compressor.runtime.kernels.layouts.signs import Signs
+from compressor.runtime.kernels.layouts.vectors import Vectors
 
 SIGNS = {  # rows, columns, columns of a group, planes
     "signs1-g0": (16, 256, 256, 1),
@@ -172,7 +172,7 @@ def test_rows_of_any_number_are_counted_in_blocks(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     codes = DenseCodes(torch.randn(37, 100).mul(torch.logspace(-30, 30, 37)[:, None]).bfloat16())
     whole = Lossless().arrange(codes)
-    monkeypatch.setattr("compressor.kernels.layouts.lossless._BLOCK", 250)
+    monkeypatch.setattr("compressor.runtime.kernels.layouts.lossless._BLOCK", 250)
     assert all(torch.equal(part, whole[name]) for name, part in Lossless().arrange(codes).items())
 
 

@@ -9,11 +9,11 @@ from compressor.formats.fp8 import FP8
 from compressor.formats.numerics.activations import IN_PRODUCTS, FloatTokens
 from compressor.formats.numerics.codes import FloatCodes, values
 from compressor.formats.numerics.minifloat import E2M1, E4M3
-from compressor.kernels import dispatch, native
-from compressor.kernels.layouts import named
-from compressor.kernels.layouts.fp8_rows import Fp8Rows
-from compressor.kernels.op import packed_linear
-from compressor.runtime.linear import PackedLinear, packed_linear_module
+from compressor.runtime.kernels import dispatch, native
+from compressor.runtime.kernels.layouts import named
+from compressor.runtime.kernels.layouts.fp8_rows import Fp8Rows
+from compressor.runtime.kernels.op import packed_linear
+from compressor.runtime.packed_linear import PackedLinear, packed_linear_module
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

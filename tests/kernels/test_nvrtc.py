@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import KernelError
-from compressor.kernels.cuda import cache, nvrtc
-from compressor.kernels.cuda.cache import Cubin
+from compressor.runtime.kernels.cuda import cache, nvrtc
+from compressor.runtime.kernels.cuda.cache import Cubin
 
 SOURCE = "template <int N> __global__ void fill(int* out) { out[threadIdx.x] = N; }"
 GCC = shutil.which("gcc")

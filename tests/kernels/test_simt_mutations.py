@@ -10,7 +10,7 @@ import torch
 from simt import Launch
 from tolerance import TOLERANCE, error
 
-from compressor.kernels.layouts.int_groups import IntGroups
+from compressor.runtime.kernels.layouts.int_groups import IntGroups
 
 pytestmark = simt.needs_gxx
 

@@ -18,11 +18,11 @@ from compressor import api, pipeline
 from compressor.cli import main
 from compressor.errors import CompressorError, SourceError
 from compressor.formats.gptq_int import GptqInt
-from compressor.inspection import inspect_model
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.packed_layers import PackedLayers
 from compressor.model.source import ModelSource
 from compressor.recipe.schema import make_recipe
+from compressor.report.inspect import inspect_model
 from compressor.verification.verify import verify
 
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ from compressor.assets import DEMO_MODEL
 from compressor.errors import RecipeError, SourceError
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
-from compressor.inspection import inspect_model
 from compressor.model.hf_config import quantization_config
 from compressor.model.source import ModelSource
 from compressor.output import default_out
 from compressor.recipe.build import quantize_recipe
+from compressor.report.inspect import inspect_model
 
 INT4 = IntGroup(bits=4, group_size=128)
 

@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import configuration_auto
 
 import compressor
+from compressor.assets import DECILM_CODE
 from compressor.errors import RecipeError, SourceError
-from compressor.inspection import inspect_model
 from compressor.model.hf_config import decilm
 from compressor.model.source import ModelSource
 from compressor.pruning.shapes import parameters
-from compressor.runtime import hf
+from compressor.report.inspect import inspect_model
+from compressor.runtime import hf_quantizer
 from compressor.verification.verify import verify
 
 BLOCKS = {**UNEVEN, "layout": "block-configs"}
@@ -131,7 +132,7 @@ def test_it_can_be_rounded_and_is_then_read_by_stock_transformers_too(model: Pat
     packed.save_pretrained(tmp_path / "again")
     again = compressor.load(tmp_path / "again", dtype=torch.float32, kernel="reference")
     assert torch.equal(logits(again), logits(packed))
-    with hf.stock():
+    with hf_quantizer.stock():
         torch.testing.assert_close(logits(trusting(tmp_path / "both")), logits(packed), **ALIKE)
     assert type(trusting(tmp_path / "both").model.layers[0].mlp.down_proj) is not torch.nn.Linear  # but ours, with kernels
 
@@ -174,7 +175,7 @@ def test_no_foreign_code_is_run(out: Path) -> None:
     (check,) = [check for check in verify(out) if check.check == "transformers"]
     assert (check.outcome, check.detail) == ("skipped", "it would run code from the directory, which is not this package's")
     change_config(out, auto_map={"AutoConfig": "somebody/elses--decilm.DeciLMConfig"})
-    (out / "decilm.py").write_bytes(decilm.CODE.read_bytes())
+    (out / "decilm.py").write_bytes(DECILM_CODE.read_bytes())
     assert not decilm.own_code(out, config(out))
 
 

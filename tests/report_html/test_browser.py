@@ -11,7 +11,7 @@ import pytest
 from reports import full, quality, report, rows
 from test_page import HOSTILE, poisoned
 
-from compressor.report_html.page import render
+from compressor.report.html.page import render
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH to look at the page with")

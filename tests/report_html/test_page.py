@@ -9,7 +9,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 from reports import SHA, full, quality, report, rows
 
-from compressor.report_html.page import render
+from compressor.report.html.page import render
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7 * 7 }}`$&amp;"
 
@@ -97,7 +97,7 @@ class TestContent:
             assert words in text
 
     def test_only_the_needed_keys_suffice(self) -> None:
-        from compressor.report_html.schema import NEEDED
+        from compressor.report.html.schema import NEEDED
 
         text = Page(render([{key: value for key, value in report().items() if key in NEEDED}])).text
         assert "Quality was not measured" in text

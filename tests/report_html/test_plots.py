@@ -7,9 +7,9 @@ import random
 import pytest
 from reports import KINDS, quality, report, rows
 
-from compressor.report_html.numbers import duration, number, percent, size
-from compressor.report_html.placing import place
-from compressor.report_html.plots import layer_map, pareto_front, plot_data
+from compressor.report.html.numbers import duration, number, percent, size
+from compressor.report.html.placing import place
+from compressor.report.html.plots import layer_map, pareto_front, plot_data
 
 
 def front(*found: tuple[int, float]) -> set[str]:

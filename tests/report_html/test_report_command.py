@@ -9,8 +9,8 @@ from reports import full, report
 
 from compressor.cli.report import report as command
 from compressor.errors import CompressorError, OutputError
-from compressor.report_html.plots import plot_data
-from compressor.report_html.schema import NEEDED
+from compressor.report.html.plots import plot_data
+from compressor.report.html.schema import NEEDED
 
 
 @pytest.fixture

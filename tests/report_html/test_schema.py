@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from reports import full
 
-from compressor.card import model_card
 from compressor.errors import OutputError
-from compressor.report_html.page import render
-from compressor.report_html.plots import plot_data
-from compressor.report_html.schema import fault
-from compressor.results import read_report
+from compressor.report.card import model_card
+from compressor.report.files import read_report
+from compressor.report.html.page import render
+from compressor.report.html.plots import plot_data
+from compressor.report.html.schema import fault
 
 SEARCH = {
     "best": "evolution",

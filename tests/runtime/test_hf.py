@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 from compressor import api
-from compressor.runtime.hf import stock
-from compressor.runtime.linear import PackedLinear, PackedWeight
+from compressor.runtime.hf_quantizer import stock
+from compressor.runtime.packed_linear import PackedLinear, PackedWeight
 
 Tiny = Callable[..., Path]
 
@@ -99,7 +99,7 @@ class TestLeavingItToTransformers:
         """A scheme of floats goes to transformers, whatever it then makes of it."""
         from transformers.quantizers.auto import AutoHfQuantizer
 
-        from compressor.runtime.hf import PackedQuantizer
+        from compressor.runtime.hf_quantizer import PackedQuantizer
 
         config = json.loads((known / "config.json").read_text())["quantization_config"]
         config["config_groups"]["group_0"]["weights"] |= {"type": "float", "num_bits": 8}
@@ -117,4 +117,4 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known
 print("compressor" in known, known["gptq"].__module__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "compressor.runtime.hf"]
+    assert done.stdout.split() == ["True", "compressor.runtime.hf_quantizer"]

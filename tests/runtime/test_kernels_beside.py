@@ -10,7 +10,7 @@ import torch
 
 from compressor import api
 from compressor.errors import KernelError
-from compressor.kernels.cuda import sources
+from compressor.runtime.kernels.cuda import sources
 from compressor.runtime.load import _kernel
 
 GPU = torch.device("cuda")

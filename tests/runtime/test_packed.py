@@ -16,9 +16,9 @@ import compressor
 from compressor import api
 from compressor.errors import KernelError
 from compressor.formats.int_group import IntGroup
-from compressor.kernels.op import packed_linear
 from compressor.runtime.fuse import fuse
-from compressor.runtime.linear import PackedLinear, PackedWeight, StoredLinear, packed_linear_module
+from compressor.runtime.kernels.op import packed_linear
+from compressor.runtime.packed_linear import PackedLinear, PackedWeight, StoredLinear, packed_linear_module
 
 CPU = torch.device("cpu")
 FORMATS = [

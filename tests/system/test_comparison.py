@@ -9,7 +9,7 @@ from harness import CommandLine
 
 from compressor import api
 from compressor.comparison import compare, page
-from compressor.results import read_report
+from compressor.report.files import read_report
 
 FEW = {"samples": 2, "seq_len": 32}
 ASKED = ("--samples", 2, "--seq-len", 32)

@@ -26,8 +26,6 @@ FLOORS = (
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Modules that are still outside the package that they belong to.
 MOVING = {
-    **dict.fromkeys(("model.runtimes", "card", "results", "inspection", "report_html"), "report"),
-    **dict.fromkeys(("kernels", "_on_import"), "runtime"),
     **dict.fromkeys(
         ("contract", "job", "patterns", "distributed", "plan", "plan_file", "forecast", "tuning", "output"), "pipeline"
     ),

@@ -15,7 +15,7 @@ import compressor
 from compressor.errors import SourceError
 from compressor.model.checkpoint import SINGLE
 from compressor.model.source import ModelSource
-from compressor.runtime.linear import PackedLinear
+from compressor.runtime.packed_linear import PackedLinear
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 VECTORS = {"format": "vq", "vector": 8, "bits": 4, "residual_bits": 4, "norm": "channel", "outliers": 0.05}

@@ -8,7 +8,7 @@ from harness import TEXT, CommandLine, Fork, contents, dies_at_rename
 from transformers import AutoModelForCausalLM
 
 import compressor
-from compressor.runtime.linear import StoredLinear
+from compressor.runtime.packed_linear import StoredLinear
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 RECIPE = """

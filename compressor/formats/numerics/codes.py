@@ -1,7 +1,7 @@
 """What the bytes of a packed weight mean, apart from how they lie: integers, table entries and scales, one per element.
 
 A format (compressor/formats) reads these off its bytes on disk, and makes bytes of them; a layout of the kernels
-(compressor/kernels/layouts) arranges them for fast multiplication, and gives them back. Neither knows of the other.
+(compressor/runtime/kernels/layouts) arranges them for fast multiplication, and gives them back. Neither knows of the other.
 
 Shape suffixes: O out_features, I in_features, V vectors of a codebook, D the length of one, P planes, N dense
 channels, or numbers of a sparse weight.

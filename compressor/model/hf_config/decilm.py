@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from compressor.assets import DECILM_CODE
 from compressor.errors import SourceError
 from compressor.model.checkpoint import read_config
 from compressor.model.surgery.skip_sublayers import MLP
@@ -21,8 +22,7 @@ from compressor.model.surgery.skip_sublayers import MLP
 CONFIG = "config.json"
 MODEL_TYPE, ARCHITECTURE = "nemotron-nas", "DeciLMForCausalLM"
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-CODE = Path(__file__).parents[1] / "assets" / "decilm.py"
-AUTO_MAP = {"AutoConfig": f"{CODE.stem}.DeciLMConfig", "AutoModelForCausalLM": f"{CODE.stem}.{ARCHITECTURE}"}
+AUTO_MAP = {"AutoConfig": f"{DECILM_CODE.stem}.DeciLMConfig", "AutoModelForCausalLM": f"{DECILM_CODE.stem}.{ARCHITECTURE}"}
 ROUND = 256  # what a width by `ffn_mult` is rounded up to
 PREFIX = "model.layers"  # of a Llama
 
@@ -125,5 +125,5 @@ def rounded(config: Mapping[str, Any]) -> bool:
 
 def own_code(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether that is the file that is shipped here, and nothing else."""
-    file = path / CODE.name
-    return config.get("auto_map") == AUTO_MAP and file.is_file() and file.read_bytes() == CODE.read_bytes()
+    file = path / DECILM_CODE.name
+    return config.get("auto_map") == AUTO_MAP and file.is_file() and file.read_bytes() == DECILM_CODE.read_bytes()

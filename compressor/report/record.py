@@ -1,0 +1,58 @@
+"""What a run did: one row per layer, the totals, the evidence. Saved as report.json with the keys below."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compressed layer."""
+
+    layer: str
+    option: str
+    bits_per_weight: float  # stored bits / weights before compression, metadata included
+    error: float  # squared error relative to the layer's output (or to its weight, without data)
+
+
+@dataclass
+class Report:
+    """The honest account of a run."""
+
+    model: str  # name of the source directory
+    path: str  # where the result lies
+    out: str  # its name
+    version: str
+    fingerprint: Mapping[str, str]  # what must be equal for two runs to be the same run
+    recipe: Any  # as resolved, defaults written out
+    calibration: Mapping[str, Any] | None  # source, samples, seq_len, seed, sha256 of the tokens
+    versions: Mapping[str, str]  # of the packages that matter
+    command: str = ""  # that does it again
+    rows: list[Row] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    bits_per_weight: float = 0.0  # over the compressed layers
+    model_bits_per_weight: float = 0.0  # over everything: embeddings, norms, head
+    size_bytes: int = 0  # of the safetensors files
+    source_size_bytes: int = 0
+    layout: str = ""  # quant_method of config.json, or `dense`
+    runs_code: bool = False  # transformers has to run a file of the result (compressor/model/hf_config/decilm.py)
+    seconds: float = 0.0  # of pruning and compression, evaluation not included
+    peak_memory_bytes: int = 0
+    peak_device_memory_bytes: int = 0
+    quality: Mapping[str, Any] | None = None  # see compressor.evaluation.quality
+    tasks: list[Mapping[str, Any]] = field(default_factory=list)  # see compressor.evaluation.tasks
+    samples: list[Mapping[str, str]] = field(default_factory=list)  # prompt, text, reference, model: what each continues with
+    speed: Mapping[str, Any] | None = None  # see compressor.runtime.bench
+    verification: list[Mapping[str, Any]] = field(default_factory=list)  # see compressor.verification
+    pruning: list[Mapping[str, Any]] = field(default_factory=list)  # what was taken away: see compressor/passes/prune_*.py
+    search: Mapping[str, Any] | None = None  # how the plan was found, see compressor.search.find
+    plots: Mapping[str, Any] | None = None  # what report.html shows, see compressor.report.html.plots
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; the figures of `quality` also stand at the top."""
+        return {**asdict(self), **at_the_top(self.quality)}
+
+
+def at_the_top(quality: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The figures of `quality` that also stand at the top of a report; None where nothing was measured."""
+    return {key: (quality or {}).get(key) for key in ("perplexity", "reference_perplexity", "kl", "top1_agreement")}
