@@ -18,8 +18,8 @@ from compressor.runtime.on_import import on_import
 
 if TYPE_CHECKING:
     from compressor.api import Forecast, fit, forecast, prune, quantize, run
-    from compressor.fitting import fit_recipe, search_plan
     from compressor.judging import evaluate
+    from compressor.pipeline.target_search import fit_recipe, search_plan
     from compressor.recipe.build import prune_recipe, quantize_recipe
     from compressor.runtime.load import generate, load
 
@@ -40,12 +40,12 @@ __all__ = [
 ]
 _HOME = {
     "evaluate": "compressor.judging",
-    "fit_recipe": "compressor.fitting",
+    "fit_recipe": "compressor.pipeline.target_search",
     "generate": "compressor.runtime.load",
     "load": "compressor.runtime.load",
     "prune_recipe": "compressor.recipe.build",
     "quantize_recipe": "compressor.recipe.build",
-    "search_plan": "compressor.fitting",
+    "search_plan": "compressor.pipeline.target_search",
 }
 
 

@@ -10,37 +10,37 @@ from typing import Any
 
 import torch
 
-from compressor import pipeline, tuning
-from compressor.calibration.data import TOKENS_AT_ONCE, Samples
-from compressor.calibration.hidden import Keep, keeping
-from compressor.contract import Plan, Prunes, Tunes
-from compressor.distributed import Ranks
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.data import Judged, load_evaluation
-from compressor.fitting import find_plan, fit_recipe, levels_place, settle, shortened
-from compressor.forecast import expected_memory, generating
 from compressor.formats.base import OneOf
 from compressor.host import known_state
-from compressor.inputs import check_shares, load_calibration, needs_data, open_model, sample_length, streams
-from compressor.job import Event, Job, Tell, silent
 from compressor.judging import continuations, judge
 from compressor.model import shards
 from compressor.model.journal import remove_leftovers
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace, check_space, check_target
-from compressor.output import default_out, write_model
-from compressor.patterns import check_patterns
-from compressor.plan import describe_plan, make_plan, model_formats, output_headers, total_bits
-from compressor.plan_file import offering, read_plan
-from compressor.provenance import fingerprint, fingerprint_plan, finished_report, new_report
-from compressor.pruning.stage import clear, expected_peak, held, pruned, pruning_place, sketched
+from compressor.pipeline import blocks, whole_model
+from compressor.pipeline.calibration.data import TOKENS_AT_ONCE, Samples
+from compressor.pipeline.calibration.hidden import Keep, keeping
+from compressor.pipeline.contract import Plan, Prunes, Tunes
+from compressor.pipeline.job import Event, Job, Tell, silent
+from compressor.pipeline.memory_estimate import expected_memory, generating
+from compressor.pipeline.patterns import check_patterns
+from compressor.pipeline.plan import describe_plan, make_plan, model_formats, output_headers, total_bits
+from compressor.pipeline.plan_file import offering, read_plan
+from compressor.pipeline.prepare import check_shares, load_calibration, needs_data, open_model, sample_length, streams
+from compressor.pipeline.probe import Record
+from compressor.pipeline.provenance import fingerprint, fingerprint_plan, finished_report, new_report
+from compressor.pipeline.prune_stage import clear, expected_peak, held, pruned, pruning_place, sketched
+from compressor.pipeline.ranks import Ranks
+from compressor.pipeline.target_search import find_plan, fit_recipe, levels_place, settle, shortened
+from compressor.pipeline.write_model import default_out, write_model
 from compressor.recipe.build import prune_recipe, quantize_recipe
 from compressor.recipe.schema import Recipe, changed_patterns, load_recipe
 from compressor.report.card import model_card
 from compressor.report.files import CARD, completed, written
 from compressor.report.record import Report
 from compressor.verification.check import WrongError
-from compressor.verification.probe import Record
 from compressor.verification.verify import verify as verify_directory
 
 NOTHING: tuple[str, ...] = ()  # finished by an interrupted run
@@ -290,16 +290,16 @@ def compress_blocks(
     started = time.monotonic()
     stream = None
     if calibration is not None:
-        stream = pipeline.open_stream(job, calibration, keep, tell)
-    probe = pipeline.compress(job, stream, workspace, finished, report, tell)
+        stream = blocks.open_stream(job, calibration, keep, tell)
+    probe = blocks.compress(job, stream, workspace, finished, report, tell)
     for number, step in enumerate(job.passes):
         if isinstance(step, Tunes):
-            if tuning.TUNED in finished:
-                probe = tuning.tuned(workspace, report) if workspace is not None else None
+            if whole_model.TUNED in finished:
+                probe = whole_model.tuned(workspace, report) if workspace is not None else None
             else:
                 assert calibration is not None
                 batches = job.ranks.mine(calibration.batches(TOKENS_AT_ONCE))
-                probe = tuning.tune(job, number, batches, keep, workspace, report, tell)
+                probe = whole_model.tune(job, number, batches, keep, workspace, report, tell)
     report.seconds += time.monotonic() - started
     report.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if source.device.type == "cuda":

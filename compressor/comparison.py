@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import OutputError
-from compressor.job import Tell, silent
 from compressor.judging import evaluate_all
 from compressor.model.checkpoint import Checkpoint
-from compressor.provenance import versions
+from compressor.pipeline.job import Tell, silent
+from compressor.pipeline.provenance import versions
 from compressor.report.files import REPORT, read_report
 from compressor.report.html.page import render
 from compressor.report.html.plots import pareto_front

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.calibration.data import TOKENS_AT_ONCE
-from compressor.distributed import check_alone
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.data import Judged, calibration_source, judged
 from compressor.evaluation.predict import RESIDENT_LOGITS, Predictor, Resident, Streamed
@@ -15,15 +13,17 @@ from compressor.evaluation.tasks.results import TaskResult
 from compressor.evaluation.tasks.subject import Place
 from compressor.evaluation.tasks.work import Work
 from compressor.evaluation.text import make_protocol
-from compressor.forecast import generating
 from compressor.host import known_state
-from compressor.inputs import computation_dtype, sample_length
-from compressor.job import Event, Tell, silent
 from compressor.model.device import compute_device
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.tokenizer import load_tokenizer
 from compressor.model.unused import log_warnings
+from compressor.pipeline.calibration.data import TOKENS_AT_ONCE
+from compressor.pipeline.job import Event, Tell, silent
+from compressor.pipeline.memory_estimate import generating
+from compressor.pipeline.prepare import computation_dtype, sample_length
+from compressor.pipeline.ranks import check_alone
 from compressor.runtime.load import continuation
 
 PROMPT_TOKENS = 32
@@ -70,8 +70,8 @@ def evaluate_all(
     Args:
         models: Model directories, dense or packed.
         reference: The original.
-        data: Sources of text (see compressor.calibration.data), whole; of what a model was calibrated on, as its report
-            tells, the held-out part.
+        data: Sources of text (see compressor.pipeline.calibration.data), whole; of what a model was calibrated on, as its
+            report tells, the held-out part.
         samples: At most so many, of each source.
         seq_len: Tokens of each; None takes what the first model was made for, at most 2048.
         stride: New tokens of a sample; None for no overlap.

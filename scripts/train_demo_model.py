@@ -5,7 +5,7 @@
 A Llama of 4.2 M parameters: hidden 256, 4 blocks, 8 query and 4 key/value heads of 32, MLP 768, vocabulary 4096, tied
 embeddings; every dimension is a multiple of 128. Nine tenths of the tokens are library files, one tenth are short
 conversations made of the docstrings ("What does `textwrap.dedent` do?"), so that the chat template means something.
-Held-out modules (compressor/calibration/stdlib.py) are never seen. The result depends on the Python version whose
+Held-out modules (compressor/pipeline/calibration/stdlib.py) are never seen. The result depends on the Python version whose
 library is read; it is recorded in the model's README.
 """
 
@@ -24,7 +24,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from compressor.calibration.stdlib import documents
+from compressor.pipeline.calibration.stdlib import documents
 
 VOCAB, LENGTH, BATCH = 4096, 256, 16
 END, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

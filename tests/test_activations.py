@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import api
-from compressor.calibration.stats import Spread
 from compressor.errors import SourceError
 from compressor.formats.base import Format
 from compressor.formats.float_group import FloatGroup
@@ -40,6 +39,7 @@ from compressor.formats.numerics.minifloat import Minifloat
 from compressor.formats.nvfp4 import NVFP4
 from compressor.model.hf_config import quantization_config
 from compressor.model.source import ModelSource
+from compressor.pipeline.calibration.stats import Spread
 from compressor.recipe.schema import make_recipe
 from compressor.report.inspect import inspect_model
 from compressor.runtime.packed_linear import PackedWeight

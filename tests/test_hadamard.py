@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 import compressor
 from compressor import api
-from compressor.calibration.stats import Hessian
-from compressor.calibration.stream import CalibrationStream
-from compressor.distributed import Ranks
 from compressor.errors import SourceError
 from compressor.model.source import ModelSource
 from compressor.model.surgery.online_hadamard import largest_block, turned
+from compressor.pipeline.calibration.stats import Hessian
+from compressor.pipeline.calibration.stream import CalibrationStream
+from compressor.pipeline.ranks import Ranks
 from compressor.recipe.schema import Recipe, make_recipe
 from compressor.report.inspect import inspect_model
 from compressor.verification.verify import verify

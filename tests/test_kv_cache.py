@@ -14,15 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import compressor
-from compressor import api, pipeline
+from compressor import api
 from compressor.cli import main
 from compressor.errors import CalibrationError, RecipeError, SourceError
 from compressor.model.hf_config.quantization_config import cache_rounding
 from compressor.model.source import ModelSource
 from compressor.model.surgery.kv_cache import CacheRounding, read_scheme
-from compressor.output import default_out
 from compressor.passes.kv_cache import KVCache
-from compressor.plan import make_plan
+from compressor.pipeline import blocks
+from compressor.pipeline.plan import make_plan
+from compressor.pipeline.write_model import default_out
 from compressor.recipe.schema import Recipe, make_recipe
 from compressor.report.inspect import inspect_model
 from compressor.runtime.packed_linear import PackedWeight
@@ -228,17 +229,17 @@ class TestRuns:
     def test_an_interrupted_run_goes_on_with_the_scales_it_had(
         self, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        work = pipeline.compress_block
+        work = blocks.compress_block
 
-        def only_the_first(job: pipeline.Job, block: pipeline.Block, *more: object) -> object:
+        def only_the_first(job: blocks.Job, block: blocks.Block, *more: object) -> object:
             if block.index == 1:
                 raise KeyboardInterrupt
             return work(job, block, *more)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(pipeline, "compress_block", only_the_first)
+        monkeypatch.setattr(blocks, "compress_block", only_the_first)
         with pytest.raises(KeyboardInterrupt):
             api.run(recipe("int8"), tiny("llama"), tmp_path / "cut", device="cpu", verify=False)
-        monkeypatch.setattr(pipeline, "compress_block", work)
+        monkeypatch.setattr(blocks, "compress_block", work)
         api.run(recipe("int8"), tiny("llama"), tmp_path / "cut", device="cpu", verify=False, resume=True)
         api.run(recipe("int8"), tiny("llama"), tmp_path / "whole", device="cpu", verify=False)
         for name in ("model.safetensors", "config.json", "manifest.json", "plan.yaml"):

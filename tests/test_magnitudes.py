@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Spread
 from compressor.formats.numerics.histogram import BINS, Magnitudes, bins
 from compressor.formats.numerics.minifloat import Minifloat
+from compressor.pipeline.calibration.stats import Spread
 
 CPU = torch.device("cpu")
 

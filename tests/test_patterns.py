@@ -10,7 +10,7 @@ import torch
 import compressor
 from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
-from compressor.patterns import check_patterns
+from compressor.pipeline.patterns import check_patterns
 from compressor.recipe.schema import changed_patterns, load_recipe, make_recipe
 
 RECIPES = Path(compressor.__file__).parents[1] / "recipes"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from compressor.cli._show import QUIET, PlainLines, progress
-from compressor.job import Event
+from compressor.pipeline.job import Event
 from compressor.runtime.bench import Load, take_turns
 from compressor.runtime.measure import Taken
 

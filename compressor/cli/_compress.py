@@ -30,8 +30,8 @@ def compress(
     """Run a recipe, or say what it would do, and print the result; arguments as of `api.run`."""
     from compressor import api
     from compressor.cli._quiet import quiet
-    from compressor.distributed import Ranks
-    from compressor.job import silent
+    from compressor.pipeline.job import silent
+    from compressor.pipeline.ranks import Ranks
 
     quiet()
     first = Ranks.from_environment(device).first

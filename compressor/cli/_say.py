@@ -39,6 +39,6 @@ def _write_late(sentence: str) -> bool:
 
 
 def _first_to_fail() -> bool:
-    from compressor.distributed import first_to_fail
+    from compressor.pipeline.ranks import first_to_fail
 
     return first_to_fail()

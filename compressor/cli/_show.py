@@ -18,7 +18,7 @@ from compressor.report.html.numbers import duration, size
 
 if TYPE_CHECKING:
     from compressor.api import Forecast
-    from compressor.job import Event
+    from compressor.pipeline.job import Event
     from compressor.report.record import Report
 
 

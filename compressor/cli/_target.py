@@ -8,7 +8,7 @@ import typer
 from compressor.cli._show import print_table, print_warnings
 
 if TYPE_CHECKING:
-    from compressor.search.find import Found
+    from compressor.pipeline.search.find import Found
 
 Size = Annotated[
     str | None, typer.Option(help="Of the weight files, at most: 4GB, 3.5GiB, 800MB or bytes.", show_default=False)

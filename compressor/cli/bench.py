@@ -38,9 +38,9 @@ def bench(
     Example: `compress bench model-int4 --reference model/ --batch 1 --batch 16 --save`
     """
     from compressor.cli._quiet import quiet
-    from compressor.inputs import computation_dtype
-    from compressor.job import Event
     from compressor.model.device import compute_device
+    from compressor.pipeline.job import Event
+    from compressor.pipeline.prepare import computation_dtype
     from compressor.report import files
     from compressor.runtime import bench as runtime
 

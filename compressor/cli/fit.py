@@ -44,7 +44,7 @@ def fit(
 
     Example: `compress fit model/ --size 4GB`, or `compress fit model/ --bits 2.5 --time 30m`
     """
-    from compressor.fitting import fit_recipe
+    from compressor.pipeline.target_search import fit_recipe
     from compressor.recipe.schema import changed_patterns, to_yaml
 
     recipe = fit_recipe(

@@ -43,9 +43,9 @@ def search(
     Example: `compress search model/ --bits 2.5`, then `compress run RECIPE model/ --plan plan.yaml`
     """
     from compressor.cli._quiet import quiet
-    from compressor.distributed import Ranks
-    from compressor.fitting import fit_recipe, search_plan
-    from compressor.job import silent
+    from compressor.pipeline.job import silent
+    from compressor.pipeline.ranks import Ranks
+    from compressor.pipeline.target_search import fit_recipe, search_plan
     from compressor.recipe.schema import changed_patterns, load_recipe
 
     quiet()

@@ -26,8 +26,8 @@ def verify(
     Example: `compress verify model-int4 --reference model/`
     """
     from compressor.cli._quiet import quiet
-    from compressor.job import Event
     from compressor.model.device import compute_device
+    from compressor.pipeline.job import Event
     from compressor.verification import verify as verification
 
     quiet()

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from compressor.access import kind_of
-from compressor.calibration.data import Split, check_vocabulary
 from compressor.errors import CalibrationError, SourceError
 from compressor.evaluation.text import Protocol, Text, load_text, make_protocol
-from compressor.inputs import sample_length
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
+from compressor.pipeline.calibration.data import Split, check_vocabulary
+from compressor.pipeline.prepare import sample_length
 from compressor.reading import read_json
 from compressor.recipe.schema import Recipe
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.calibration.data import TOKENS_AT_ONCE
 from compressor.errors import SourceError
 from compressor.evaluation.predict import LOGITS_AT_ONCE, RESIDENT_LOGITS, Batch, Predictor
+from compressor.pipeline.calibration.data import TOKENS_AT_ONCE
 
 PADDED_TO = 32  # lengths are rounded up to a multiple: few different shapes
 

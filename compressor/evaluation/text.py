@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from compressor.calibration.data import Document, Split, documents, encode
 from compressor.errors import CalibrationError, RecipeError
 from compressor.evaluation.score import Passage
+from compressor.pipeline.calibration.data import Document, Split, documents, encode
 from compressor.reading import elide
 
 CHARACTERS = 64  # that a token stands for at most, on average: so much of a long text is tokenised
@@ -94,7 +94,7 @@ def load_text(
     """Samples of a source.
 
     Args:
-        source: See compressor.calibration.data.
+        source: See compressor.pipeline.calibration.data.
         tokenizer: The model's.
         protocol: How to cut it.
         samples: At most so many.

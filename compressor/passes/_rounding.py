@@ -6,12 +6,12 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Spread
-from compressor.contract import Accumulator, Outcome, Stats
 from compressor.formats.base import Contextual, Format, Grid, OneOf
 from compressor.formats.numerics.activations import Seen
 from compressor.model.architecture import check_pattern, fused_groups, matches
 from compressor.model.block import Block
+from compressor.pipeline.calibration.stats import Spread
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import named, node
 
 

@@ -9,12 +9,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import RecipeError
 from compressor.formats.base import Format, Stored
 from compressor.model.architecture import check_pattern, matches
 from compressor.model.block import Block
 from compressor.model.dataflow import Feed, find_feeds, rescaled
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node
 
 

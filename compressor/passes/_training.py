@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.contract import Group, Schedule
 from compressor.passes._latents import Rounding
+from compressor.pipeline.contract import Group, Schedule
 
 PIECE = 1024  # tokens whose gradients are computed together; a sample at least
 

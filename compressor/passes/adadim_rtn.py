@@ -10,12 +10,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian
-from compressor.contract import Accumulator, Outcome, Stats
 from compressor.formats.base import Format, OneOf, QuantizedTensor, Stored
 from compressor.model.block import Block
 from compressor.passes._rounding import WeightRounding, relative
 from compressor.passes.gptq import output_energy
+from compressor.pipeline.calibration.stats import Hessian
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node
 
 

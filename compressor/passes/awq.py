@@ -21,12 +21,12 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian
-from compressor.contract import Accumulator, Stats
 from compressor.formats.base import Format
 from compressor.model.dataflow import Feed
 from compressor.passes._scaling import Scaling
 from compressor.passes.gptq import output_energy
+from compressor.pipeline.calibration.stats import Hessian
+from compressor.pipeline.contract import Accumulator, Stats
 from compressor.recipe.registry import named, node
 
 STEPS = 20  # of alpha

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.contract import Pruned
 from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.prune_stage import Work, as_stored, read_tensors, stored
 from compressor.pruning.gates import Gates, settled
 from compressor.pruning.gradual import linear
 from compressor.pruning.lora import merged, student
 from compressor.pruning.narrowing import WidthPass, nearest
 from compressor.pruning.parts import find_all
-from compressor.pruning.stage import Work, as_stored, read_tensors, stored
 from compressor.pruning.training import Schedule, Training, distil, expected_memory, low_rank
 from compressor.pruning.widths import Chosen, Way
 from compressor.recipe.registry import node

@@ -22,16 +22,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from compressor.contract import Pruned, Sketch
-from compressor.forecast import activations, block_parameters, collecting, largest_block
-from compressor.job import Event
 from compressor.model.block import Block
 from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
-from compressor.plan import block_names
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.job import Event
+from compressor.pipeline.memory_estimate import activations, block_parameters, collecting, largest_block
+from compressor.pipeline.plan import block_names
+from compressor.pipeline.prune_stage import PruningPass, Work, read_tensors, stored
 from compressor.pruning.blockwise import Twins, fit
 from compressor.pruning.shapes import parameters
-from compressor.pruning.stage import PruningPass, Work, read_tensors, stored
 from compressor.pruning.training import TOGETHER, Schedule, Training, descend
 from compressor.recipe.registry import node
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from compressor.contract import Outcome, Stats
 from compressor.errors import RecipeError
 from compressor.formats.base import Format, Option
 from compressor.model.block import Block
 from compressor.passes._rounding import relative, rounded
 from compressor.passes.hqq import HQQ
+from compressor.pipeline.contract import Outcome, Stats
 from compressor.recipe.registry import node
 
 

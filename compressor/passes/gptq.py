@@ -22,13 +22,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian, Mismatch, strips
-from compressor.contract import Accumulator, Outcome, PairedAccumulator, Stats
 from compressor.errors import CalibrationError, RecipeError
 from compressor.formats.base import Format, Grid, OneOf, QuantizedTensor, Rescalable, Stored
 from compressor.model.block import Block
 from compressor.passes._refine import refined
 from compressor.passes._rounding import WeightRounding
+from compressor.pipeline.calibration.stats import Hessian, Mismatch, strips
+from compressor.pipeline.contract import Accumulator, Outcome, PairedAccumulator, Stats
 from compressor.recipe.registry import node
 
 CONDITION_FP32 = 1e3  # largest to smallest pivot of a factor that fp32 is trusted with

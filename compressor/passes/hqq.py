@@ -21,12 +21,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import RecipeError
 from compressor.formats.base import Format
 from compressor.formats.numerics.int_grid import AT_ONCE, LEAST, IntGrid
 from compressor.model.block import Block
 from compressor.passes._rounding import WeightRounding, rounded
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node
 
 NEGLIGIBLE = 1e-3  # errors below this share of a scale weigh like this one

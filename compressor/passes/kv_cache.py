@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import CalibrationError, RecipeError
 from compressor.model.block import Block
 from compressor.model.surgery.kv_cache import CacheRounding, CacheScales, attentions, entering
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node
 
 

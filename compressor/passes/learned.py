@@ -7,7 +7,7 @@ Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent" (Au
 
 * the start is what GPTQ found, not rounding;
 * the target is the dense block's output on the dense model's own hidden states, the input that of the compressed model;
-* the squared error is weighed by what the model's predictions make of it: see compressor/calibration/sensitivity.py;
+* the squared error is weighed by what the model's predictions make of it: see compressor/pipeline/calibration/sensitivity.py;
 * Adam.
 
 Shape suffixes: O out_features, I in_features, D hidden, B samples, S sequence.
@@ -18,8 +18,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian
-from compressor.contract import Accumulator, Outcome, Schedule, Stats
 from compressor.errors import RecipeError
 from compressor.formats.base import Format, QuantizedTensor, borrowed
 from compressor.formats.numerics.codes import FloatCodes, IntCodes, VectorCodes
@@ -27,6 +25,8 @@ from compressor.model.block import Block
 from compressor.passes._latents import FloatRounding, IntRounding, Rounding, VectorRounding
 from compressor.passes._training import Text, Training
 from compressor.passes.gptq import output_energy
+from compressor.pipeline.calibration.stats import Hessian
+from compressor.pipeline.contract import Accumulator, Outcome, Schedule, Stats
 from compressor.recipe.registry import node
 
 

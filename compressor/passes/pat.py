@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.contract import Pruned
 from compressor.model.source import ModelSource
 from compressor.passes.rotate import residual_writers
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.prune_stage import Work, read_tensors, stored
 from compressor.pruning.basis import Turned, turned
 from compressor.pruning.hidden import HiddenPass
 from compressor.pruning.operators import Masked, largest, start
-from compressor.pruning.stage import Work, read_tensors, stored
 from compressor.pruning.training import Schedule, Training, distil, expected_memory, low_rank
 from compressor.recipe.registry import node
 

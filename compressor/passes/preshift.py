@@ -22,8 +22,6 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Spread
-from compressor.contract import Accumulator, Stats
 from compressor.errors import RecipeError
 from compressor.formats.base import Format
 from compressor.formats.float_group import FloatGroup
@@ -31,6 +29,8 @@ from compressor.formats.numerics.activations import EIGHTHS, Seen, scales
 from compressor.formats.numerics.minifloat import Minifloat
 from compressor.model.dataflow import Feed
 from compressor.passes._scaling import Scaling
+from compressor.pipeline.calibration.stats import Spread
+from compressor.pipeline.contract import Accumulator, Stats
 from compressor.recipe.registry import named, node
 
 SHIFTS = 8  # tried: from 0 on

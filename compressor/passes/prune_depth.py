@@ -2,7 +2,7 @@
 
 Without whole blocks the result is of the same architecture, which stock software loads; what does without single attentions
 and MLPs, which are more to choose among, only our loader reads. Which go is searched for (successive integer programmes and
-evolution, compressor/search) from the better of two rules; they can also be taken by themselves.
+evolution, compressor/pipeline/search) from the better of two rules; they can also be taken by themselves.
 """
 
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from compressor.contract import Pruned, Sketch
-from compressor.forecast import collecting
 from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.memory_estimate import collecting
+from compressor.pipeline.prune_stage import PruningPass, Work
+from compressor.pipeline.search.find import Contestant
 from compressor.pruning.depth import STAYS, Depth, Parts, even, least, turns
 from compressor.pruning.searching import BRIEF, compared, comparing, searched
 from compressor.pruning.shapes import going, parameters
-from compressor.pruning.stage import PruningPass, Work
 from compressor.recipe.registry import node, over
 from compressor.recipe.schema import Search
-from compressor.search.find import Contestant
 
 
 @node

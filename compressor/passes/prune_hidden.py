@@ -12,11 +12,11 @@ Distillation", NeurIPS 2024, for `channels`. The fit is not theirs.
 import math
 from dataclasses import replace
 
-from compressor.contract import Pruned
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.prune_stage import Work
 from compressor.pruning.basis import turned
 from compressor.pruning.hidden import HiddenPass
 from compressor.pruning.readers import Refit
-from compressor.pruning.stage import Work
 from compressor.recipe.registry import node
 
 

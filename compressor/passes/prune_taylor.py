@@ -25,16 +25,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from compressor.contract import Pruned
-from compressor.job import Event
 from compressor.model.block import Block
 from compressor.model.journal import save
 from compressor.model.memory import parameters as weights
 from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.job import Event
+from compressor.pipeline.prune_stage import Work, read_tensors
 from compressor.pruning.gradual import SCHEDULES, Kind, left
 from compressor.pruning.narrowing import WidthPass, nearest
 from compressor.pruning.parts import Part, find_all
-from compressor.pruning.stage import Work, read_tensors
 from compressor.pruning.training import Lesson, divergence, drawn, expected_memory
 from compressor.pruning.widths import Chosen, Way
 from compressor.recipe.registry import node

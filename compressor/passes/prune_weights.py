@@ -25,8 +25,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian
-from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import RecipeError
 from compressor.formats.base import Kept, QuantizedTensor, Stored
 from compressor.formats.sparse_bitmask import NUMBERS, SparseBitmask, SparseGrid
@@ -35,6 +33,8 @@ from compressor.model.block import Block
 from compressor.passes._masks import SCORES, damped, least_squares
 from compressor.passes._rounding import relative, units
 from compressor.passes.gptq import MAX_DAMP, Factors, factors_of, gptq, output_energy
+from compressor.pipeline.calibration.stats import Hessian
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node
 
 

@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from compressor.assets import DECILM_CODE
-from compressor.contract import Pruned
 from compressor.errors import RecipeError
 from compressor.model.edited import Rewriting
 from compressor.model.hf_config import decilm
 from compressor.model.source import ModelSource
 from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.prune_stage import Work
 from compressor.pruning.allocation import allocated, called, ladders
 from compressor.pruning.narrowing import Tried, WidthPass, nearest
 from compressor.pruning.parts import find_all
 from compressor.pruning.searching import compared
 from compressor.pruning.shapes import Shape, going
-from compressor.pruning.stage import Work
 from compressor.pruning.widths import Way
 from compressor.recipe.registry import node
 

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from compressor.contract import Outcome, Schedule, Stats, Whole
 from compressor.errors import RecipeError
 from compressor.formats.base import Format, QuantizedTensor
 from compressor.model.block import Block
 from compressor.passes._training import Text, Training
 from compressor.passes.learned import rounding, share_books
+from compressor.pipeline.contract import Outcome, Schedule, Stats, Whole
 from compressor.recipe.registry import node
 
 

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from compressor.contract import Pruned, Sketch
 from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.prune_stage import PruningPass, Work, as_stored, read_tensors, stored
 from compressor.pruning.lora import merged, student
 from compressor.pruning.shapes import parameters
-from compressor.pruning.stage import PruningPass, Work, as_stored, read_tensors, stored
 from compressor.pruning.training import Schedule, Training, distil, expected_memory, low_rank
 from compressor.recipe.registry import node
 

@@ -26,7 +26,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.contract import Accumulator, Outcome, Stats
 from compressor.errors import RecipeError
 from compressor.formats.base import Format
 from compressor.model.block import Block
@@ -36,6 +35,7 @@ from compressor.model.source import ModelSource
 from compressor.model.surgery.online_hadamard import largest_block, turned
 from compressor.passes._learned_rotation import Vectors, batch, learned, some_vectors
 from compressor.passes._rotation import Rotation
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node
 
 Change = Callable[[Tensor], Tensor]

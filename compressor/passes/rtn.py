@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from compressor.contract import Accumulator, Outcome, Stats
 from compressor.formats.base import Format
 from compressor.model.block import Block
 from compressor.passes._rounding import WeightRounding, rounded
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node
 
 

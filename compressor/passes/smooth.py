@@ -17,10 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Peak
-from compressor.contract import Accumulator, Stats
 from compressor.model.dataflow import Feed
 from compressor.passes._scaling import Scaling
+from compressor.pipeline.calibration.stats import Peak
+from compressor.pipeline.contract import Accumulator, Stats
 from compressor.recipe.registry import node
 
 

@@ -23,13 +23,13 @@ from peft import PromptTuningConfig, TaskType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compressor.contract import Pruned, Sketch
 from compressor.errors import RecipeError
 from compressor.model.edited import Rewriting
 from compressor.model.journal import save, writing
 from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.prune_stage import PruningPass, Work, read_tensors
 from compressor.pruning.shapes import parameters
-from compressor.pruning.stage import PruningPass, Work, read_tensors
 from compressor.pruning.training import Lesson, Schedule, Training, distil, expected_memory
 from compressor.recipe.registry import node
 

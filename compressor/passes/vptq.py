@@ -21,7 +21,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compressor.contract import Notes, Outcome, Stats
 from compressor.formats.base import Format, OneOf, QuantizedTensor, Stored
 from compressor.formats.numerics.codebook import vectors
 from compressor.formats.vq import VQ, VectorGrid, stored
@@ -29,6 +28,7 @@ from compressor.model.block import Block
 from compressor.passes._refine import sweep
 from compressor.passes._vectors import Problem, reduced
 from compressor.passes.gptq import GPTQ, Layer, gptq, output_energy
+from compressor.pipeline.contract import Notes, Outcome, Stats
 from compressor.recipe.registry import node
 
 STEPS = 10  # of conjugate gradients, each a product of the weight's size with the Hessian

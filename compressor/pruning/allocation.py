@@ -1,11 +1,11 @@
-"""Widths of each block by itself: the search (compressor/search) among widths as it is done among bits.
+"""Widths of each block by itself: the search (compressor/pipeline/search) among widths as it is done among bits.
 
 Every part is made in a ladder of widths in one sweep; what the model predicts with a choice of them is compared with what it
 predicts whole. The search begins with the shapes that are the same in every block, so it can only be better than those.
 What is found is then made once more, each part behind the very ones that come before it.
 
 Source: "Týr-the-Pruner", NeurIPS 2025, for a search among nested widths; allocation by successive integer programmes around
-the choice at hand is compressor/search/successive.py.
+the choice at hand is compressor/pipeline/search/successive.py.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,14 +13,14 @@ from collections.abc import Collection, Mapping, Sequence
 from compressor.formats.base import Kept
 from compressor.model.source import ModelSource
 from compressor.model.surgery.skip_sublayers import MLP
+from compressor.pipeline.prune_stage import Work
+from compressor.pipeline.search.find import Contestant
+from compressor.pipeline.search.fitness import Fitness
 from compressor.pruning.parts import find_all
 from compressor.pruning.searching import searched
 from compressor.pruning.shapes import Shape, multiple_of
-from compressor.pruning.stage import Work
 from compressor.pruning.widths import Widths
 from compressor.recipe.schema import Search
-from compressor.search.find import Contestant
-from compressor.search.fitness import Fitness
 
 WIDTHS = 8  # of a part, besides those of uniform shapes
 REACH = 3  # how far they go down, in parts of what goes on average

@@ -20,9 +20,9 @@ from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
 from compressor.passes._rotation import Rotation
 from compressor.passes.rotate import SAME, Changes, Norms, off, residual_norms
+from compressor.pipeline.prune_stage import Work, read_tensors
 from compressor.pruning.readers import moment
 from compressor.pruning.residual import hidden_size
-from compressor.pruning.stage import Work, read_tensors
 
 Basis = Literal["pca", "channels"]
 STRENGTH, VECTORS = "strength", "vectors"

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.calibration.hidden import Hidden, keeping
-from compressor.calibration.stream import watching
 from compressor.model.block import Block
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
-from compressor.pruning.stage import Work
+from compressor.pipeline.calibration.hidden import Hidden, keeping
+from compressor.pipeline.calibration.stream import watching
+from compressor.pipeline.prune_stage import Work
 from compressor.pruning.training import Schedule, pieces, precision
 
 Parameters = Mapping[str, Tensor]  # of a block, by name inside it; those that are not named are as they are

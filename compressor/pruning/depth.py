@@ -3,7 +3,7 @@ spaced, or by search.
 
 Sources: Men et al., "ShortGPT", ACL 2025 findings, equation 1 (`cosine`); Liu et al., "Accelerating Inference in Large
 Language Models with a Unified Layer Skipping Strategy", 2024 (`even`); Sieberling et al., "EvoPress", ICML 2025, for
-attention and MLP by themselves; the search is that of compressor/search.
+attention and MLP by themselves; the search is that of compressor/pipeline/search.
 """
 
 import itertools
@@ -16,17 +16,17 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import cosine_similarity
 
-from compressor.calibration.stream import CalibrationStream
 from compressor.errors import RecipeError
 from compressor.formats.base import GONE, Kept
-from compressor.job import Event, Job, Tell
 from compressor.model.block import Block, Trial
 from compressor.model.edited import Rewriting
 from compressor.model.edits import fewer_sublayers
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.surgery.skip_sublayers import SUBLAYERS, substitutes
+from compressor.pipeline.calibration.stream import CalibrationStream
+from compressor.pipeline.job import Event, Job, Tell
+from compressor.pipeline.search.levels import Choice, Level, Unit
 from compressor.pruning.renumbered import check_renumbered, corrected
-from compressor.search.levels import Choice, Level, Unit
 
 GOES, STAYS = 0, 1  # levels of a unit
 OPTIONS = (GONE, Kept(1, 1))

@@ -2,14 +2,14 @@
 
 from typing import ClassVar, Literal
 
-from compressor.contract import Pruned, Sketch
-from compressor.forecast import collecting, hidden_size
 from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.memory_estimate import collecting, hidden_size
+from compressor.pipeline.prune_stage import PruningPass, Work
 from compressor.pruning.basis import Basis, apart
 from compressor.pruning.residual import Residual, fitting
 from compressor.pruning.shapes import going, parameters
-from compressor.pruning.stage import PruningPass, Work
 from compressor.recipe.registry import node
 
 

@@ -7,19 +7,19 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from compressor.contract import Pruned, Sketch
-from compressor.forecast import collecting
 from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.memory_estimate import collecting
+from compressor.pipeline.prune_stage import ANEW, PruningPass, Work, named
+from compressor.pipeline.search.levels import LevelDB
 from compressor.pruning.allocation import called, ladders
 from compressor.pruning.parts import find_all
 from compressor.pruning.searching import BRIEF, compared, comparing
 from compressor.pruning.shapes import Of, Shape, going, parameters, shapes
-from compressor.pruning.stage import ANEW, PruningPass, Work, named
 from compressor.pruning.widths import Narrows, Widths, sweep
 from compressor.recipe.registry import node, over
 from compressor.recipe.schema import Search
-from compressor.search.levels import LevelDB
 
 SQUARES = 4 + 3 * 8  # bytes for each element of a Hessian: as collected, and three such matrices in fp64
 

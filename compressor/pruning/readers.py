@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian
-from compressor.calibration.stream import CalibrationStream, read_inputs
-from compressor.distributed import Ranks
-from compressor.job import Event
 from compressor.model.block import Block
 from compressor.model.source import ModelSource
+from compressor.pipeline.calibration.stats import Hessian
+from compressor.pipeline.calibration.stream import CalibrationStream, read_inputs
+from compressor.pipeline.job import Event
+from compressor.pipeline.prune_stage import Work, read_tensors, stored
+from compressor.pipeline.ranks import Ranks
 from compressor.pruning.order import damped
-from compressor.pruning.stage import Work, read_tensors, stored
 
 Norms = Mapping[str, Sequence[str]]  # of a block, with the layers that read them
 

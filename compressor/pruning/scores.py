@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian, Mean
-from compressor.contract import Stats
 from compressor.model.block import Block
 from compressor.model.surgery.skip_sublayers import MLP
+from compressor.pipeline.calibration.stats import Hessian, Mean
+from compressor.pipeline.contract import Stats
 from compressor.pruning.parts import Part, values
 
 

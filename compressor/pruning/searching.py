@@ -1,4 +1,4 @@
-"""The search of compressor/search, for what passes that prune have to choose."""
+"""The search of compressor/pipeline/search, for what passes that prune have to choose."""
 
 import hashlib
 import time
@@ -8,18 +8,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compressor.forecast import collecting, hidden_size
 from compressor.model.journal import writing
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource
-from compressor.pruning.stage import Work
+from compressor.pipeline.memory_estimate import collecting, hidden_size
+from compressor.pipeline.prune_stage import Work
+from compressor.pipeline.search.allocate import Budget
+from compressor.pipeline.search.clock import Clock
+from compressor.pipeline.search.find import SHARE, Contestant, fits_in_memory, improve
+from compressor.pipeline.search.fitness import KEPT, TOGETHER, Fitness, opened
+from compressor.pipeline.search.levels import Choice, Levels
+from compressor.pipeline.search.trail import Trail
 from compressor.recipe.schema import Evolve, Search
-from compressor.search.allocate import Budget
-from compressor.search.clock import Clock
-from compressor.search.find import SHARE, Contestant, fits_in_memory, improve
-from compressor.search.fitness import KEPT, TOGETHER, Fitness, opened
-from compressor.search.levels import Choice, Levels
-from compressor.search.trail import Trail
 
 BRIEF = Search(
     tokens=16384,

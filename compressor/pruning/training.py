@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from compressor.distributed import Ranks
 from compressor.errors import RecipeError
-from compressor.forecast import hidden_size
-from compressor.job import Event
 from compressor.model.journal import sync, writing
 from compressor.model.memory import parameters as weights
 from compressor.model.source import ModelSource
-from compressor.pruning.stage import Work
+from compressor.pipeline.job import Event
+from compressor.pipeline.memory_estimate import hidden_size
+from compressor.pipeline.prune_stage import Work
+from compressor.pipeline.ranks import Ranks
 
 WARM = 0.05  # of the steps, in which the learning rate rises
 OFTEN = 20  # steps after which a training is put down

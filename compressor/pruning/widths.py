@@ -4,7 +4,8 @@ A width of a part is the units that stay and the writer refitted to them (compre
 the mean over all widths of what is before them, so that one sweep serves all, as in "Týr-the-Pruner", NeurIPS 2025, but with
 one forward for the expectation. With a single width that is exactly what will be written.
 
-What is made lies on disk as levels (compressor/search/levels.py): the kept units and the writer, in the checkpoint's dtype.
+What is made lies on disk as levels (compressor/pipeline/search/levels.py): the kept units and the writer, in the checkpoint's
+dtype.
 
 Shape suffixes: O out_features, S columns that stay, U units.
 """
@@ -17,18 +18,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compressor.calibration.stats import Hessian, Mean
-from compressor.calibration.stream import BlockStats, CalibrationStream
 from compressor.formats.base import Edits, Kept, dense
-from compressor.job import Event, Job, Tell
 from compressor.model.block import Block, Trial
 from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
-from compressor.plan import describe_option
+from compressor.pipeline.calibration.stats import Hessian, Mean
+from compressor.pipeline.calibration.stream import BlockStats, CalibrationStream
+from compressor.pipeline.job import Event, Job, Tell
+from compressor.pipeline.plan import describe_option
+from compressor.pipeline.search.levels import Choice, Level, LevelDB, Unit
 from compressor.pruning.order import by_score, greedy
 from compressor.pruning.parts import Part, find_all, find_parts, spread
 from compressor.pruning.scores import SCORES, Seen
-from compressor.search.levels import Choice, Level, LevelDB, Unit
 
 UNITS = "units"  # the name under which those that stay are kept
 

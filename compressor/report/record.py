@@ -45,7 +45,7 @@ class Report:
     speed: Mapping[str, Any] | None = None  # see compressor.runtime.bench
     verification: list[Mapping[str, Any]] = field(default_factory=list)  # see compressor.verification
     pruning: list[Mapping[str, Any]] = field(default_factory=list)  # what was taken away: see compressor/passes/prune_*.py
-    search: Mapping[str, Any] | None = None  # how the plan was found, see compressor.search.find
+    search: Mapping[str, Any] | None = None  # how the plan was found, see compressor.pipeline.search.find
     plots: Mapping[str, Any] | None = None  # what report.html shows, see compressor.report.html.plots
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from compressor.errors import SourceError
 from compressor.model.checkpoint import SINGLE, Checkpoint, find_shards
 from compressor.model.header import Span, spans
 from compressor.model.source import ModelSource
+from compressor.pipeline.manifest import MANIFEST, Manifest
 from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
-from compressor.verification.manifest import MANIFEST, Manifest
 
 CHUNK_BYTES = 2**24
 

@@ -20,10 +20,10 @@ from compressor.model.hf_config import decilm
 from compressor.model.hf_config.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.memory import available_memory, parameters
 from compressor.model.source import ModelSource
+from compressor.pipeline.manifest import MANIFEST, Manifest
+from compressor.pipeline.probe import Record, probe_tokens
 from compressor.report.compatibility import activation_bits, per_tensor, stock_dtype
 from compressor.verification.check import NotCheckedError, Progress, WrongError, refuse
-from compressor.verification.manifest import MANIFEST, Manifest
-from compressor.verification.probe import Record, probe_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Mean difference of the likely tokens' log-probabilities, nats. The same machine gives 0, or what rounding takes from the

@@ -13,11 +13,11 @@ from compressor.evaluation.score import divergence
 from compressor.model.architecture import linear_layers
 from compressor.model.source import ModelSource
 from compressor.passes._scaling import Scaling
-from compressor.plan import rewritten
+from compressor.pipeline.plan import rewritten
+from compressor.pipeline.probe import probe_tokens
 from compressor.recipe.schema import load_recipe
 from compressor.verification.check import Progress, refuse
 from compressor.verification.loaders import streamed_logits
-from compressor.verification.probe import probe_tokens
 
 # Cosine similarity of a packed weight with its original. Two bits leave about 0.9 of a bell-shaped weight, while layers that
 # have nothing to do with each other are at 0, give or take 1/sqrt(weights): 0.5 is far from both.

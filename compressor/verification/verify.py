@@ -10,10 +10,10 @@ from compressor.errors import SourceError
 from compressor.host import known_state
 from compressor.model.checkpoint import read_config
 from compressor.model.source import ModelSource
+from compressor.pipeline.manifest import read_manifest
 from compressor.verification.check import Check, Progress, attempt
 from compressor.verification.files import check_config, check_copies, check_files, check_hashes
 from compressor.verification.loaders import check_logits, check_transformers
-from compressor.verification.manifest import read_manifest
 from compressor.verification.values import check_reference, check_values
 
 CPU = torch.device("cpu")

@@ -32,25 +32,25 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from compressor.api import run
-from compressor.calibration.data import Samples, load_samples
-from compressor.calibration.hidden import keeping
-from compressor.calibration.stats import Hessian, Mean
 from compressor.cli._quiet import quiet
-from compressor.distributed import Ranks
 from compressor.evaluation.predict import final_hidden
-from compressor.job import Job
 from compressor.model.block import Trial
 from compressor.model.source import ModelSource
 from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
 from compressor.model.tokenizer import load_tokenizer
-from compressor.pipeline import open_stream
+from compressor.pipeline.blocks import open_stream
+from compressor.pipeline.calibration.data import Samples, load_samples
+from compressor.pipeline.calibration.hidden import keeping
+from compressor.pipeline.calibration.stats import Hessian, Mean
+from compressor.pipeline.job import Job
+from compressor.pipeline.ranks import Ranks
+from compressor.pipeline.search.fitness import Fitness, Teacher, opened
+from compressor.pipeline.search.levels import Level, Unit
 from compressor.pruning.depth import Depth, least, turns
 from compressor.pruning.parts import Part, find_parts
 from compressor.pruning.scores import SCORES, Seen
 from compressor.pruning.shapes import parameters
 from compressor.recipe.build import prune_recipe
-from compressor.search.fitness import Fitness, Teacher, opened
-from compressor.search.levels import Level, Unit
 
 MOST = 0.6  # of the KL divergence of the best of the others
 CPU = torch.device("cpu")

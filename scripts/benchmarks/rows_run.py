@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from compressor.calibration.data import load_samples
 from compressor.model.tokenizer import load_tokenizer
+from compressor.pipeline.calibration.data import load_samples
 
 
 def main() -> None:

@@ -32,29 +32,29 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compressor.api import run
-from compressor.calibration.data import load_samples
-from compressor.calibration.hidden import keeping
 from compressor.cli._quiet import quiet
-from compressor.distributed import Ranks
-from compressor.fitting import choosable, fit_recipe
-from compressor.job import Event, Job
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
 from compressor.passes.prune_depth import PruneDepth
-from compressor.pipeline import open_stream
-from compressor.provenance import fingerprint
+from compressor.pipeline.blocks import open_stream
+from compressor.pipeline.calibration.data import load_samples
+from compressor.pipeline.calibration.hidden import keeping
+from compressor.pipeline.job import Event, Job
+from compressor.pipeline.provenance import fingerprint
+from compressor.pipeline.ranks import Ranks
+from compressor.pipeline.search.allocate import Budget, BudgetError, by_order
+from compressor.pipeline.search.clock import Clock
+from compressor.pipeline.search.find import EVOLUTION, PROGRAMMES, Contestant, allocations, improve
+from compressor.pipeline.search.fitness import Fitness, opened
+from compressor.pipeline.search.importance import ladder
+from compressor.pipeline.search.levels import Choice, LevelDB, Unit
+from compressor.pipeline.search.measure import measure
+from compressor.pipeline.search.text import search_text
+from compressor.pipeline.search.trail import Trail
+from compressor.pipeline.target_search import choosable, fit_recipe
 from compressor.pruning.depth import GOES, STAYS, Depth, least, turns
 from compressor.recipe.presets import ladder as passes_near
 from compressor.recipe.schema import Evolve, Recipe, Search, make_recipe
-from compressor.search.allocate import Budget, BudgetError, by_order
-from compressor.search.clock import Clock
-from compressor.search.find import EVOLUTION, PROGRAMMES, Contestant, allocations, improve
-from compressor.search.fitness import Fitness, opened
-from compressor.search.importance import ladder
-from compressor.search.levels import Choice, LevelDB, Unit
-from compressor.search.measure import measure
-from compressor.search.text import search_text
-from compressor.search.trail import Trail
 
 FINE, ROUGH = 0.8, 0.6  # the most that a search may lose of what uniform options lose; up to ROUGH_BITS
 ROUGH_BITS, LOSSLESS = 2.5, 4.0  # from here on no gain is asked for

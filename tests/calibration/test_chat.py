@@ -11,9 +11,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration import data
 from compressor.errors import CalibrationError
 from compressor.evaluation.text import Protocol, load_text
+from compressor.pipeline.calibration import data
 
 Row = dict[str, Any]
 Template = Callable[[str], PreTrainedTokenizerBase]

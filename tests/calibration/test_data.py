@@ -4,9 +4,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration import data, stdlib
-from compressor.calibration.chat import Conversation
 from compressor.errors import CalibrationError
+from compressor.pipeline.calibration import data, stdlib
+from compressor.pipeline.calibration.chat import Conversation
 
 
 @pytest.fixture(scope="module")

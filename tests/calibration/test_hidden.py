@@ -8,10 +8,10 @@ import torch
 from tiny_models import tensors
 
 from compressor import api
-from compressor import forecast as forecasting
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.hidden import OnDisk, keeping, shapes
 from compressor.errors import CalibrationError
+from compressor.pipeline import memory_estimate as forecasting
+from compressor.pipeline.calibration.hidden import OnDisk, keeping, shapes
 from compressor.recipe.schema import make_recipe
 
 BATCHES = [torch.randn(2, 3, 4), torch.randn(1, 5, 4).bfloat16(), torch.randn(2, 3, 4)]

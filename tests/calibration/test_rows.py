@@ -9,9 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from compressor.calibration import data
-from compressor.calibration.chat import Conversation
 from compressor.errors import CalibrationError
+from compressor.pipeline.calibration import data
+from compressor.pipeline.calibration.chat import Conversation
 
 SEPARATORS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 

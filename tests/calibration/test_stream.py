@@ -2,12 +2,12 @@ import pytest
 import torch
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.stats import Hessian, Mismatch
-from compressor.calibration.stream import CalibrationStream, watching
-from compressor.distributed import Ranks
 from compressor.errors import CalibrationError
 from compressor.formats.int_group import IntGroup
 from compressor.model.source import ModelSource
+from compressor.pipeline.calibration.stats import Hessian, Mismatch
+from compressor.pipeline.calibration.stream import CalibrationStream, watching
+from compressor.pipeline.ranks import Ranks
 
 CPU = torch.device("cpu")
 

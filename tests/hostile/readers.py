@@ -11,19 +11,19 @@ import torch
 from hostile.mutations import Mutate, bytes_changed, header_changed, json_changed, lines_changed, yaml_changed
 
 from compressor import api
-from compressor.calibration.data import documents
 from compressor.evaluation.tasks import files as task_files
 from compressor.model.checkpoint import INDEX, SINGLE, Checkpoint, read_config
 from compressor.model.hf_config.decilm import changes
 from compressor.model.journal import Journal, read_journal
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
-from compressor.plan_file import read_plan
+from compressor.pipeline.calibration.data import documents
+from compressor.pipeline.manifest import MANIFEST, read_manifest
+from compressor.pipeline.plan_file import read_plan
 from compressor.recipe.schema import load_recipe, make_recipe
 from compressor.report.files import read_report
 from compressor.report.inspect import inspect_model
 from compressor.verification.files import check_config, check_copies, check_files, check_hashes
-from compressor.verification.manifest import MANIFEST, read_manifest
 
 CPU = torch.device("cpu")
 AUTO_ROUND = {

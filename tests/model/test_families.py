@@ -11,9 +11,9 @@ from tiny_models import FAMILIES, POSITIONS, exact, some_tokens, stock_logits, t
 from transformers import AutoModelForCausalLM
 
 from compressor import api
-from compressor.calibration.data import load_samples
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
+from compressor.pipeline.calibration.data import load_samples
 from compressor.recipe.build import quantize_recipe
 
 CPU = torch.device("cpu")

@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from tiny_models import change_config, change_tensors, exact, some_tokens, stock_logits, tensors
 from torch import Tensor
 
-from compressor import api, pipeline
+from compressor import api
 from compressor.cli import main
 from compressor.errors import CompressorError, SourceError
 from compressor.formats.gptq_int import GptqInt
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.packed_layers import PackedLayers
 from compressor.model.source import ModelSource
+from compressor.pipeline import blocks
 from compressor.recipe.schema import make_recipe
 from compressor.report.inspect import inspect_model
 from compressor.verification.verify import verify
@@ -293,7 +294,7 @@ def test_a_run_that_stores_a_byte_for_each_code_goes_on_where_it_was_stopped(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = make_recipe(rounding(bits=8, group_size=-1, packed=False))
-    compress_block = pipeline.compress_block
+    compress_block = blocks.compress_block
 
     def stopped(job: Any, block: Any, *args: Any) -> Any:
         if block.index == 1:
@@ -301,7 +302,7 @@ def test_a_run_that_stores_a_byte_for_each_code_goes_on_where_it_was_stopped(
         return compress_block(job, block, *args)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(pipeline, "compress_block", stopped)
+        patched.setattr(blocks, "compress_block", stopped)
         api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu", verify=False)
     report = api.run(recipe, tiny("llama"), tmp_path / "out", device="cpu", resume=True)
     assert {c["check"]: c["outcome"] for c in report.verification}["logits"] == "passed"

@@ -15,7 +15,7 @@ from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.model.hf_config import quantization_config
 from compressor.model.source import ModelSource
-from compressor.output import default_out
+from compressor.pipeline.write_model import default_out
 from compressor.recipe.build import quantize_recipe
 from compressor.report.inspect import inspect_model
 

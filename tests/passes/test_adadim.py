@@ -10,9 +10,6 @@ from tiny_models import change_tensors, exact, some_tokens, tensors
 from torch import Tensor
 
 from compressor import api
-from compressor.calibration.stream import CalibrationStream
-from compressor.contract import Pass
-from compressor.distributed import Ranks
 from compressor.formats.base import Format, OneOf, QuantizedTensor
 from compressor.formats.int_group import IntGroup
 from compressor.formats.int_input_group import IntInputGroup
@@ -22,6 +19,9 @@ from compressor.passes.adadim import AdaDim
 from compressor.passes.adadim_rtn import AdaDimRTN
 from compressor.passes.gptq import GPTQ, factorise, gptq, output_energy
 from compressor.passes.rtn import RTN
+from compressor.pipeline.calibration.stream import CalibrationStream
+from compressor.pipeline.contract import Pass
+from compressor.pipeline.ranks import Ranks
 from compressor.recipe.schema import make_recipe
 
 Tiny = Callable[..., Path]

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from compressor.calibration.stats import Hessian
-from compressor.calibration.stream import BlockStats
-from compressor.distributed import Ranks
 from compressor.formats.int_group import IntGroup
 from compressor.model.architecture import LinearKind
 from compressor.model.block import Block
 from compressor.passes.gptq import GPTQ, MAX_DAMP, SingularHessianError, correction, factorise, gptq, output_energy
+from compressor.pipeline.calibration.stats import Hessian
+from compressor.pipeline.calibration.stream import BlockStats
+from compressor.pipeline.ranks import Ranks
 
 
 def problem(rows=32, columns=64, tokens=256, seed=0):

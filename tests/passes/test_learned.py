@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.stream import CalibrationStream
-from compressor.distributed import Ranks
 from compressor.errors import RecipeError
 from compressor.formats.base import dense
 from compressor.formats.float_group import FloatGroup
@@ -23,6 +21,8 @@ from compressor.model.source import ModelSource
 from compressor.passes._latents import AGAIN
 from compressor.passes.learned import Learned, rounding
 from compressor.passes.rtn import RTN
+from compressor.pipeline.calibration.stream import CalibrationStream
+from compressor.pipeline.ranks import Ranks
 
 CPU = torch.device("cpu")
 FORMATS = [

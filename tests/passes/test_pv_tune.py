@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.contract import Whole
-from compressor.distributed import Ranks
 from compressor.formats.base import Format, QuantizedTensor
 from compressor.formats.int_group import IntGroup
 from compressor.formats.vq import VQ
 from compressor.passes._latents import VectorRounding
 from compressor.passes._training import largest
 from compressor.passes.pv_tune import PVTune
+from compressor.pipeline.contract import Whole
+from compressor.pipeline.ranks import Ranks
 
 
 def packed(fmt: Format, w: Tensor) -> QuantizedTensor:

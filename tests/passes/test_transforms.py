@@ -8,15 +8,10 @@ from tiny_models import FAMILIES, some_tokens, stock_logits, tensors
 
 from compressor import api
 from compressor.assets import DEMO_MODEL
-from compressor.calibration.data import load_samples
-from compressor.calibration.stats import Hessian, Peak, Spread
-from compressor.calibration.stream import CalibrationStream, watching
-from compressor.distributed import Ranks
 from compressor.errors import RecipeError
 from compressor.formats.float_group import FloatGroup
 from compressor.formats.int_group import IntGroup
 from compressor.formats.numerics.activations import FixedScale, scales
-from compressor.job import Event
 from compressor.model.block import Block
 from compressor.model.dataflow import find_feeds
 from compressor.model.source import ModelSource
@@ -28,6 +23,11 @@ from compressor.passes.awq import AWQ
 from compressor.passes.preshift import Preshift
 from compressor.passes.rotate import Rotate
 from compressor.passes.smooth import Smooth
+from compressor.pipeline.calibration.data import load_samples
+from compressor.pipeline.calibration.stats import Hessian, Peak, Spread
+from compressor.pipeline.calibration.stream import CalibrationStream, watching
+from compressor.pipeline.job import Event
+from compressor.pipeline.ranks import Ranks
 from compressor.recipe.schema import make_recipe
 from compressor.verification.verify import verify
 

@@ -11,17 +11,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressor import api
-from compressor.calibration.data import Samples, load_samples
-from compressor.distributed import Ranks
 from compressor.errors import RecipeError
-from compressor.job import Event, Tell, silent
 from compressor.model.edited import Rewriting
 from compressor.model.edits import fewer_sublayers
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
+from compressor.pipeline.calibration.data import Samples, load_samples
+from compressor.pipeline.job import Event, Tell, silent
+from compressor.pipeline.prune_stage import Work
+from compressor.pipeline.ranks import Ranks
 from compressor.pruning.blockwise import Twins, fit
 from compressor.pruning.depth import fewer_blocks
-from compressor.pruning.stage import Work
 from compressor.pruning.training import Schedule
 from compressor.recipe.schema import make_recipe
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 import compressor
 from compressor import api
 from compressor.errors import CalibrationError, OutputError, RecipeError
-from compressor.job import Event
 from compressor.model.source import ModelSource
-from compressor.pruning.stage import held, pruning_place
+from compressor.pipeline.job import Event
+from compressor.pipeline.prune_stage import held, pruning_place
 from compressor.recipe.schema import make_recipe
 
 WIDTH = {"pass": "prune_width", "ratio": 0.15, "of": "mlp", "multiple": 32, "search": SEARCH}

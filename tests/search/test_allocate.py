@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from compressor.search import allocate
-from compressor.search.allocate import Budget, BudgetError, Table, by_order, greedy, milp
-from compressor.search.levels import Choice
+from compressor.pipeline.search import allocate
+from compressor.pipeline.search.allocate import Budget, BudgetError, Table, by_order, greedy, milp
+from compressor.pipeline.search.levels import Choice
 
 
 def instance(seed: int, resources: int = 1) -> tuple[Table, Budget]:
@@ -64,7 +64,7 @@ def test_greedy_keeps_to_all_limits(seed: int) -> None:
 
 def test_a_solver_that_runs_out_of_time_is_not_worse_than_greedy(monkeypatch: pytest.MonkeyPatch) -> None:
     scores, budget = instance(7)
-    monkeypatch.setattr("compressor.search.allocate.TIMED_OUT", 0)  # what it says when it is done
+    monkeypatch.setattr("compressor.pipeline.search.allocate.TIMED_OUT", 0)  # what it says when it is done
     assert loss(scores, milp(scores, budget)) <= loss(scores, greedy(scores, budget))
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from compressor.distributed import Ranks
 from compressor.errors import RecipeError
-from compressor.fitting import shortened
 from compressor.formats.int_group import IntGroup
+from compressor.pipeline.ranks import Ranks
+from compressor.pipeline.search.clock import MEASURING, WRITING, Clock
+from compressor.pipeline.search.find import in_time
+from compressor.pipeline.search.levels import Level, Unit
+from compressor.pipeline.search.measure import affordable
+from compressor.pipeline.search.trail import Trail
+from compressor.pipeline.target_search import shortened
 from compressor.recipe.schema import make_recipe
-from compressor.search.clock import MEASURING, WRITING, Clock
-from compressor.search.find import in_time
-from compressor.search.levels import Level, Unit
-from compressor.search.measure import affordable
-from compressor.search.trail import Trail
 
 BLOCKS, FIXED = 10, 1.0
 UNITS = [

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from compressor.errors import RecipeError
+from compressor.pipeline.search.allocate import Budget
+from compressor.pipeline.search.evolve import Generation, evolve, mutated
+from compressor.pipeline.search.levels import Choice
+from compressor.pipeline.search.successive import losses_around, successive
 from compressor.recipe.registry import validate
 from compressor.recipe.schema import Evolve
-from compressor.search.allocate import Budget
-from compressor.search.evolve import Generation, evolve, mutated
-from compressor.search.levels import Choice
-from compressor.search.successive import losses_around, successive
 
 SAMPLES, SEQ_LEN = 32, 64
 SMALL = Evolve(generations=40, offspring=24, stages=((6, 128), (2, 512), (1, 1024)), patience=40)

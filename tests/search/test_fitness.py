@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compressor.calibration.data import Samples
-from compressor.calibration.hidden import keeping
-from compressor.distributed import Ranks
 from compressor.errors import OutputError, RecipeError
-from compressor.job import Job
 from compressor.model.source import ModelSource
-from compressor.pipeline import open_stream
+from compressor.pipeline.blocks import open_stream
+from compressor.pipeline.calibration.data import Samples
+from compressor.pipeline.calibration.hidden import keeping
+from compressor.pipeline.job import Job
+from compressor.pipeline.ranks import Ranks
+from compressor.pipeline.search.fitness import Fitness, Teacher, opened
+from compressor.pipeline.search.levels import LevelDB
+from compressor.pipeline.search.measure import measure
 from compressor.recipe.schema import make_recipe
-from compressor.search.fitness import Fitness, Teacher, opened
-from compressor.search.levels import LevelDB
-from compressor.search.measure import measure
 
 SAMPLES, SEQ_LEN = 6, 24
 OPTIONS = [{"format": "int_group", "bits": bits, "group_size": 32} for bits in (2, 3, 8)]
@@ -110,7 +110,7 @@ def test_choices_that_do_not_fit_into_memory_together_take_several_turns(
     with opened(source, resident=True) as model:
         fitness = Fitness(source, model, measured.levels, measured.tokens, Ranks())
         expected = fitness(choices, [0, 1])
-        monkeypatch.setattr("compressor.search.fitness.STATES", 1)
+        monkeypatch.setattr("compressor.pipeline.search.fitness.STATES", 1)
         assert fitness(choices, [0, 1]) == pytest.approx(expected, rel=1e-6)
     assert expected[0] < expected[2] < expected[1]
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from compressor.formats.base import GONE
 from compressor.formats.int_group import IntGroup
-from compressor.search.allocate import Budget, milp
-from compressor.search.importance import errors, uniform
-from compressor.search.joined import Joined
-from compressor.search.levels import Level, LevelDB, Unit
+from compressor.pipeline.search.allocate import Budget, milp
+from compressor.pipeline.search.importance import errors, uniform
+from compressor.pipeline.search.joined import Joined
+from compressor.pipeline.search.levels import Level, LevelDB, Unit
 
 BITS = (2, 3, 4, 8)
 OPTIONS = [IntGroup(bits=bits, group_size=32) for bits in BITS]

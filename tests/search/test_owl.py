@@ -17,11 +17,11 @@ from compressor.errors import RecipeError
 from compressor.formats.base import Format
 from compressor.formats.int_group import IntGroup
 from compressor.formats.sparse_bitmask import SparseBitmask
+from compressor.pipeline.search.allocate import Budget, BudgetError
+from compressor.pipeline.search.importance import SPREAD, by_salience
+from compressor.pipeline.search.levels import Level, Unit
+from compressor.pipeline.search.measure import _outstanding
 from compressor.recipe.schema import make_recipe
-from compressor.search.allocate import Budget, BudgetError
-from compressor.search.importance import SPREAD, by_salience
-from compressor.search.levels import Level, Unit
-from compressor.search.measure import _outstanding
 
 SIZE = 10_000
 FINE: Sequence[Format] = [SparseBitmask(sparsity=float(Fraction(percent, 200))) for percent in range(190, 9, -1)]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from compressor.distributed import Ranks
 from compressor.errors import OutputError
+from compressor.pipeline.ranks import Ranks
+from compressor.pipeline.search.allocate import Budget
+from compressor.pipeline.search.clock import Clock
+from compressor.pipeline.search.find import Contestant, improve
+from compressor.pipeline.search.levels import Choice
+from compressor.pipeline.search.trail import Trail
 from compressor.recipe.schema import Evolve, Search
-from compressor.search.allocate import Budget
-from compressor.search.clock import Clock
-from compressor.search.find import Contestant, improve
-from compressor.search.levels import Choice
-from compressor.search.trail import Trail
 
 UNITS, LEVELS = 6, 4
 BUDGET = Budget({"bits": [[1, 2, 3, 4]] * UNITS}, {"bits": 15})

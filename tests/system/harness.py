@@ -153,9 +153,9 @@ def dies_at_call(module: str, function: str) -> None:
 
 def stops_at_third_block() -> None:
     """Wait for ever once two blocks are done."""
-    from compressor import pipeline
+    from compressor.pipeline import blocks
 
-    work, calls = pipeline.compress_block, []
+    work, calls = blocks.compress_block, []
 
     def stopping(*arguments: Any) -> Any:
         calls.append(1)
@@ -163,7 +163,7 @@ def stops_at_third_block() -> None:
             signal.pause()
         return work(*arguments)
 
-    pipeline.compress_block = stopping
+    blocks.compress_block = stopping
 
 
 def may_write(count: int) -> None:
@@ -173,13 +173,13 @@ def may_write(count: int) -> None:
 
 def fails_with(message: str) -> None:
     """Raise an error that a user can mend, when the first block is to be compressed."""
-    from compressor import pipeline
     from compressor.errors import CalibrationError
+    from compressor.pipeline import blocks
 
     def failing(*_: Any) -> Any:
         raise CalibrationError(message)
 
-    pipeline.compress_block = failing
+    blocks.compress_block = failing
 
 
 def _forked(arguments: Sequence[object], log: Path, fate: Fate | None, environment: dict[str, str]) -> None:

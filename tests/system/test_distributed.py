@@ -132,13 +132,13 @@ class TestAnErrorOnOneRank:
         assert "".join(rank.err for rank in ranks) == "error: model.layers.0: no good; use another\n"
 
     def test_that_kills_it_is_noticed_by_the_other(self, tiny: Path, out: Path, tmp_path: Path) -> None:
-        fates = (None, (dies_at_call, ("compressor.pipeline", "compress_block")))
+        fates = (None, (dies_at_call, ("compressor.pipeline.blocks", "compress_block")))
         first, second = on_ranks(tmp_path / "log", "quantize", tiny, "--out", out, *TWO_BATCHES, fates=fates)
         assert second.code == -signal.SIGKILL
         assert "lost the connection" in first.late_error
 
     def test_leaves_no_result(self, tiny: Path, out: Path, tmp_path: Path) -> None:
-        fates = (None, (dies_at_call, ("compressor.pipeline", "compress_block")))
+        fates = (None, (dies_at_call, ("compressor.pipeline.blocks", "compress_block")))
         on_ranks(tmp_path / "log", "quantize", tiny, "--out", out, *TWO_BATCHES, fates=fates)
         assert not out.exists()
 

@@ -10,8 +10,8 @@ import torch
 import yaml
 from harness import TEXT, CommandLine, Fate, Fork, Result, contents, dies_at_call, dies_at_rename, on_ranks
 
-from compressor.fitting import minutes
 from compressor.model.source import ModelSource
+from compressor.pipeline.target_search import minutes
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 SMALL = (
@@ -190,7 +190,7 @@ def test_levels_that_are_kept_serve_another_target(tiny: Path, tmp_path: Path, c
 
 DEATHS: dict[str, Fate] = {
     "while levels are measured": (dies_at_rename, ("model.layers.2.mlp.down_proj.safetensors", True)),
-    "before evolution": (dies_at_call, ("compressor.search.find", "evolve")),
+    "before evolution": (dies_at_call, ("compressor.pipeline.search.find", "evolve")),
     "while the model is written": (dies_at_rename, ("block-00002.safetensors", True)),
     "after the result appeared": (dies_at_rename, ("out", True)),
 }

@@ -26,11 +26,6 @@ FLOORS = (
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 # Modules that are still outside the package that they belong to.
 MOVING = {
-    **dict.fromkeys(
-        ("contract", "job", "patterns", "distributed", "plan", "plan_file", "forecast", "tuning", "output"), "pipeline"
-    ),
-    **dict.fromkeys(("provenance", "inputs", "fitting", "calibration", "search", "pruning.stage"), "pipeline"),
-    **dict.fromkeys(("verification.manifest", "verification.probe"), "pipeline"),
     **dict.fromkeys(("judging", "comparison", "verification"), "evaluation"),
     "pruning": "passes",
 }

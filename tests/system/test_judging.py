@@ -126,7 +126,7 @@ class TestEval:
         assert (ours, other) == ("held-out", "all")
 
     def test_several_processes_are_refused(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("compressor.distributed._world", lambda: 2)
+        monkeypatch.setattr("compressor.pipeline.ranks._world", lambda: 2)
         with pytest.raises(RecipeError, match="without torchrun"):
             evaluate(tiny)
 

@@ -24,9 +24,10 @@ from harness import (
     stops_at_third_block,
 )
 
-from compressor import api, pipeline
-from compressor.job import Event
+from compressor import api
 from compressor.model.checkpoint import SINGLE
+from compressor.pipeline import blocks
+from compressor.pipeline.job import Event
 from compressor.recipe.build import quantize_recipe
 
 # Both passes send two streams through what is done.
@@ -41,7 +42,7 @@ BEFORE: dict[str, Fate] = {
     "between two tensors outside the blocks": (dies_at_rename, ("rest-00001.safetensors", True)),
     "before the shards are assembled": (dies_at_call, ("compressor.model.shards", "assemble")),
     "before a shard is in place": (dies_at_rename, (SINGLE, False)),
-    "before other files are copied": (dies_at_call, ("compressor.output", "copy_other_files")),
+    "before other files are copied": (dies_at_call, ("compressor.pipeline.write_model", "copy_other_files")),
     "before the comparison with the original": (dies_at_call, ("compressor.api", "judge_result")),
     "before the report is written": (dies_at_call, ("compressor.api", "model_card")),
     "before the result appears": (dies_at_rename, ("out", False)),
@@ -145,8 +146,8 @@ class TestAKilledRun:
     def test_is_not_computed_again(
         self, setting: Setting, partial: Path, out: Path, monkeypatch: pytest.MonkeyPatch, compress: CommandLine
     ) -> None:
-        work, computed = pipeline.compress_block, []
-        monkeypatch.setattr(pipeline, "compress_block", lambda job, block, *rest: computed.append(block.index) or work(job, block, *rest))  # fmt: skip # noqa: E501
+        work, computed = blocks.compress_block, []
+        monkeypatch.setattr(blocks, "compress_block", lambda job, block, *rest: computed.append(block.index) or work(job, block, *rest))  # fmt: skip # noqa: E501
         compress(*setting.quantize(out), "--resume")
         assert computed == [2, 3]
 
@@ -307,7 +308,7 @@ class TestAnInterruptedRun:
         def interrupted(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(pipeline, "return_freed_memory", interrupted)
+        monkeypatch.setattr(blocks, "return_freed_memory", interrupted)
         result = compress(*setting.quantize(out))
         assert (result.code, "--resume" in result.err.splitlines()[-1]) == (130, True)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness import DEADLINE, CommandLine, Fate, Fork, contents
 
-from compressor import pipeline
+from compressor.pipeline import blocks
 
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 QUICK = ("--method", "rtn", "--no-eval", "--no-verify")
@@ -46,13 +46,13 @@ def does_not_end(number: int) -> None:
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(DEADLINE)
 
-    pipeline.compress_block = waiting
+    blocks.compress_block = waiting
 
 
 POINTS: dict[str, Fate] = {
-    "in a block": (stops_itself, (signal.SIGTERM, "compressor.pipeline", "compress_block", 3)),
+    "in a block": (stops_itself, (signal.SIGTERM, "compressor.pipeline.blocks", "compress_block", 3)),
     "before the shards": (stops_itself, (signal.SIGTERM, "compressor.model.shards", "assemble", 1)),
-    "while files are copied": (stops_itself, (signal.SIGTERM, "compressor.output", "copy_other_files", 1)),
+    "while files are copied": (stops_itself, (signal.SIGTERM, "compressor.pipeline.write_model", "copy_other_files", 1)),
     "while OUT is published": (stops_itself, (signal.SIGTERM, "compressor.model.writer", "sync", 3)),
 }
 
@@ -77,7 +77,7 @@ def test_sigterm_leaves_a_run_that_resumes_to_the_same_bytes(
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_each_signal_has_its_status(number: int, status: int, tiny: Path, out: Path, tmp_path: Path) -> None:
-    fate = (stops_itself, (number, "compressor.pipeline", "compress_block", 1))
+    fate = (stops_itself, (number, "compressor.pipeline.blocks", "compress_block", 1))
     stopped = Fork(tmp_path / "log", "quantize", tiny, "--out", out, *QUICK, fate=fate).result()
     assert (stopped.code, stopped.err.count("interrupted by")) == (status, 1)
 

@@ -12,15 +12,16 @@ import torch
 from safetensors import safe_open
 from tiny_models import stock_logits
 
-from compressor import api, pipeline
+from compressor import api
 from compressor.errors import CalibrationError, CompressorError, SourceError
 from compressor.model.checkpoint import SINGLE
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace
+from compressor.pipeline import blocks
+from compressor.pipeline.manifest import MANIFEST, read_manifest
+from compressor.pipeline.probe import Record
 from compressor.recipe.build import quantize_recipe
 from compressor.recipe.schema import Recipe
-from compressor.verification.manifest import MANIFEST, read_manifest
-from compressor.verification.probe import Record
 from compressor.verification.verify import verify
 
 
@@ -66,14 +67,14 @@ def test_an_interrupted_run_leaves_the_same_manifest(
 ) -> None:
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     api.run(recipe, tiny("llama"), whole, device="cpu", dtype="float32", verify=False)
-    work = pipeline.compress_block
+    work = blocks.compress_block
 
-    def failing(job: pipeline.Job, block: Any, *rest: Any) -> Any:
+    def failing(job: blocks.Job, block: Any, *rest: Any) -> Any:
         if block.index == 1:
             raise CalibrationError("stop here")
         return work(job, block, *rest)
 
-    monkeypatch.setattr(pipeline, "compress_block", failing)
+    monkeypatch.setattr(blocks, "compress_block", failing)
     with pytest.raises(CalibrationError):
         api.run(recipe, tiny("llama"), resumed, device="cpu", dtype="float32", verify=False)
     monkeypatch.undo()

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lm_eval.api.model import LM
 
-from compressor.calibration.data import check_vocabulary
 from compressor.errors import RecipeError
 from compressor.evaluation.score import Passage, Scores, score
 from compressor.evaluation.tasks.encode import Encoder
@@ -15,6 +14,7 @@ from compressor.evaluation.tasks.generation import AT_ONCE, continuations
 from compressor.evaluation.tasks.questions import LONGEST_ANSWER
 from compressor.evaluation.tasks.subject import Subject
 from compressor.evaluation.tasks.work import Work
+from compressor.pipeline.calibration.data import check_vocabulary
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the harness knows all of them
 

@@ -1,0 +1,37 @@
+"""Describe a job, and report its progress."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pass, Plan
+from compressor.pipeline.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a person who waits wants to see."""
+
+    stage: str  # "rotate", "sensitivity", "compress", "resume", "evaluate", "write"
+    done: int
+    total: int
+    what: str = ""
+    error: float | None = None
+    tokens_per_second: float | None = None
+
+
+Tell = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """Report progress to nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done, and by whom."""
+
+    source: ModelSource
+    passes: Sequence[Pass]
+    plan: Plan
+    ranks: Ranks

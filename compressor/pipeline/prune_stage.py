@@ -1,0 +1,301 @@
+"""The stage before compression in which passes make the model smaller, each the one that the last has left."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors import safe_open
+from torch import Tensor
+
+from compressor.errors import CalibrationError, OutputError, RecipeError
+from compressor.formats.base import Format
+from compressor.model.block import Block
+from compressor.model.edited import Rewriting
+from compressor.model.journal import LOCK, Journal, load_tensors, remove_leftovers, save, sound, writing
+from compressor.model.source import ModelSource
+from compressor.pipeline.blocks import open_stream
+from compressor.pipeline.calibration.data import Samples
+from compressor.pipeline.calibration.hidden import keeping
+from compressor.pipeline.calibration.stream import CalibrationStream
+from compressor.pipeline.contract import Accumulator, Outcome, Pass, Prunes, Rewrites, Stats
+from compressor.pipeline.job import Job, Tell
+from compressor.pipeline.memory_estimate import collecting
+from compressor.pipeline.ranks import Ranks
+from compressor.pipeline.search.text import search_text
+from compressor.recipe.registry import node
+from compressor.recipe.schema import Recipe
+
+ANEW = "give --overwrite to start again, or choose another --out"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass that prunes has to work with.
+
+    Args:
+        recipe: All of it.
+        original: The model before anything was taken away.
+        source: The model as the passes before have left it.
+        calibration: Text to make widths on.
+        ranks: Who else works.
+        place: Directory for what is made; it has to stay until the model is written.
+        known: What has to be equal for that to be used again.
+        tell: Called with progress.
+    """
+
+    recipe: Recipe
+    original: ModelSource
+    source: ModelSource
+    calibration: Samples
+    ranks: Ranks
+    place: Path
+    known: Mapping[str, str]
+    tell: Tell
+
+    @property
+    def job(self) -> Job:
+        """Of the model alone."""
+        return Job(self.source, (), {}, self.ranks)
+
+    def stream(self) -> CalibrationStream:
+        """The calibration stream before the first block."""
+        return open_stream(self.job, self.calibration, keeping(self.recipe.calibration.on_disk), self.tell)
+
+    def once(self, name: str, settings: object, make: Callable[[Path], Mapping[str, Tensor]]) -> Path:
+        """A file of tensors that is made unless an interrupted run has left it.
+
+        Args:
+            name: What is in it.
+            settings: Of the pass, by which one of other settings is not taken for it.
+            make: Called on all ranks with a place for what it wants to put down on the way; the first rank's is kept.
+        """
+        known = hashlib.sha256(repr((sorted(self.known.items()), settings)).encode()).hexdigest()[:12]
+        file = self.place / f"{name}-{known}.safetensors"
+        if self.ranks.first:
+            with writing(self.place):
+                self.place.mkdir(parents=True, exist_ok=True)
+        if not self.ranks.agree(file.exists()):
+            unfinished = file.with_suffix(".training")
+            made = make(unfinished)
+            if self.ranks.first:
+                save(file, made)
+                with writing(unfinished):
+                    unfinished.unlink(missing_ok=True)
+        self.ranks.barrier()
+        return file
+
+    def text(self, tokens: int, key: str = "search.tokens") -> Tensor:
+        """Tokens [N, S], at least so many, that calibration does not read; asked for by a key of the recipe."""
+        return search_text(self.recipe, tokens, self.source, self.calibration, key)
+
+
+def as_stored(source: ModelSource, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name in the model, by name on disk and in the dtype that they have there."""
+    return {(at := source.names[name]): new.to(source.checkpoint.headers[at].dtype) for name, new in tensors.items()}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a file that `Work.once` made."""
+    return load_tensors(file)
+
+
+def stored(file: Path, names: Iterable[str], **others: Any) -> Rewriting:
+    """The change to tensors, by name on disk, that lie in such a file; `others` are fields of `Rewriting`."""
+    return Rewriting({name: partial(_read, file, name) for name in names}, **others)
+
+
+def _read(file: Path, name: str, old: Tensor) -> Tensor:
+    with sound(file), safe_open(file, framework="pt") as opened:
+        new: Tensor = opened.get_tensor(name)
+    return new.to(old.dtype)
+
+
+@node
+class PruningPass:
+    """What passes have in common that work in this stage: nothing is left for them to do on single blocks."""
+
+    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
+    options: ClassVar[tuple[Format, ...]] = ()
+    chooses: ClassVar[bool] = False
+    two_streams: ClassVar[bool] = False
+    together: ClassVar[bool] = False
+    sensitivity: ClassVar[bool] = False
+    closes: ClassVar[bool] = False  # what it learns is of no use once a pass of this stage changes the model again
+    mends: ClassVar[bool] = False  # it makes good for what was taken away
+    pairs: ClassVar[bool] = False  # it compares blocks with the original's, one by one
+    rebases: ClassVar[bool] = False  # it leaves another hidden state between blocks than the original's
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """That of the calibration stream."""
+        return collecting(source, tokens, batch)
+
+    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
+        """None: the block is read as this stage has left it."""
+        return {}
+
+    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
+        """Nothing."""
+        return Outcome({}, {})
+
+
+def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
+    """Refuse a pass that prunes behind one that changes blocks, or where layers are given turned activations.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    if source.hadamard and any(isinstance(step, Prunes) for step in passes):
+        raise RecipeError(
+            f"passes: activations of {len(source.hadamard)} layers are turned (rotate: online), which pruning does not take "
+            "into account; leave out online: true, or prune without rotating"
+        )
+    for number, step in enumerate(passes):
+        if isinstance(step, Prunes) and not all(isinstance(before, Prunes | Rewrites) for before in passes[:number]):
+            raise RecipeError(
+                f"passes.{number}: takes parts of the model away before any block is compressed; put it before the others"
+            )
+        if isinstance(step, Prunes) and any(isinstance(before, PruningPass) and before.closes for before in passes[:number]):
+            raise RecipeError(
+                f"passes.{number}: changes the model that a prompt was learned for; put `soft_prompt` behind it"
+            )
+        if isinstance(step, PruningPass) and step.pairs:
+            for first, before in enumerate(passes[:number]):
+                if isinstance(before, PruningPass) and before.rebases:
+                    raise RecipeError(
+                        f"passes.{number}: {named(step)} compares every block with the original's, but {named(before)} "
+                        f"(passes.{first}) leaves other hidden channels between blocks; put it before that, or take `recover`"
+                    )
+
+
+def check_pruned(step: Prunes, original: ModelSource, source: ModelSource) -> None:
+    """Refuse a pass that makes good for what was taken away.
+
+    Raises:
+        RecipeError: nothing was.
+    """
+    if isinstance(step, PruningPass) and step.mends and source is original:
+        raise RecipeError(
+            f"{named(step)}: nothing was pruned, so nothing was lost; put `prune_width` or `prune_depth` before it"
+        )
+
+
+def named(step: object) -> str:
+    """As recipes have it."""
+    return type(step).__module__.rpartition(".")[2]
+
+
+def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, bool, int]:
+    """The model with the shapes that it will have, whether these are certain, and how many parameters it may have besides."""
+    check_order(source, passes)
+    original, certain, more = source, True, 0
+    for step in (step for step in passes if isinstance(step, Prunes)):
+        check_pruned(step, original, source)
+        found = step.sketch(source)
+        source = source if found.rewriting is None else source.rewritten(found.rewriting)
+        certain, more = certain and found.certain, more + found.more
+    return source, certain, more
+
+
+def expected_peak(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int) -> int:
+    """Bytes that the pass takes which takes the most; arguments as of `Prunes.expected_memory`."""
+    most = 0
+    for step in (step for step in passes if isinstance(step, Prunes)):
+        most = max(most, step.expected_memory(source, tokens, batch))
+        rewriting = step.sketch(source).rewriting
+        source = source if rewriting is None else source.rewritten(rewriting)
+    return most
+
+
+def pruned(
+    recipe: Recipe,
+    source: ModelSource,
+    calibration: Samples | None,
+    ranks: Ranks,
+    place: Path,
+    known: Mapping[str, str],
+    tell: Tell,
+) -> tuple[ModelSource, list[Mapping[str, Any]]]:
+    """The model once all passes that prune have done so, and what each did; arguments as of `Work`.
+
+    Raises:
+        RecipeError: it cannot be done.
+    """
+    check_order(source, recipe.passes)
+    original, done = source, []
+    for number, step in enumerate(recipe.passes):
+        if not isinstance(step, Prunes):
+            continue
+        if calibration is None:
+            raise CalibrationError(f"passes.{number}: needs calibration text")
+        check_pruned(step, original, source)
+        found = step.prune(Work(recipe, original, source, calibration, ranks, place / str(number), known, tell))
+        source = source if found.rewriting is None else source.rewritten(found.rewriting)
+        done.append(found.report)
+    return source, done
+
+
+def pruning_place(out: Path) -> Path:
+    """Where what is made lies until the model is written."""
+    return out.with_name(f"{out.name}.pruning")
+
+
+@contextmanager
+def held(out: Path, warn: Callable[[str], None], *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Keep other runs out of `pruning_place(out)` while open; remove it afterwards, or if nothing is in it.
+
+    Args:
+        out: Result of the run, which is whole when the context is left without an error.
+        warn: Called with a sentence if the place cannot be removed then.
+        resume: Whether what an interrupted run has left may be used.
+        overwrite: Whether it is removed otherwise.
+
+    Raises:
+        OutputError: another run works there, or has left something and nobody said what is to become of it.
+    """
+    place = pruning_place(out)
+    lock = Journal(place, {})
+    lock.lock(place)
+    try:
+        if overwrite and not resume:
+            _empty(place)
+        if _content(place) and not resume:
+            raise OutputError(
+                f"{place}: holds what a run has made that did not come to its end; give --resume to go on from there or "
+                "--overwrite to start again"
+            )
+        yield
+        remove_leftovers(place, out, warn)
+    finally:
+        lock.release()
+        with suppress(OSError):  # an empty directory is in nobody's way
+            if not _content(place):
+                shutil.rmtree(place)
+
+
+def clear(out: Path, warn: Callable[[str], None]) -> None:
+    """Remove what pruning has left of a run that is complete; arguments as of `held`.
+
+    Raises:
+        OutputError: another run works there.
+    """
+    if pruning_place(out).exists():
+        with held(out, warn, resume=True, overwrite=False):
+            pass
+
+
+def _content(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.name != LOCK]
+
+
+def _empty(place: Path) -> None:
+    with writing(place):
+        for path in _content(place):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

@@ -1,0 +1,174 @@
+"""Data-parallel calibration: each rank streams its own batches, statistics are summed, work is shared out.
+
+Started by `torchrun --nproc-per-node N -m compressor …`. With one rank every call is the identity, so there is one code path.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from compressor.errors import LostRankError, RecipeError
+from compressor.formats.base import Edits, QuantizedTensor, Stored
+from compressor.model.device import compute_device
+from compressor.pipeline.contract import Outcome
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # that ranks wait for each other: the first one writes and evaluates alone
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Passed to whoever needs it; `rank` of `world` processes."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def from_environment(cls, device: str | None = None) -> "Ranks":
+        """Join the group that torchrun describes in the environment, or run alone; `device` as in compute_device."""
+        world, place = _world(), compute_device(device)
+        if world == 1:
+            return cls(device=place)
+        if place.type == "cuda":
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(place)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+        return cls(dist.get_rank(), world, place)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def mine(self, items: Sequence[T]) -> list[T]:
+        """This rank's share of a list: item i lives on rank i mod world."""
+        return list(items[self.rank :: self.world])
+
+    def share(self, costs: Mapping[str, int]) -> list[str]:
+        """This rank's share of some names: largest first, each to the least loaded rank. The same answer everywhere."""
+        return [name for name, owner in self._owners(costs).items() if owner == self.rank]
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over ranks, in place."""
+        self._reduce(tensors, dist.ReduceOp.SUM)
+
+    def max_(self, tensors: Sequence[Tensor]) -> None:
+        """Largest elements of tensors over ranks, in place."""
+        self._reduce(tensors, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensors: Sequence[Tensor], how: dist.ReduceOp.RedOpType) -> None:
+        if self.world > 1:
+            with _together():
+                for tensor in tensors:
+                    dist.all_reduce(tensor, how)
+
+    def gather(self, mine: Outcome) -> Outcome:
+        """Every rank's outcome in one, edits in name order. Packed parts travel as tensors."""
+        if self.world == 1:
+            return mine
+        everyone: list[Any] = [None] * self.world
+        with _together():
+            dist.all_gather_object(everyone, replace(mine, edits={n: _on_meta(new) for n, new in mine.edits.items()}))
+        edits: dict[str, Stored] = {}
+        for owner, outcome in enumerate(everyone):
+            for name in sorted(outcome.edits):
+                own = mine.edits[name] if owner == self.rank else None
+                edits[name] = self._broadcast(outcome.edits[name], own, owner)
+        errors = {name: error for outcome in everyone for name, error in outcome.errors.items()}
+        warnings = tuple(warning for outcome in everyone for warning in outcome.warnings)
+        return Outcome(_sorted(edits), errors, warnings)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            with _together():
+                dist.barrier()
+
+    def agree(self, value: T) -> T:
+        """Rank 0's value, everywhere."""
+        if self.world == 1:
+            return value
+        box = [value]
+        with _together():
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def _owners(self, costs: Mapping[str, int]) -> dict[str, int]:
+        load = [0] * self.world
+        owners = {}
+        for name in sorted(costs, key=lambda n: (-costs[n], n)):
+            owners[name] = load.index(min(load))
+            load[owners[name]] += costs[name]
+        return {name: owners[name] for name in costs}
+
+    def _broadcast(self, shape: Stored, own: Stored | None, owner: int) -> Stored:
+        """A stored weight from its owner; `shape` is the same on the meta device."""
+
+        def send(like: Tensor, tensor: Tensor | None) -> Tensor:
+            here = torch.empty_like(like, device=self.device) if tensor is None else tensor.to(self.device).contiguous()
+            with _together():
+                dist.broadcast(here.view(torch.uint8), owner)
+            return here
+
+        if isinstance(shape, QuantizedTensor):
+            given = own.parts if isinstance(own, QuantizedTensor) else {}
+            parts = {name: send(like, given.get(name)) for name, like in shape.parts.items()}
+            return replace(shape, parts=parts)
+        return send(shape, own if isinstance(own, Tensor) else None)
+
+
+def check_alone() -> None:
+    """Refuse work that does not share itself out.
+
+    Raises:
+        RecipeError: several processes were started.
+    """
+    if _world() > 1:
+        raise RecipeError(f"judging runs in one process, torchrun started {_world()}; start it without torchrun")
+
+
+def first_to_fail() -> bool:
+    """Whether this process should say what went wrong: of several ranks, only the first to fail does."""
+    if _world() == 1:
+        return True
+    if not dist.is_initialized():
+        return os.environ["RANK"] == "0"  # what fails before the ranks join fails on all of them
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("failed", 1) == 1)
+    except RuntimeError:
+        return False  # the rank that kept the count was the first
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Something that every rank takes part in."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(
+            f"rank {dist.get_rank()}: lost the connection to another rank; "
+            "resume the run, which goes on from the last finished block"
+        ) from error
+
+
+def _on_meta(new: Stored) -> Stored:
+    if isinstance(new, QuantizedTensor):
+        return replace(new, parts={name: part.to("meta") for name, part in new.parts.items()})
+    return new.to("meta")
+
+
+def _sorted(edits: Edits) -> Edits:
+    return dict(sorted(edits.items()))

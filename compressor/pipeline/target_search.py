@@ -1,0 +1,305 @@
+"""A recipe with a target: which of the passes' options each unit gets is searched for before anything is written."""
+
+import hashlib
+import math
+import re
+import time as clock
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from compressor.errors import OutputError, RecipeError
+from compressor.formats.base import GONE, Format
+from compressor.host import known_state
+from compressor.model import shards
+from compressor.model.architecture import matches
+from compressor.model.edits import fewer_sublayers
+from compressor.model.journal import remove_leftovers, replace_text
+from compressor.model.source import ModelSource
+from compressor.model.surgery.skip_sublayers import substitutes
+from compressor.pipeline.blocks import open_stream
+from compressor.pipeline.calibration.data import Samples
+from compressor.pipeline.calibration.hidden import keeping
+from compressor.pipeline.contract import Pass, Plan, Prunes, Rewrites, Schedule
+from compressor.pipeline.job import Event, Job, Tell, silent
+from compressor.pipeline.patterns import check_patterns
+from compressor.pipeline.plan import make_plan, output_headers
+from compressor.pipeline.plan_file import to_text
+from compressor.pipeline.prepare import check_shares, load_calibration, open_model
+from compressor.pipeline.provenance import fingerprint
+from compressor.pipeline.ranks import Ranks
+from compressor.pipeline.search.clock import Clock
+from compressor.pipeline.search.find import Found, find
+from compressor.pipeline.search.levels import Level, LevelDB, Unit
+from compressor.pipeline.search.text import search_text
+from compressor.recipe import presets
+from compressor.recipe.registry import validate
+from compressor.recipe.schema import Recipe, Search, Target, load_recipe, make_recipe
+
+OFFSETS = 8  # bytes by which a tensor's offsets in a file's header may be longer than at another size
+PADDING = 64  # bytes of a file
+DROP = "prune"  # what lets attentions and MLPs go, among numbers to mix
+FEWEST = 20  # steps of training that are worth while
+
+
+@known_state()
+def fit_recipe(
+    model: Path,
+    *,
+    size: str | int | None = None,
+    bits: float | None = None,
+    ratio: float | None = None,
+    using: Sequence[str] = (presets.INTEGERS,),
+    time: str | None = None,
+    calibration: str = "builtin",
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    ignore: Sequence[str] = ("lm_head",),
+    evaluate: bool = True,
+    changes: Sequence[str] = (),
+) -> Recipe:
+    """The recipe that `compress fit` runs; one of `size`, `bits` and `ratio` is given, as in `Target`.
+
+    Args:
+        model: Hugging Face model directory; its headers say what options are near the target.
+        size: Of the weight files.
+        bits: Of a weight of the compressed layers.
+        ratio: Share of the original's size to save.
+        using: Numbers to mix: `int`, `fp4`, `vq`; with `prune` attentions and MLPs may go altogether.
+        time: That everything may take: 90s, 30m, 2h.
+        calibration: Where the text comes from.
+        samples: Of calibration.
+        seq_len: Tokens of each; None takes what the model was made for, at most 2048.
+        seed: Of the order of documents and of the search.
+        ignore: Patterns of layers to leave as they are.
+        evaluate: Compare the result with the original.
+        changes: `KEY=VALUE` changes to the recipe, as with --set.
+
+    Raises:
+        RecipeError: no recipe comes of it.
+    """
+    numbers = [kind for kind in using if kind != DROP]
+    if DROP in using and (bits is not None or not numbers):
+        raise RecipeError(
+            f"--using {','.join(using)}: an attention or MLP that goes has no bits; give --size or --ratio, and numbers for "
+            "the rest, or take some away alone with `compress prune --by sublayers`"
+        )
+    given = {key: value for key, value in (("size", size), ("bits", bits), ("ratio", ratio)) if value is not None}
+    target = validate(Target, given, "target")
+    data = {
+        "passes": presets.ladder(numbers, mean_bits(target, model, ignore), ignore),
+        "calibration": {"source": calibration, "samples": samples, "seq_len": seq_len, "seed": seed},
+        "evaluation": {} if evaluate else None,
+        "target": given,
+        "search": {"seed": seed, "drop": DROP in using, **({} if time is None else {"minutes": minutes(time)})},
+    }
+    return make_recipe(data, changes, "options")
+
+
+def minutes(text: str) -> float:
+    """Minutes of a text such as 90s, 30m or 2h; a number alone counts minutes.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smh]?)", text.strip())
+    if found is None or not float(found[1]):
+        raise RecipeError(f"--time {text}: not a time; write such as 90s, 30m or 2h")
+    return float(found[1]) * {"s": 1 / 60, "m": 1, "": 1, "h": 60}[found[2]]
+
+
+def mean_bits(target: Target, model: Path, ignore: Sequence[str]) -> float:
+    """Bits that a target leaves for each weight of the layers that are to be compressed, nearly; headers only are read."""
+    if target.bits is not None:
+        return target.bits
+    source = ModelSource(model, torch.device("cpu"))
+    names = {
+        full: source.names[f"{full}.weight"]
+        for block in (source.block(index, load=False) for index in range(len(source.layers)))
+        for name in block.layers
+        if not matches(full := f"{block.prefix}.{name}", ignore)
+    }
+    headers = source.checkpoint.headers
+    weights = sum(math.prod(headers[stored].shape) for stored in names.values())
+    beside = sum(header.nbytes for name, header in headers.items() if name not in set(names.values()))
+    return 8 * (target_bytes(target, source) - beside) / max(weights, 1)
+
+
+def target_bytes(target: Target, source: ModelSource) -> int:
+    """Bytes of weight files that a target allows."""
+    if target.ratio is None:
+        return target.bytes
+    return int((1 - target.ratio) * sum(file.stat().st_size for file in source.checkpoint.files()))
+
+
+@known_state()
+def search_plan(
+    recipe: Recipe | str | Path,
+    model: str | Path = ".",
+    out: str | Path = "plan.yaml",
+    *,
+    levels: str | Path | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    required: Sequence[str] = (),
+    tell: Tell = silent,
+) -> Found:
+    """Find the best plan for a recipe's target, and write that alone; arguments as of `run`.
+
+    What is measured stays in `levels`, or beside `out` until that is there: the same call goes on from it.
+    """
+    started = clock.monotonic()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
+    if recipe.target is None:
+        raise RecipeError("target: none given; a search needs the size or the bits that the result may take")
+    if any(isinstance(step, Prunes) for step in recipe.passes):
+        raise RecipeError(
+            "passes: a plan is for a model of the shape that it has, and the recipe prunes it; let `compress run` do both, "
+            "or prune first and search for the result"
+        )
+    out, ranks = Path(out), Ranks.from_environment(device)
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already; give --overwrite to replace it or choose another --out")
+    source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
+    unmatched = check_patterns(source, recipe.passes, required)
+    calibration = load_calibration(recipe, source)
+    check_shares(calibration, ranks)
+    found = find_plan(recipe, source, calibration, ranks, levels_place(out, levels), tell, started=started)
+    if ranks.first:
+        replace_text(out, to_text(found.plan))
+        if levels is None:
+            remove_leftovers(levels_place(out, levels), out, unmatched.append)
+    return replace(found, warnings=unmatched)
+
+
+def levels_place(out: Path, levels: str | Path | None) -> Path:
+    """Where the levels lie that a search measures."""
+    return Path(levels) if levels is not None else out.with_name(f"{out.name}.search")
+
+
+def find_plan(
+    recipe: Recipe,
+    source: ModelSource,
+    calibration: Samples | None,
+    ranks: Ranks,
+    place: Path,
+    tell: Tell,
+    *,
+    started: float,
+    judged: int | None = None,
+) -> Found:
+    """The best plan for a recipe's target.
+
+    Args:
+        recipe: With a target, and passes with options to choose among.
+        source: The model.
+        calibration: The text that levels are made on.
+        ranks: Who else works.
+        place: Directory for measured levels and the steps of the search.
+        tell: Called after each step.
+        started: When the time began of which the recipe allows some, of `time.monotonic`.
+        judged: Tokens that the written model will be compared on; None if none will be written.
+
+    Raises:
+        RecipeError: nothing meets the target, there is nothing to choose among, or the passes read no text.
+    """
+    assert recipe.target is not None
+    if calibration is None:
+        raise RecipeError("target: levels are measured on text, which no pass of the recipe reads; use `gptq` or `vptq`")
+    settings = recipe.search or Search()
+    if settings.drop and source.hadamard:
+        raise RecipeError(
+            "search.drop: activations are turned (rotate: online), which needs every layer; leave out one of the two"
+        )
+    job = Job(source, choosable(recipe.passes), {}, ranks)
+    before = [step for step in recipe.passes if isinstance(step, Rewrites | Prunes)]
+    measured = repr((before, job.passes, recipe.calibration))
+    known = {**fingerprint(recipe, source, calibration), "recipe": hashlib.sha256(measured.encode()).hexdigest()}
+    return find(
+        job,
+        lambda: open_stream(job, calibration, keeping(recipe.calibration.on_disk), tell),
+        search_text(recipe, settings.tokens, source, calibration),
+        LevelDB(place, known),
+        recipe.target,
+        settings,
+        limit=Limit(recipe.target, source, recipe.passes),
+        clock=Clock.of(settings.minutes, started, ranks),
+        judged=judged or 0,
+        training=0 if judged is None else sum(p.steps * p.batch for p in recipe.passes if isinstance(p, Schedule)),
+        tell=tell,
+    )
+
+
+def settle(source: ModelSource, plan: Plan | None) -> tuple[ModelSource, Plan | None, Plan]:
+    """The model without the sub-layers that a plan has go, what it says of the rest, and those; without a plan, as it is.
+
+    Raises:
+        RecipeError: there is no such sub-layer.
+    """
+    gone = {name: option for name, option in (plan or {}).items() if option == GONE}
+    known = [f"{source.prefix}.{i}.{name}" for i, block in enumerate(source.layers) for name in substitutes(block)]
+    going = gone.keys() - source.absent
+    if going - set(known):
+        raise RecipeError(f"plan: has {min(going - set(known))} go, which is no attention or MLP of this model")
+    rest = None if plan is None else {name: option for name, option in plan.items() if name not in gone}
+    return (source.rewritten(fewer_sublayers(source, frozenset(going))) if going else source), rest, gone
+
+
+def shortened(recipe: Recipe, share: float) -> Recipe:
+    """With only a share of the steps of each training; without what would be left with hardly any."""
+    passes = [replace(p, steps=int(share * p.steps)) if isinstance(p, Schedule) else p for p in recipe.passes]
+    return replace(recipe, passes=tuple(p for p in passes if not isinstance(p, Schedule) or p.steps >= FEWEST))
+
+
+def choosable(passes: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes among whose options there is to choose.
+
+    Raises:
+        RecipeError: there is nothing to choose, or a pass changes blocks in a way that levels cannot be tried in.
+    """
+    found = [(number, step) for number, step in enumerate(passes) if any(isinstance(o, Format) for o in step.options)]
+    if sum(len(step.options) for _, step in found) < 2:
+        raise RecipeError("target: the passes offer one option, so there is nothing to choose; name more `options`")
+    for number, step in enumerate(passes[: found[-1][0]]):
+        if not step.options and not isinstance(step, Rewrites | Prunes):
+            raise RecipeError(
+                f"passes.{number}: changes dense weights of blocks, in which levels cannot be tried one by one; leave it "
+                "out, or search without it and apply the plan with it"
+            )
+    return tuple(step for _, step in found)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Stored bits that all units together may take, for a target."""
+
+    target: Target
+    source: ModelSource
+    passes: Sequence[Pass]
+
+    def __call__(self, units: Sequence[Unit]) -> int:
+        if self.target.bits is not None:
+            return int(self.target.bits * sum(unit.weights for unit in units))
+        return 8 * (target_bytes(self.target, self.source) - self.beside(units))
+
+    def beside(self, units: Sequence[Unit]) -> int:
+        """Bytes of the files that are not the units', at most."""
+        headers = [max(unit.levels, key=partial(self._header, unit)) for unit in units]
+        plan = make_plan(
+            self.source, self.passes, {unit.name: level.option for unit, level in zip(units, headers, strict=True)}
+        )
+        written = output_headers(self.source, self.passes, plan)
+        files = shards.layout(written)
+        own = sum(level.bits for level in headers) // 8
+        return shards.total_bytes(files) - own + OFFSETS * len(written) + PADDING * len(files)
+
+    def _header(self, unit: Unit, level: Level) -> int:
+        """How long its entries in a file's header are, or nearly so."""
+        assert isinstance(level.option, Format)
+        block = self.source.block(unit.block, load=False)
+        return sum(len(str(level.option.checkpoint_parts(block.shape(layer)))) for layer in unit.layers)
