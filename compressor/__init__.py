@@ -18,7 +18,7 @@ from compressor.runtime.on_import import on_import
 
 if TYPE_CHECKING:
     from compressor.api import Forecast, fit, forecast, prune, quantize, run
-    from compressor.judging import evaluate
+    from compressor.evaluation.evaluate import evaluate
     from compressor.pipeline.target_search import fit_recipe, search_plan
     from compressor.recipe.build import prune_recipe, quantize_recipe
     from compressor.runtime.load import generate, load
@@ -39,7 +39,7 @@ __all__ = [
     "search_plan",
 ]
 _HOME = {
-    "evaluate": "compressor.judging",
+    "evaluate": "compressor.evaluation.evaluate",
     "fit_recipe": "compressor.pipeline.target_search",
     "generate": "compressor.runtime.load",
     "load": "compressor.runtime.load",

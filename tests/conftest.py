@@ -55,4 +55,4 @@ def stock_server() -> Iterator[StockServer]:
 def quick_verification(request: pytest.FixtureRequest, stock_server: StockServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verifications that are not what is tested fork the process in which stock transformers answers."""
     if "verification" not in request.path.parts:
-        monkeypatch.setattr("compressor.verification.loaders.subprocess", stock_server)
+        monkeypatch.setattr("compressor.evaluation.verify.loaders.subprocess", stock_server)

@@ -16,7 +16,7 @@ from compressor.model.block import Trial
 from compressor.model.source import ModelSource
 from compressor.model.surgery.skip_sublayers import NoAttention, NoMLP
 from compressor.pipeline.plan_file import read_plan
-from compressor.pruning.depth import Depth
+from compressor.passes.prune.depth import Depth
 from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")

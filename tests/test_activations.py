@@ -43,8 +43,8 @@ from compressor.pipeline.calibration.stats import Spread
 from compressor.recipe.schema import make_recipe
 from compressor.report.inspect import inspect_model
 from compressor.runtime.packed_linear import PackedWeight
-from compressor.verification.loaders import streamed_logits
-from compressor.verification.verify import verify
+from compressor.evaluation.verify.loaders import streamed_logits
+from compressor.evaluation.verify.verify import verify
 
 Tiny = Callable[..., Path]
 W8A8 = IntGroup(bits=8, group_size=-1, packed=False, activations="int8")

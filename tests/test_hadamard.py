@@ -21,7 +21,7 @@ from compressor.pipeline.calibration.stream import CalibrationStream
 from compressor.pipeline.ranks import Ranks
 from compressor.recipe.schema import Recipe, make_recipe
 from compressor.report.inspect import inspect_model
-from compressor.verification.verify import verify
+from compressor.evaluation.verify.verify import verify
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")

@@ -20,15 +20,15 @@ from compressor.errors import CalibrationError, RecipeError, SourceError
 from compressor.model.hf_config.quantization_config import cache_rounding
 from compressor.model.source import ModelSource
 from compressor.model.surgery.kv_cache import CacheRounding, read_scheme
-from compressor.passes.kv_cache import KVCache
+from compressor.passes.quantize.kv_cache import KVCache
 from compressor.pipeline import blocks
 from compressor.pipeline.plan import make_plan
 from compressor.pipeline.write_model import default_out
 from compressor.recipe.schema import Recipe, make_recipe
 from compressor.report.inspect import inspect_model
 from compressor.runtime.packed_linear import PackedWeight
-from compressor.verification.loaders import streamed_logits
-from compressor.verification.verify import verify
+from compressor.evaluation.verify.loaders import streamed_logits
+from compressor.evaluation.verify.verify import verify
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from compressor.report.html.model import protocol
 from compressor.report.html.numbers import size
 
 if TYPE_CHECKING:
-    from compressor.comparison import Compared
+    from compressor.evaluation.compare import Compared
 
 
 def compare(
@@ -40,8 +40,8 @@ def compare(
     Example: `compress compare model-int4 model-int3 --reference model/ --report compare.html`
     """
     from compressor.cli._quiet import quiet
-    from compressor.comparison import compare as judge
-    from compressor.comparison import page
+    from compressor.evaluation.compare import compare as judge
+    from compressor.evaluation.compare import page
     from compressor.model.journal import replace_text
 
     if report is not None:

@@ -64,7 +64,7 @@ def eval_(
     from compressor.errors import RecipeError
     from compressor.evaluation.limits import Limits, share
     from compressor.evaluation.tasks.suites import tasks_of
-    from compressor.judging import answer_tasks, check_tasks, evaluate
+    from compressor.evaluation.evaluate import answer_tasks, check_tasks, evaluate
     from compressor.report import files
 
     names = [*(tasks or ()), *(tasks_of(suite) if suite else ())]

@@ -28,7 +28,7 @@ def verify(
     from compressor.cli._quiet import quiet
     from compressor.model.device import compute_device
     from compressor.pipeline.job import Event
-    from compressor.verification import verify as verification
+    from compressor.evaluation.verify import verify as verification
 
     quiet()
     with progress() as tell:

@@ -43,7 +43,7 @@ class Report:
     tasks: list[Mapping[str, Any]] = field(default_factory=list)  # see compressor.evaluation.tasks
     samples: list[Mapping[str, str]] = field(default_factory=list)  # prompt, text, reference, model: what each continues with
     speed: Mapping[str, Any] | None = None  # see compressor.runtime.bench
-    verification: list[Mapping[str, Any]] = field(default_factory=list)  # see compressor.verification
+    verification: list[Mapping[str, Any]] = field(default_factory=list)  # see compressor.evaluation.verify
     pruning: list[Mapping[str, Any]] = field(default_factory=list)  # what was taken away: see compressor/passes/prune_*.py
     search: Mapping[str, Any] | None = None  # how the plan was found, see compressor.pipeline.search.find
     plots: Mapping[str, Any] | None = None  # what report.html shows, see compressor.report.html.plots

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from compressor import api
 from compressor.cli._quiet import quiet
-from compressor.judging import evaluate_all
+from compressor.evaluation.evaluate import evaluate_all
 from compressor.recipe.schema import make_recipe
 
 PLAIN: Mapping[str, Any] = {"act_order": False, "refine": 0, "damp": 0.01, "asymmetric_calibration": 0.0}

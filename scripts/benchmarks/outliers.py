@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor import api
 from compressor.cli._quiet import quiet
-from compressor.judging import evaluate_all
+from compressor.evaluation.evaluate import evaluate_all
 from compressor.recipe.schema import make_recipe
 
 MOST = 0.5  # of per-OC's KL that per-IC may have at 3 bits

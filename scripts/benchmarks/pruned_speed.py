@@ -24,7 +24,7 @@ from memory import Shape, write_model
 import compressor
 from compressor.model.source import ModelSource
 from compressor.model.surgery.skip_sublayers import MLP
-from compressor.pruning.shapes import parameters, shapes
+from compressor.passes.prune.shapes import parameters, shapes
 from compressor.runtime.bench import bench
 
 LEAST = 0.85

@@ -46,10 +46,10 @@ from compressor.pipeline.job import Job
 from compressor.pipeline.ranks import Ranks
 from compressor.pipeline.search.fitness import Fitness, Teacher, opened
 from compressor.pipeline.search.levels import Level, Unit
-from compressor.pruning.depth import Depth, least, turns
-from compressor.pruning.parts import Part, find_parts
-from compressor.pruning.scores import SCORES, Seen
-from compressor.pruning.shapes import parameters
+from compressor.passes.prune.depth import Depth, least, turns
+from compressor.passes.prune.prunable import Part, find_parts
+from compressor.passes.prune.scores import SCORES, Seen
+from compressor.passes.prune.shapes import parameters
 from compressor.recipe.build import prune_recipe
 
 MOST = 0.6  # of the KL divergence of the best of the others

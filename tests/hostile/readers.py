@@ -23,7 +23,7 @@ from compressor.pipeline.plan_file import read_plan
 from compressor.recipe.schema import load_recipe, make_recipe
 from compressor.report.files import read_report
 from compressor.report.inspect import inspect_model
-from compressor.verification.files import check_config, check_copies, check_files, check_hashes
+from compressor.evaluation.verify.files import check_config, check_copies, check_files, check_hashes
 
 CPU = torch.device("cpu")
 AUTO_ROUND = {

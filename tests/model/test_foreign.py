@@ -24,7 +24,7 @@ from compressor.model.source import ModelSource
 from compressor.pipeline import blocks
 from compressor.recipe.schema import make_recipe
 from compressor.report.inspect import inspect_model
-from compressor.verification.verify import verify
+from compressor.evaluation.verify.verify import verify
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., Path]

@@ -15,10 +15,10 @@ from compressor.formats.int_group import IntGroup
 from compressor.formats.int_input_group import IntInputGroup
 from compressor.model.block import Block
 from compressor.model.source import ModelSource
-from compressor.passes.adadim import AdaDim
-from compressor.passes.adadim_rtn import AdaDimRTN
-from compressor.passes.gptq import GPTQ, factorise, gptq, output_energy
-from compressor.passes.rtn import RTN
+from compressor.passes.quantize.adadim import AdaDim
+from compressor.passes.quantize.adadim_rtn import AdaDimRTN
+from compressor.passes.quantize.gptq import GPTQ, factorise, gptq, output_energy
+from compressor.passes.quantize.rtn import RTN
 from compressor.pipeline.calibration.stream import CalibrationStream
 from compressor.pipeline.contract import Pass
 from compressor.pipeline.ranks import Ranks

@@ -7,7 +7,7 @@ from compressor.errors import RecipeError
 from compressor.formats.base import stored_bits
 from compressor.formats.int_group import IntGroup
 from compressor.model.block import Block
-from compressor.passes.finequant import Rung, climb, spend
+from compressor.passes.quantize.finequant import Rung, climb, spend
 from compressor.recipe.registry import build
 
 SIZES = (-1, 128, 64, 32)

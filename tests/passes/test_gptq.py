@@ -4,7 +4,7 @@ import torch
 from compressor.formats.int_group import IntGroup
 from compressor.model.architecture import LinearKind
 from compressor.model.block import Block
-from compressor.passes.gptq import GPTQ, MAX_DAMP, SingularHessianError, correction, factorise, gptq, output_energy
+from compressor.passes.quantize.gptq import GPTQ, MAX_DAMP, SingularHessianError, correction, factorise, gptq, output_energy
 from compressor.pipeline.calibration.stats import Hessian
 from compressor.pipeline.calibration.stream import BlockStats
 from compressor.pipeline.ranks import Ranks

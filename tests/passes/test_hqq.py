@@ -5,7 +5,7 @@ import torch
 
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
-from compressor.passes.hqq import half_quadratic
+from compressor.passes.quantize.hqq import half_quadratic
 from compressor.recipe.registry import build
 
 NORMS = [0.7, 1.0, 2.0, 2.4]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from compressor.errors import RecipeError
 from compressor.formats.sparse_bitmask import SparseBitmask
-from compressor.passes._masks import SCORES, damped, least_squares
-from compressor.passes.gptq import factors_of
-from compressor.passes.prune_weights import PruneWeights, Seen
+from compressor.passes.prune.masks import SCORES, damped, least_squares
+from compressor.passes.quantize.gptq import factors_of
+from compressor.passes.prune.prune_weights import PruneWeights, Seen
 from compressor.recipe.registry import build
 
 AMOUNTS: list[dict[str, Any]] = [{"sparsity": 0.4}, {"pattern": "2:4"}]
@@ -93,7 +93,7 @@ def test_sparsegpt_is_the_surgeon_who_removes_weights_one_by_one(amount: dict[st
 class TestLeastSquares:
     def test_each_row_is_that_of_its_own_columns_after_as_many_steps(self, monkeypatch: pytest.MonkeyPatch) -> None:
         w_OI, x_TI = problem()
-        monkeypatch.setattr("compressor.passes._masks.MOST_STEPS", w_OI.shape[1])
+        monkeypatch.setattr("compressor.passes.prune.masks.MOST_STEPS", w_OI.shape[1])
         stays_OI = torch.rand(w_OI.shape, generator=torch.Generator().manual_seed(1)) < 0.5
         stays_OI[0], stays_OI[1] = False, True
         found = least_squares(w_OI, torch.where(stays_OI, w_OI, 0), stays_OI, x_TI.T @ x_TI / len(x_TI))
@@ -114,7 +114,7 @@ class TestLeastSquares:
 
     @pytest.mark.parametrize("steps", [1, 2, 5, 300])
     def test_no_row_loses_by_it_however_early_it_ends(self, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("compressor.passes._masks.MOST_STEPS", steps)
+        monkeypatch.setattr("compressor.passes.prune.masks.MOST_STEPS", steps)
         w_OI, x_TI = problem()
         h_II = damped(x_TI.T @ x_TI / len(x_TI), 0.01)
         for score, amount in itertools.product(["sparsegpt", "wanda", "ria", "magnitude"], AMOUNTS):

@@ -9,9 +9,9 @@ from torch import Tensor
 from compressor.formats.base import Format, QuantizedTensor
 from compressor.formats.int_group import IntGroup
 from compressor.formats.vq import VQ
-from compressor.passes._latents import VectorRounding
-from compressor.passes._training import largest
-from compressor.passes.pv_tune import PVTune
+from compressor.passes.train.latents import VectorRounding
+from compressor.passes.train.loop import largest
+from compressor.passes.train.pv_tune import PVTune
 from compressor.pipeline.contract import Whole
 from compressor.pipeline.ranks import Ranks
 

@@ -10,9 +10,9 @@ from compressor.formats.base import Rescalable
 from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.formats.int_input_group import IntInputGroup
-from compressor.passes import _refine
-from compressor.passes._refine import refined
-from compressor.passes.gptq import GPTQ, factorise, gptq
+from compressor.passes.quantize import refine
+from compressor.passes.quantize.refine import refined
+from compressor.passes.quantize.gptq import GPTQ, factorise, gptq
 
 FORMATS = [
     IntGroup(bits=2, group_size=16),
@@ -91,7 +91,7 @@ def test_how_many_columns_are_collected_changes_nothing(fmt, monkeypatch):
     w, h = problem()
     codes, grid = start(fmt, w, h)
     whole = refined(w, h, codes, grid, sweeps=2)
-    monkeypatch.setattr(_refine, "AT_ONCE", 4)
+    monkeypatch.setattr(refine, "AT_ONCE", 4)
     assert torch.equal(refined(w, h, codes, grid, sweeps=2)[0], whole[0])
 
 

@@ -16,20 +16,20 @@ from compressor.model.block import Block
 from compressor.model.dataflow import find_feeds
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
-from compressor.passes import _learned_rotation
-from compressor.passes._learned_rotation import gradient, learned, of_one_length, some_vectors
-from compressor.passes._rotation import Rotation
-from compressor.passes.awq import AWQ
-from compressor.passes.preshift import Preshift
-from compressor.passes.rotate import Rotate
-from compressor.passes.smooth import Smooth
+from compressor.passes.transform import learned_rotation
+from compressor.passes.transform.learned_rotation import gradient, learned, of_one_length, some_vectors
+from compressor.passes.transform.rotation import Rotation
+from compressor.passes.transform.awq import AWQ
+from compressor.passes.transform.preshift import Preshift
+from compressor.passes.transform.rotate import Rotate
+from compressor.passes.transform.smooth import Smooth
 from compressor.pipeline.calibration.data import load_samples
 from compressor.pipeline.calibration.stats import Hessian, Peak, Spread
 from compressor.pipeline.calibration.stream import CalibrationStream, watching
 from compressor.pipeline.job import Event
 from compressor.pipeline.ranks import Ranks
 from compressor.recipe.schema import make_recipe
-from compressor.verification.verify import verify
+from compressor.evaluation.verify.verify import verify
 
 CPU = torch.device("cpu")
 FOUR_BITS = IntGroup(bits=4, group_size=64)
@@ -287,7 +287,7 @@ class TestLearnedRotation:
 
     @pytest.mark.parametrize("strip", [2**22, 60])
     def test_follows_the_gradient(self, strip, monkeypatch):
-        monkeypatch.setattr(_learned_rotation, "STRIP", strip)
+        monkeypatch.setattr(learned_rotation, "STRIP", strip)
         x = torch.randn(3000, 6, generator=torch.Generator().manual_seed(0)).double() ** 3
         r = Rotation.random(6, 0)(torch.eye(6)).double().requires_grad_()
         (of_one_length(x) @ r).pow(4).sum().backward()

@@ -12,10 +12,10 @@ from compressor.formats.base import stored_bits
 from compressor.formats.int_group import IntGroup
 from compressor.formats.numerics.codebook import vectors
 from compressor.formats.vq import VQ, Norm, VectorGrid, stored
-from compressor.passes import vptq
-from compressor.passes._vectors import Problem, reduced
-from compressor.passes.gptq import Factors, Layer, factorise, gptq, output_energy
-from compressor.passes.vptq import VPTQ, entries, linear_maps, recoded, solved
+from compressor.passes.quantize import vptq
+from compressor.passes.quantize.vectors import Problem, reduced
+from compressor.passes.quantize.gptq import Factors, Layer, factorise, gptq, output_energy
+from compressor.passes.quantize.vptq import VPTQ, entries, linear_maps, recoded, solved
 from compressor.pipeline.contract import NoNotes
 
 FORMATS = [VQ(vector=4, bits=5), VQ(vector=8, bits=4, residual_bits=4), VQ(vector=1, bits=3)]

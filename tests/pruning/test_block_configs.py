@@ -18,10 +18,10 @@ from compressor.assets import DECILM_CODE
 from compressor.errors import RecipeError, SourceError
 from compressor.model.hf_config import decilm
 from compressor.model.source import ModelSource
-from compressor.pruning.shapes import parameters
+from compressor.passes.prune.shapes import parameters
 from compressor.report.inspect import inspect_model
 from compressor.runtime import hf_quantizer
-from compressor.verification.verify import verify
+from compressor.evaluation.verify.verify import verify
 
 BLOCKS = {**UNEVEN, "layout": "block-configs"}
 

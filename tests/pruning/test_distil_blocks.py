@@ -20,9 +20,9 @@ from compressor.pipeline.calibration.data import Samples, load_samples
 from compressor.pipeline.job import Event, Tell, silent
 from compressor.pipeline.prune_stage import Work
 from compressor.pipeline.ranks import Ranks
-from compressor.pruning.blockwise import Twins, fit
-from compressor.pruning.depth import fewer_blocks
-from compressor.pruning.training import Schedule
+from compressor.passes.train.blockwise import Twins, fit
+from compressor.passes.prune.depth import fewer_blocks
+from compressor.passes.train.distillation import Schedule
 from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")

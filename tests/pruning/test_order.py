@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.pruning.order import by_score, damped, greedy, least_squares
-from compressor.pruning.parts import spread
+from compressor.passes.prune.order import by_score, damped, greedy, least_squares
+from compressor.passes.prune.prunable import spread
 
 OUT, TOKENS = 6, 400
 

@@ -14,9 +14,9 @@ from tiny_models import some_tokens, stock_logits, tensors
 from compressor import api
 from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
-from compressor.pruning.operators import Masked, Operator, frozen, gates, largest, start
-from compressor.pruning.residual import Residual
-from compressor.pruning.training import Training
+from compressor.passes.prune.pat_operators import Masked, Operator, frozen, gates, largest, start
+from compressor.passes.prune.residual import Residual
+from compressor.passes.train.distillation import Training
 from compressor.recipe.schema import make_recipe
 
 STEPS = 10
@@ -139,7 +139,7 @@ def test_exactly_as_many_channels_stay_and_less_is_lost_than_without_training(
 def test_a_training_that_is_broken_off_goes_on_to_the_same(
     tiny: Callable[..., Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressor.pruning.training.OFTEN", 4)
+    monkeypatch.setattr("compressor.passes.train.distillation.OFTEN", 4)
     run(tiny("llama"), tmp_path / "whole", text_file)
     step = Training.step
 

@@ -16,7 +16,7 @@ import compressor
 from compressor import api
 from compressor.errors import RecipeError, SourceError
 from compressor.model.source import ModelSource
-from compressor.pruning.parts import find_all
+from compressor.passes.prune.prunable import find_all
 from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from compressor import api
 from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
-from compressor.pruning.depth import even, least
-from compressor.pruning.parts import find_parts
-from compressor.pruning.shapes import parameters, shapes
+from compressor.passes.prune.depth import even, least
+from compressor.passes.prune.prunable import find_parts
+from compressor.passes.prune.shapes import parameters, shapes
 from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")

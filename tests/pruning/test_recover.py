@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from compressor import api
 from compressor.errors import RecipeError
-from compressor.pruning.training import Schedule, Training
+from compressor.passes.train.distillation import Schedule, Training
 from compressor.recipe.schema import make_recipe
 
 NARROW = {"pass": "prune_width", "ratio": 0.5, "of": "mlp", "multiple": 32}

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compressor import api
 from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
-from compressor.pruning.depth import GOES, STAYS, fewer_blocks
+from compressor.passes.prune.depth import GOES, STAYS, fewer_blocks
 from compressor.recipe.schema import make_recipe
 
 IDLE = (1, 2)  # blocks that add nothing

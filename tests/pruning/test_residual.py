@@ -18,9 +18,9 @@ from compressor.errors import RecipeError
 from compressor.model.edited import Rewriting
 from compressor.model.edits import fewer_sublayers
 from compressor.model.source import ModelSource
-from compressor.pruning.readers import Both, Refit
-from compressor.pruning.residual import Residual, fitting
-from compressor.pruning.shapes import parameters
+from compressor.passes.prune.readers import Both, Refit
+from compressor.passes.prune.residual import Residual, fitting
+from compressor.passes.prune.shapes import parameters
 from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")

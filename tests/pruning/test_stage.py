@@ -58,7 +58,7 @@ def test_the_hidden_state_of_a_changed_model_is_turned_and_narrowed(
 def test_it_is_turned_behind_what_was_the_second_block(
     model: Path, recipe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressor.passes.prune_depth.even", lambda units, count: (0, 1, 1, 1))
+    monkeypatch.setattr("compressor.passes.prune.prune_depth.even", lambda units, count: (0, 1, 1, 1))
     report = api.run(recipe(DEPTH, HIDDEN), model, tmp_path / "out")
     assert report.pruning[0]["gone"] == [0]
     assert {check["check"]: check["outcome"] for check in report.verification}["transformers"] == "passed"
@@ -113,7 +113,7 @@ def test_widths_of_what_goes_are_forgotten(
     narrow = {int(name.split(".")[2]) for name in before.widths}
     places = range(4) if step is DEPTH else [n for i in range(4) for n in (i, i)]  # of attentions, too
     goes = tuple(int(place not in narrow) for place in places)
-    monkeypatch.setattr("compressor.passes.prune_depth.even", lambda units, count: goes)
+    monkeypatch.setattr("compressor.passes.prune.prune_depth.even", lambda units, count: goes)
     report = api.run(recipe(step), uneven, tmp_path / "out")
     assert "failed" not in {check["outcome"] for check in report.verification}
     assert ModelSource(tmp_path / "out", CPU).widths == {}

@@ -8,7 +8,7 @@ import pytest
 from harness import CommandLine
 
 from compressor import api
-from compressor.comparison import compare, page
+from compressor.evaluation.compare import compare, page
 from compressor.report.files import read_report
 
 FEW = {"samples": 2, "seq_len": 32}
@@ -59,7 +59,7 @@ def test_a_foreign_report_is_not_used_which_the_page_says(content: str, tiny: Pa
 def test_a_page_that_cannot_be_written_is_refused_before_the_work(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compress: CommandLine
 ) -> None:
-    monkeypatch.setattr("compressor.comparison.evaluate_all", None)
+    monkeypatch.setattr("compressor.evaluation.compare.evaluate_all", None)
     assert f"--report {tmp_path / name}: " in compress("compare", tiny, *ASKED, "--report", tmp_path / name).error
 
 

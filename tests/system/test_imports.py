@@ -24,11 +24,6 @@ FLOORS = (
     ("cli", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-# Modules that are still outside the package that they belong to.
-MOVING = {
-    **dict.fromkeys(("judging", "comparison", "verification"), "evaluation"),
-    "pruning": "passes",
-}
 # Imports that go up and are still to be turned round.
 UPWARD = {("evaluation", "passes")}
 MODULES = {
@@ -39,10 +34,8 @@ MODULES = {
 
 
 def package(module: str) -> str:
-    """Return the package that a module belongs to, below `compressor`."""
-    parts = module.split(".")
-    names = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((MOVING[name] for name in names if name in MOVING), parts[0])
+    """Return the package that a module is in, below `compressor`."""
+    return module.split(".", maxsplit=1)[0]
 
 
 def imported(file: Path) -> Iterator[str]:

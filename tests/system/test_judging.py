@@ -9,7 +9,7 @@ from harness import CommandLine
 
 from compressor import api
 from compressor.errors import RecipeError
-from compressor.judging import evaluate
+from compressor.evaluation.evaluate import evaluate
 
 FEW = ("--samples", 2, "--seq-len", 32)
 
@@ -68,7 +68,7 @@ class TestEval:
     def test_a_model_that_does_not_fit_is_not_made_resident(
         self, tiny: Path, monkeypatch: pytest.MonkeyPatch, compress: CommandLine
     ) -> None:
-        monkeypatch.setattr("compressor.judging.available_memory", lambda device: 1000)
+        monkeypatch.setattr("compressor.evaluation.evaluate.available_memory", lambda device: 1000)
         assert "--resident" in compress("eval", tiny, *FEW, "--resident").error
 
     def test_a_run_writes_no_samples_where_a_model_would_take_most_of_the_memory(

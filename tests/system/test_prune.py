@@ -118,7 +118,7 @@ def test_three_ranks_leave_what_one_does(
 
 DEATHS: dict[str, tuple[str, Fate]] = {
     "while widths are made": ("width", (dies_at_rename, ("model.layers.2.mlp.safetensors", True))),
-    "before shapes are compared": ("width", (dies_at_call, ("compressor.pruning.searching", "Fitness"))),
+    "before shapes are compared": ("width", (dies_at_call, ("compressor.passes.prune.searching", "Fitness"))),
     "while a search goes on": ("sublayers", (dies_at_call, ("compressor.pipeline.search.find", "evolve"))),
     "while the model is written": ("depth", (dies_at_rename, ("block-00001.safetensors", True))),
 }

@@ -7,8 +7,8 @@ import pytest
 
 from compressor import api
 from compressor.recipe.build import quantize_recipe
-from compressor.verification.check import Check
-from compressor.verification.verify import verify
+from compressor.evaluation.verify.check import Check
+from compressor.evaluation.verify.verify import verify
 
 
 @pytest.fixture

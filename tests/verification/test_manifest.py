@@ -22,7 +22,7 @@ from compressor.pipeline.manifest import MANIFEST, read_manifest
 from compressor.pipeline.probe import Record
 from compressor.recipe.build import quantize_recipe
 from compressor.recipe.schema import Recipe
-from compressor.verification.verify import verify
+from compressor.evaluation.verify.verify import verify
 
 
 @pytest.fixture(params=["rtn", "gptq"])

@@ -22,10 +22,10 @@ from compressor.model.checkpoint import INDEX, SINGLE
 from compressor.model.header import spans
 from compressor.model.source import ModelSource
 from compressor.recipe.build import quantize_recipe
-from compressor.verification import loaders, values
-from compressor.verification import verify as verification
-from compressor.verification.check import Check, NotCheckedError
-from compressor.verification.verify import verify
+from compressor.evaluation.verify import loaders, values
+from compressor.evaluation.verify import verify as verification
+from compressor.evaluation.verify.check import Check, NotCheckedError
+from compressor.evaluation.verify.verify import verify
 
 LAYER = "model.layers.1.mlp.up_proj"
 SHARD_BYTES = 60_000

@@ -1,0 +1,1 @@
+"""Remove blocks, sub-layers, channels, heads or single weights."""

@@ -1,0 +1,113 @@
+"""The basis in which hidden channels go: as they are, or the principal components of the residual stream.
+
+Turned into the latter, which changes nothing by itself, a stream loses with its last channels what it is weakest in. The
+gains of its norms move into the layers behind them, as in the pass `rotate`.
+
+Source: Ashkboos et al., "SliceGPT", ICLR 2024. What differs: one basis for the whole model, so that no matrix has to be
+multiplied with between blocks.
+
+Shape suffixes: D hidden.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compressor.errors import RecipeError
+from compressor.model.edited import Rewriting
+from compressor.model.source import ModelSource
+from compressor.passes.transform.rotation import Rotation
+from compressor.passes.transform.rotate import SAME, Changes, Norms, off, residual_norms
+from compressor.pipeline.prune_stage import Work, read_tensors
+from compressor.passes.prune.readers import moment
+from compressor.passes.prune.residual import hidden_size
+
+Basis = Literal["pca", "channels"]
+STRENGTH, VECTORS = "strength", "vectors"
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A model in such a basis.
+
+    Args:
+        rewriting: That brings it there.
+        norms: Of a block, with the layers that read them.
+        strength_D: Mean square of each channel behind the norms.
+    """
+
+    rewriting: Rewriting
+    norms: Norms
+    strength_D: Tensor
+
+    def strongest(self, size: int) -> Tensor:
+        """So many channels, in their order."""
+        return self.strength_D.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def apart(source: ModelSource, basis: Basis) -> Rewriting:
+    """What a basis does to names and shapes: an embedding that is the head too is stored twice."""
+    hidden_size(source)
+    changes = Changes(source)
+    if basis == "pca":
+        changes.outside()
+    return replace(changes.rewriting(), tensors={})
+
+
+def turned(work: Work, basis: Basis) -> Turned:
+    """The model in a basis.
+
+    Raises:
+        RecipeError: the architecture does not allow it.
+    """
+    source = work.source
+    norms = residual_norms(source, hidden_size(source))
+    if not norms:
+        raise RecipeError(
+            f"{source.path}: no layer of a `{source.raw_config['model_type']}` reads the hidden state through a norm, "
+            "which would tell how strong its channels are; blocks may be narrowed with prune_width, or go with prune_depth"
+        )
+    if basis == "channels":
+        file = work.once("channels", (), lambda _: {STRENGTH: moment(work, norms).diagonal()})
+        return Turned(Rewriting({}), norms, read_tensors(file)[STRENGTH])
+    try:
+        return _components(work, norms)
+    except RecipeError as error:
+        raise RecipeError(f"the hidden state cannot be turned into another basis, set basis: channels ({error})") from error
+
+
+def _components(work: Work, norms: Norms) -> Turned:
+    """The model in the basis of principal components, the strongest first."""
+    source, width = work.source, hidden_size(work.source)
+    blocks = [source.block(index, load=False) for index in range(len(source.layers))]
+    changes = Changes(source)
+    changes.outside()
+    for block in blocks:
+        changes.fold(block, norms)
+    _check(source, changes.rewriting(), width, None)
+    folded = replace(work, source=source.rewritten(changes.rewriting()))
+    found = read_tensors(work.once("components", (), lambda _: _eigen(moment(folded, norms))))
+    turn = Rotation(torch.ones(width, dtype=torch.float64), (found[VECTORS],))
+    changes.turn_outside(turn)
+    for block in blocks:
+        changes.residual(block, norms, turn)
+    _check(source, changes.rewriting(), width, turn)
+    return Turned(changes.rewriting(), norms, found[STRENGTH])
+
+
+def _check(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation | None) -> None:
+    """See that the first block computes the same in another basis."""
+    missed = off(source, rewriting, width, turn)
+    if not missed <= SAME:
+        raise RecipeError(
+            f"a block of `{source.model.config.model_type}` is off by {missed:.0%} in it: a norm takes a mean, or stands "
+            "where no linear layer reads it"
+        )
+
+
+def _eigen(moment_DD: Tensor) -> dict[str, Tensor]:
+    """Principal components, as columns, and their mean squares, the strongest first."""
+    values_D, vectors_DD = torch.linalg.eigh(moment_DD)
+    return {STRENGTH: values_D.flip(0), VECTORS: vectors_DD.flip(1)}

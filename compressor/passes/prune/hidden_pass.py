@@ -1,0 +1,72 @@
+"""What passes have in common that take hidden channels away: how many, in which basis, and what that does to shapes."""
+
+from typing import ClassVar, Literal
+
+from compressor.model.edited import Rewriting
+from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.memory_estimate import collecting, hidden_size
+from compressor.pipeline.prune_stage import PruningPass, Work
+from compressor.passes.prune.basis import Basis, apart
+from compressor.passes.prune.residual import Residual, fitting
+from compressor.passes.prune.shapes import going, parameters
+from compressor.recipe.registry import node
+
+
+@node
+class HiddenPass(PruningPass):
+    """Args:
+    ratio: Share of the parameters that goes, at least.
+    of: What it counts: the whole model, embeddings included, or its blocks.
+    basis: In which channels go: `pca`, principal components of the hidden state; `channels`, as they are. An embedding that
+        is the head too is stored twice after the former.
+    multiple: Of which the hidden size stays one; null takes what suits it, 256 for wide models, down to 16 for small ones.
+    """
+
+    ratio: float
+    of: Literal["model", "blocks"] = "model"
+    basis: Basis = "pca"
+    multiple: int | None = None
+    rebases: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio: {self.ratio} is not from 0 up to, without, 1")
+        if self.multiple is not None and self.multiple < 1:
+            raise ValueError(f"multiple: {self.multiple} is not a positive number")
+
+    @property
+    def label(self) -> str:
+        """File-name safe."""
+        return f"slim{100 * self.ratio:g}" if self.ratio else ""
+
+    def sketch(self, source: ModelSource) -> Sketch:
+        """The shapes as they will be."""
+        if not self.ratio:
+            return Sketch(None)
+        twice = apart(source, self.basis)
+        return Sketch(twice.then(self.narrower(source, source.rewritten(twice)).sketch))
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of the fit, of two streams and a block of each; what leaves norms is of the width of the hidden state."""
+        return 2 * collecting(source, tokens, batch) + 4 * 8 * hidden_size(source) ** 2 if self.ratio else 0
+
+    def narrower(self, source: ModelSource, whole: ModelSource) -> Residual:
+        """The widest stream that is narrow enough; what an embedding stored twice adds has to go too.
+
+        Args:
+            source: The model.
+            whole: The same in the basis.
+        """
+        most = parameters(source, self.of) - going(source, self.ratio, self.of)
+        return fitting(whole, most, self.of, self.multiple)
+
+    def done(self, work: Work, rewriting: Rewriting | None, **more: object) -> Pruned:
+        """What the pass leaves, and what it says of that."""
+        before = parameters(work.source)
+        name = type(self).__module__.rpartition(".")[2]
+        if rewriting is None:
+            return Pruned(None, {"pass": name, "parameters": [before, before]})
+        after = parameters(work.source.rewritten(rewriting))
+        keep = {"hidden": rewriting.config["hidden_size"]}
+        return Pruned(rewriting, {"pass": name, "parameters": [before, after], "keep": keep, **more})

@@ -1,0 +1,164 @@
+"""Operators behind everything that writes the residual stream, with one mask over its channels that learns which go.
+
+    y = v ⊙ g ⊙ (x + D₂ D₁ x)        g(m, t) = sigmoid(T m) + max(½ - t/G, 0),    T = 1 / (1 - ln t / ln G)
+
+stand behind the embedding, every attention and every MLP; the mask m is the same in all. T grows, so that the gates g become
+zeros and ones; from 0.8 of the G steps on they are, with ones for as many channels as shall stay, and m changes no more.
+Operators are linear, so at the end a writer W becomes diag(v g) (I + D₂ D₁) W, with zeros in the rows of channels that go.
+
+Penalties: 10 |#(m ≥ 0) - S| / S, whose gradient passes straight through the comparison; the mean of (m - ½)² where m ≥ 0 and
+(m + ½)² elsewhere; and ‖D₁ D₁ᵀ - I‖², the mean over operators.
+
+Source: Liu et al., "PAT: Pruning-Aware Tuning for Large Language Models", AAAI 2025. What differs: the mask starts from how
+strong channels are, the strongest S at or above 0; the second penalty is a mean, so that the first can outweigh it; an
+embedding that is the head too is only masked, and stays that.
+
+Shape suffixes: D hidden, R rank of D₁ and D₂, S channels that stay, I in_features.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.model.source import ModelSource
+from compressor.passes.train.lora import merged, student
+
+FROZEN = 0.8  # of the steps, after which the mask stays
+COUNT = 10.0  # weight of the first penalty
+
+
+class Operator(nn.Module):
+    """x + D₂ D₁ x, scaled by v and by what gates it; at the start x.
+
+    Args:
+        width: D.
+        rank: R.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.scale_D = nn.Parameter(torch.ones(width))
+        self.down_RD = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, width)))
+        self.up_DR = nn.Parameter(torch.zeros(width, rank))
+
+    def forward(self, x: Tensor, gate_D: Tensor) -> Tensor:
+        """What becomes of what is written [..., D]."""
+        changed: Tensor = self.scale_D * gate_D * (x + x @ self.down_RD.T @ self.up_DR.T)
+        return changed
+
+    @torch.no_grad()
+    def merged(self, w_DI: Tensor, gate_D: Tensor) -> Tensor:
+        """The writer that writes so by itself."""
+        return (self.scale_D * gate_D)[:, None] * (w_DI + self.up_DR @ (self.down_RD @ w_DI))
+
+    @property
+    def skew(self) -> Tensor:
+        """‖D₁ D₁ᵀ - I‖²."""
+        inner = self.down_RD @ self.down_RD.T
+        return (inner - torch.eye(len(inner), device=inner.device)).square().sum()
+
+
+class Masked:
+    """A model in memory, in float32, with operators, and a low-rank change beside every linear layer of its blocks.
+
+    Args:
+        source: The model.
+        writers: Layers of its blocks that write the residual stream, by full name.
+        start_D: Of the mask.
+        size: S.
+        steps: G.
+        rank: R.
+        changes: Rank and alpha of the changes to layers.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        writers: Sequence[str],
+        start_D: Tensor,
+        size: int,
+        steps: int,
+        rank: int,
+        changes: tuple[int, int],
+    ) -> None:
+        self.source, self.size, self.steps = source, size, steps
+        self.model: Any = student(source, *changes)
+        self.mask_D = nn.Parameter(start_D.float().to(source.device))
+        self.embedding = source.ends[0].removesuffix(".weight")
+        names = [*([] if source.tied else [self.embedding]), *writers]
+        self.operators = {name: Operator(len(start_D), rank).to(source.device) for name in names}
+        self.gate_D = self.mask_D.detach()
+        for name in (self.embedding, *writers):
+            self.model.get_submodule(f"base_model.model.{name}").register_forward_hook(self._operate(name))
+
+    def _operate(self, name: str) -> Any:
+        operator = self.operators.get(name)
+        return lambda module, args, x: x * self.gate_D if operator is None else operator(x, self.gate_D)
+
+    def at(self, step: int, tokens: Tensor, **options: Any) -> Any:
+        """What the model computes in a step."""
+        self.gate_D = gates(self.mask_D, step, self.steps, self.size)
+        return self.model(tokens, **options)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained but the mask."""
+        inside = [p for p in self.model.parameters() if p.requires_grad]
+        return [*inside, *(p for operator in self.operators.values() for p in operator.parameters())]
+
+    def penalty(self, step: int) -> Tensor:
+        """What is added to the loss of a step."""
+        skew = torch.stack([operator.skew for operator in self.operators.values()]).mean()
+        if frozen(step, self.steps):
+            return skew
+        up_D = (self.mask_D >= 0).float()
+        count = (up_D + self.mask_D - self.mask_D.detach()).sum()  # its gradient is that of the mask
+        return skew + COUNT * (count - self.size).abs() / self.size + (self.mask_D + 0.5 - up_D).square().mean()
+
+    @torch.no_grad()
+    def settle(self, done: int) -> None:
+        """Hold the mask once it is frozen, against what an optimizer still makes of gradients before."""
+        if frozen(done, self.steps):
+            self.mask_D.copy_(largest(self.mask_D, self.size) - 0.5)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, with operators in it, by its names in the model; the model is not to be used afterwards."""
+        found = merged(self.model, self.source)
+        gate_D = largest(self.mask_D, self.size)
+        for name, operator in self.operators.items():
+            if name == self.embedding:
+                w_VD = self.source.read(f"{name}.weight").float().to(gate_D.device)
+                found[f"{name}.weight"] = operator.merged(w_VD.T, gate_D).T
+                continue
+            found[f"{name}.weight"] = operator.merged(found[f"{name}.weight"], gate_D)
+            if f"{name}.bias" in found:
+                found[f"{name}.bias"] = operator.merged(found[f"{name}.bias"][:, None], gate_D)[:, 0]
+        return found
+
+
+def start(strength_D: Tensor, size: int) -> Tensor:
+    """A mask with the strongest channels at or above 0, the farther the more their strength is from where it is cut."""
+    logs_D = strength_D.clamp(min=1e-9 * strength_D.max()).log()
+    ordered = logs_D.sort(descending=True).values
+    return torch.tanh(logs_D - (ordered[size - 1] + ordered[size]) / 2) / 2
+
+
+def frozen(step: int, steps: int) -> bool:
+    """Whether gates are zeros and ones in a step, the first of which is 0."""
+    return step + 1 > FROZEN * steps
+
+
+def gates(mask_D: Tensor, step: int, steps: int, size: int) -> Tensor:
+    """What channels are multiplied by in a step."""
+    if frozen(step, steps):
+        return largest(mask_D, size)
+    time = step + 1
+    sharpness = 1 / (1 - math.log(time) / math.log(steps))
+    return torch.sigmoid(sharpness * mask_D) + max(0.5 - time / steps, 0)
+
+
+def largest(mask_D: Tensor, size: int) -> Tensor:
+    """Ones for as many channels, zeros for the others."""
+    return torch.zeros_like(mask_D).index_fill(0, mask_D.detach().argsort(descending=True, stable=True)[:size], 1.0)

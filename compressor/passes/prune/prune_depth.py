@@ -1,0 +1,99 @@
+"""Fewer blocks, or attentions and MLPs: those go without which the model's predictions stay nearest to what they were.
+
+Without whole blocks the result is of the same architecture, which stock software loads; what does without single attentions
+and MLPs, which are more to choose among, only our loader reads. Which go is searched for (successive integer programmes and
+evolution, compressor/pipeline/search) from the better of two rules; they can also be taken by themselves.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from torch import Tensor
+
+from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.memory_estimate import collecting
+from compressor.pipeline.prune_stage import PruningPass, Work
+from compressor.pipeline.search.find import Contestant
+from compressor.passes.prune.depth import STAYS, Depth, Parts, even, least, turns
+from compressor.passes.prune.searching import BRIEF, compared, comparing, searched
+from compressor.passes.prune.shapes import going, parameters
+from compressor.recipe.registry import node, over
+from compressor.recipe.schema import Search
+
+
+@node
+class PruneDepth(PruningPass):
+    """Args:
+    ratio: Share of the parameters that goes, at least.
+    of: What it counts: the whole model, embeddings included, or its blocks.
+    parts: What goes as a whole: `blocks`, or `sublayers`: attentions and MLPs one by one, which only our loader reads.
+    by: How they are chosen: `search`; `cosine`, those that turn what passes them least; `even`, evenly spaced.
+    search: How to search; `minutes` is of no effect here.
+    """
+
+    ratio: float
+    of: Literal["model", "blocks"] = "model"
+    parts: Parts = "blocks"
+    by: Literal["search", "cosine", "even"] = "search"
+    search: Annotated[Search, over(BRIEF)] = BRIEF
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio: {self.ratio} is not from 0 up to, without, 1")
+
+    @property
+    def label(self) -> str:
+        """File-name safe."""
+        return f"shorten{100 * self.ratio:g}" if self.ratio else ""
+
+    def sketch(self, source: ModelSource) -> Sketch:
+        """Without the first found that is small enough."""
+        if not self.ratio:
+            return Sketch(None)
+        levels, wanted = Depth(source, self.parts), going(source, self.ratio, self.of)
+        choice = levels.enough(wanted, lambda count: even(len(levels.units), count))
+        gone = sum(unit.weights for unit, level in zip(levels.units, choice, strict=True) if level != STAYS)
+        alike = len({unit.weights for unit in levels.units}) == 1
+        return Sketch(levels.without(choice), alike, 0 if alike else gone - wanted)
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of finding how far blocks turn what passes them, and of comparing what goes."""
+        turning = collecting(source, tokens, batch) if self.ratio and self.by != "even" else 0
+        return max(turning, comparing(source, self.search, batch) if self.ratio and self.by == "search" else 0)
+
+    def prune(self, work: Work) -> Pruned:
+        """Take blocks, or parts of them, away."""
+        source, before = work.source, parameters(work.source)
+        if not self.ratio:
+            return Pruned(None, {"pass": "prune_depth", "parameters": [before, before]})
+        levels, wanted = Depth(source, self.parts), going(source, self.ratio, self.of)
+        text = work.text(self.search.tokens) if self.by == "search" else None
+        ways = {"even": levels.enough(wanted, lambda count: even(len(levels.units), count))}
+        if self.by != "even":
+            turned = turns(work.job, work.stream(), self.parts, work.tell)
+            ways["cosine"] = levels.enough(wanted, lambda count: least(turned, count))
+        contestants = self._searched(work, levels, wanted, ways, text) if text is not None else []
+        choice = min(contestants, key=lambda one: one.kl).choice if contestants else ways[self.by]
+        rewriting = levels.without(choice)
+        gone = [unit for unit, level in zip(levels.units, choice, strict=True) if level != STAYS]
+        report = {
+            "pass": "prune_depth",
+            "parameters": [before, parameters(source.rewritten(rewriting))],
+            "gone": [unit.block if self.parts == "blocks" else unit.name for unit in gone],
+            "tried": [{"name": one.name, "kl": one.kl} for one in contestants],
+        }
+        return Pruned(rewriting, report)
+
+    def _searched(
+        self, work: Work, levels: Depth, wanted: int, ways: Mapping[str, tuple[int, ...]], text_NS: Tensor
+    ) -> list[Contestant]:
+        """Everything on the way to the best choice that the search found."""
+        costs = [[0, unit.weights] for unit in levels.units]
+        limit = sum(unit.weights for unit in levels.units) - wanted
+        with compared(work, levels, self.search, text_NS) as fitness:
+            return searched(work, fitness, ways, costs, limit, replace(self.search, radii=(1,)))
+
+
+EXPORT = PruneDepth

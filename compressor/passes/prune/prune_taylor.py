@@ -1,0 +1,145 @@
+"""Narrower blocks, step by step: what a unit matters is its weights times their gradients, looked at again after every step.
+
+    importance of unit u = Σ |w · ∂L/∂w|    over all of its weights: rows before the writer, and the writer's columns,
+
+to first order what L would change without them. In every step the least important units that are left in a part are put to
+zero, and stay so; shapes are the same in every block, so units of a part compete among themselves. L is the mean over
+calibration tokens of the divergence from the original's predictions, KL(original || model). Its gradient is zero as long as
+nothing is gone, so in the first step L is the loss of the next token. One step is one-shot Taylor pruning. In the end the
+writers are fitted as by `prune_width`, which also says how many heads and channels stay.
+
+It needs the model in memory, in float32, and gradients of the same size.
+
+Sources: GISP, "Global Iterative Structured Pruning", ACL 2026, for first-order importance in many steps, linearly; Ma et al.,
+"LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023, for the sum over coupled weights. Different
+are: groups of heads, which go whole, with their keys and values; blocks, which stay alike; and L after the first step.
+
+Shape suffixes: U units.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from compressor.model.block import Block
+from compressor.model.journal import save
+from compressor.model.memory import parameters as weights
+from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.job import Event
+from compressor.pipeline.prune_stage import Work, read_tensors
+from compressor.passes.prune.gradual import SCHEDULES, Kind, left
+from compressor.passes.prune.width_pass import WidthPass, nearest
+from compressor.passes.prune.prunable import Part, find_all
+from compressor.passes.train.distillation import Lesson, divergence, drawn, expected_memory
+from compressor.passes.prune.widths import Chosen, Way
+from compressor.recipe.registry import node
+
+STEP = "step"  # how many are done, beside the units
+
+
+@node
+class PruneTaylor(WidthPass):
+    """Args as of `WidthPass`, and
+
+    steps: In which units go.
+    batch: Samples of calibration, drawn anew in every step, on which gradients are taken.
+    schedule: `linear`: as many units in every step; `cubic`: most of them early.
+    refit: Fit the rest to the model's own outputs.
+    seed: Of the order of samples.
+    """
+
+    steps: int = 30
+    batch: int = 32
+    schedule: Kind = "linear"
+    refit: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of comparing shapes and of gradients, of which every weight has one."""
+        if not self.ratio:
+            return 0
+        return max(super().expected_memory(source, tokens, batch), expected_memory(source, tokens, weights(source) // 4))
+
+    def prune(self, work: Work) -> Pruned:
+        """Choose a shape, then units step by step, then fit the writers."""
+        if not self.ratio:
+            return self.untouched(work)
+        found = self.shapes(work.source)
+        tried = self.compared(work, Way("obs", refit=True, damp=self.damp), found)
+        keep = nearest(tried).keep
+        stays = read_tensors(work.once("units", (self, keep), partial(self._chosen, work, keep)))
+        units = {name: tuple(some.nonzero().flatten().tolist()) for name, some in stays.items()}
+        return self.narrowed(work, Chosen(units, self.refit, self.damp), found, tried)
+
+    def _chosen(self, work: Work, keep: Mapping[str, int], unfinished: Path) -> dict[str, Tensor]:
+        """Which units stay, by part, full name: one byte for each."""
+        source, ranks = work.source, work.ranks
+        model = ModelSource(source.path, source.device, torch.float32, source.rewritings)
+        parts = {name: found for name, found in find_all(model).items() if keep[name] < found[1].count}
+        kept = ranks.agree(read_tensors(unfinished) if ranks.first and unfinished.exists() else {})
+        done = int(kept.pop(STEP, torch.zeros(())))
+        stays = {name: kept.get(name, torch.ones(part.count, dtype=torch.uint8)) for name, (_, part) in parts.items()}
+        whole = model.whole()
+        for name, (block, part) in parts.items():
+            for parameter in _parameters(block, part).values():
+                parameter.requires_grad_(True)
+            silence(block, part, stays[name])
+        with Lesson.opened(work) as lesson:
+            for step in range(done, self.steps):
+                chosen = drawn(self.seed, step, self.batch, len(lesson.tokens_NS))
+                loss = lesson.backward(whole, chosen, divergence if step else next_token)
+                trained = [p for p in whole.parameters() if p.requires_grad]
+                for p in trained:  # those of a rank that none of the samples fell to have none
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                ranks.sum_([loss, *(p.grad for p in trained if p.grad is not None)])
+                share = SCHEDULES[self.schedule]((step + 1) / self.steps)
+                for name, (block, part) in parts.items():
+                    score_U = importance(block, part).cpu()
+                    score_U[stays[name] == 0] = -1  # what is gone stays gone
+                    best = score_U.argsort(descending=True, stable=True)[: left(part.count, keep[name], share)]
+                    stays[name] = torch.zeros_like(stays[name]).index_fill(0, best, 1)
+                    silence(block, part, stays[name])
+                whole.zero_grad()
+                if ranks.first:
+                    save(unfinished, {**stays, STEP: torch.tensor(step + 1)})
+                work.tell(Event("score", step + 1, self.steps, error=float(loss)))
+        return stays
+
+
+def next_token(found_BSV: Tensor, wanted_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
+    """The loss of language models, summed over tokens."""
+    return cross_entropy(found_BSV[:, :-1].float().flatten(0, 1), tokens_BS[:, 1:].flatten(), reduction="sum")
+
+
+def importance(block: Block, part: Part) -> Tensor:
+    """Of each unit [U], from gradients that are there."""
+    terms = {name: (p * p.grad).detach().abs() for name, p in _parameters(block, part).items() if p.grad is not None}
+    writer = terms.pop(part.writer).sum(0).view(part.count, -1).sum(1)
+    return sum((term.view(part.count, -1).sum(1) for term in terms.values()), writer)
+
+
+@torch.no_grad()
+def silence(block: Block, part: Part, stays_U: Tensor) -> None:
+    """Put the writer's columns of units that do not stay to zero."""
+    gone = part.columns_of((stays_U == 0).nonzero().flatten())
+    _parameters(block, part)[part.writer][:, gone] = 0
+
+
+def _parameters(block: Block, part: Part) -> dict[str, torch.nn.Parameter]:
+    """Weights and biases that belong to units, by the names of `Part.rows`, and the writer's."""
+    names = {name: f"{name}.weight" if name in block.layers else name for name in (*part.rows, part.writer)}
+    return {name: block.module.get_parameter(at) for name, at in names.items()}
+
+
+EXPORT = PruneTaylor

@@ -1,0 +1,164 @@
+"""What passes have in common that make blocks narrower: how small, of which shape, and what is written."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from compressor.model.edited import Rewriting
+from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.memory_estimate import collecting
+from compressor.pipeline.prune_stage import ANEW, PruningPass, Work, named
+from compressor.pipeline.search.levels import LevelDB
+from compressor.passes.prune.allocation import called, ladders
+from compressor.passes.prune.prunable import find_all
+from compressor.passes.prune.searching import BRIEF, compared, comparing
+from compressor.passes.prune.shapes import Of, Shape, going, parameters, shapes
+from compressor.passes.prune.widths import Narrows, Widths, sweep
+from compressor.recipe.registry import node, over
+from compressor.recipe.schema import Search
+
+SQUARES = 4 + 3 * 8  # bytes for each element of a Hessian: as collected, and three such matrices in fp64
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One choice of widths.
+
+    Args:
+        name: For people.
+        keep: Units that stay of each part, by full name.
+        kl: How far predictions are from the model's, in nats per token; 0 if there is nothing to compare with.
+    """
+
+    name: str
+    keep: Mapping[str, int]
+    kl: float
+
+
+@node
+class WidthPass(PruningPass):
+    """Args:
+    ratio: Share of the parameters that goes.
+    of: What it counts: the whole model, embeddings included, its blocks, or their MLPs, which alone are then pruned.
+    heads: Take away groups of heads too, where that loses less; their part of the key-value cache goes with them.
+    multiple: Of which the number of channels stays one; null takes 256 for wide models, down to 16 for small ones.
+    damp: Of the fit: added to the diagonal of the second moments, in parts of its mean.
+    search: With `tokens`, on how much text, besides that of calibration, shapes are compared; `minutes` is of no effect here.
+    """
+
+    ratio: float
+    of: Of = "model"
+    heads: bool = True
+    multiple: int | None = None
+    damp: float = 0.01
+    search: Annotated[Search, over(BRIEF)] = BRIEF
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio: {self.ratio} is not from 0 up to, without, 1")
+        if self.multiple is not None and self.multiple < 1:
+            raise ValueError(f"multiple: {self.multiple} is not a positive number")
+        if not 0 < self.damp < math.inf:
+            raise ValueError(f"damp: {self.damp} is not a positive number")
+
+    @property
+    def label(self) -> str:
+        """File-name safe."""
+        return f"prune{100 * self.ratio:g}" if self.ratio else ""
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """Kinds of parts that get widths of their own in every block."""
+        return ()
+
+    @property
+    def stock(self) -> bool:
+        """Whether the model type has to take the number of heads."""
+        return True
+
+    def shapes(self, source: ModelSource) -> list[Shape]:
+        """Those that are the same in every block and small enough."""
+        return shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple, stock=self.stock)
+
+    def sketch(self, source: ModelSource) -> Sketch:
+        """The largest of the shapes that are small enough."""
+        if not self.ratio:
+            return Sketch(None)
+        found, new, keep = self.shapes(source), {}, {}
+        largest = max(found, key=lambda shape: shape.parameters)
+        for name, (block, part) in find_all(source).items():
+            keep[name] = largest.keep[part.name]
+            for parameter, rows in part.rows.items():
+                at = f"{block.prefix}.{parameter}"
+                stored = source.names[at if at in source.names else f"{at}.weight"]
+                new[stored] = (keep[name] * rows, *source.checkpoint.headers[stored].shape[1:])
+            stored = source.names[f"{block.prefix}.{part.writer}.weight"]
+            new[stored] = (source.checkpoint.headers[stored].shape[0], keep[name] * part.columns)
+        most = parameters(source) - going(source, self.ratio, self.of) if self.alone else largest.parameters
+        rewriting = replace(self.said(source, largest, keep), shapes=new)
+        return Sketch(rewriting, len(found) == 1 and not self.alone, most - largest.parameters)
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of orders and fits, which take some square matrices of the width of a writer, and of comparing shapes."""
+        if not self.ratio:
+            return 0
+        shape = max((block.shape(part.writer) for block, part in find_all(source).values()), key=lambda shape: shape[1])
+        fitting = SQUARES * shape[1] ** 2 + 3 * 8 * math.prod(shape)
+        several = bool(self.alone) or len(self.shapes(source)) > 1
+        return max(collecting(source, tokens, batch) + fitting, comparing(source, self.search, batch) if several else 0)
+
+    def said(self, source: ModelSource, shape: Shape, keep: Mapping[str, int]) -> Rewriting:
+        """What says that so many units of every part stay, by full name; all do of a part that is not there."""
+        return Rewriting({}, config=shape.config)
+
+    def compared(self, work: Work, way: Narrows, found: Sequence[Shape]) -> list[Tried]:
+        """The shapes, and how much each loses if units are chosen in some way; of a single one that is not looked at."""
+        if len(found) == 1:
+            keep = {name: found[0].keep[part.name] for name, (_, part) in find_all(work.source).items()}
+            return [Tried(called(found[0].keep), keep, 0.0)]
+        wanted = ladders(work.source, found, self.ratio, self.multiple)
+        text = work.text(self.search.tokens)
+        with self.made(work, way, wanted, "shapes") as widths, compared(work, widths, self.search, text) as fitness:
+            choices = [widths.uniform(shape.keep) for shape in found]
+            losses = fitness(choices, range(fitness.samples))
+            return [Tried(called(s.keep), widths.keep(c), kl) for s, c, kl in zip(found, choices, losses, strict=True)]
+
+    def untouched(self, work: Work) -> Pruned:
+        """What is left if nothing has to go."""
+        count = parameters(work.source)
+        return Pruned(None, {"pass": named(self), "parameters": [count, count]})
+
+    def narrowed(self, work: Work, way: Narrows, found: Sequence[Shape], tried: Sequence[Tried]) -> Pruned:
+        """The model in the best of what was tried, made in some way."""
+        best, parts, before = nearest(tried), find_all(work.source), parameters(work.source)
+        shape = next((shape for shape in found if called(shape.keep) == best.name), found[0])
+        narrower = {part: count for part, count in best.keep.items() if count < parts[part][1].count}
+        with self.made(work, way, {part: [count] for part, count in narrower.items()}, "widths") as widths:
+            choice, said = tuple(0 for _ in widths.units), self.said(work.source, shape, narrower)
+            rewriting = replace(widths.rewriting(choice), config=said.config, widths=said.widths, files=said.files)
+            report = {
+                "pass": named(self),
+                "parameters": [before, parameters(work.source.rewritten(rewriting))],
+                "keep": dict(best.keep if self.alone else shape.keep),
+                "tried": [{"name": one.name, "kl": one.kl} for one in tried] if len(tried) > 1 else [],
+                "parts": widths.describe(choice),
+            }
+            return Pruned(rewriting, report)
+
+    @contextmanager
+    def made(self, work: Work, way: Narrows, wanted: Mapping[str, Sequence[int]], name: str) -> Iterator[Widths]:
+        """Every part in some widths, nobody else writing there."""
+        known = {**work.known, "widths": hashlib.sha256(repr((way, sorted(wanted.items()))).encode()).hexdigest()}
+        levels = LevelDB(work.place / name, known, ANEW)
+        with levels.open() if work.ranks.first else nullcontext():
+            sweep(work.job, work.stream, way, wanted, levels, work.tell)
+            yield Widths(work.source, levels)
+
+
+def nearest(tried: Sequence[Tried]) -> Tried:
+    """The one that loses least."""
+    return min(tried, key=lambda one: one.kl)

@@ -1,0 +1,1 @@
+"""Train what other passes rounded or left."""

@@ -1,0 +1,177 @@
+"""Train the blocks of a pruned model one by one towards the original's hidden states.
+
+Each block learns to make, of what the pruned blocks before it give, what the original has at the same place for the same
+text. Where blocks are gone, the last one before the gap learns to stand for them too. First what writes to the hidden states
+is fitted by least squares (compressor/passes/train/blockwise.py), then steps of AdamW follow; of both a block keeps what brings
+its output nearer. One block of each model is in memory at a time, besides the hidden states of both, so a model can be
+trained that is larger than memory.
+
+Source: Bercovich et al., "Puzzle: Distillation-Based NAS for Inference-Optimized LLMs", ICML 2025, blockwise local
+distillation. What differs: a block reads what the pruned model gives it, not what the original does, so that it makes good
+for those before it; the least squares; and the error is relative for each token.
+
+Shape suffixes: O out_features, I in_features, R rank.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compressor.model.block import Block
+from compressor.model.edited import Rewriting
+from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.job import Event
+from compressor.pipeline.memory_estimate import activations, block_parameters, collecting, largest_block
+from compressor.pipeline.plan import block_names
+from compressor.pipeline.prune_stage import PruningPass, Work, read_tensors, stored
+from compressor.passes.train.blockwise import Twins, fit
+from compressor.passes.prune.shapes import parameters
+from compressor.passes.train.distillation import TOGETHER, Schedule, Training, descend
+from compressor.recipe.registry import node
+
+ERRORS = "errors"  # of a block's output as it was, after the fit, and after training; beside its tensors
+RATES = {"norms": 3e-3, "scales": 3e-3, "lora": 1e-3, "all": 1e-4}  # learning rates that suit
+Train = Literal["norms", "scales", "lora", "all"]
+Made = Callable[[], Mapping[str, Tensor]]  # parameters of a block, by name inside it, of what is trained
+
+
+@node
+class DistilBlocks(PruningPass):
+    """Put it behind what prunes, and before `recover`.
+
+    Args:
+        train: What of each block: `norms`, their weights; `scales`, these and a factor for each output of a linear layer;
+            `lora`, norms and a low-rank change to each linear layer; `all`, every parameter.
+        steps: Of training, for each block; 0 leaves it at the fit.
+        batch: Samples in a step.
+        lr: Highest learning rate; it rises to that and falls to zero with a cosine. Null takes what suits.
+        rank: Of low-rank changes.
+        damp: Of the fit: added to the diagonal of the second moments, in parts of its mean.
+        seed: Of the order of samples, and of where low-rank changes start.
+    """
+
+    train: Train = "lora"
+    steps: int = 200
+    batch: int = 8
+    lr: float | None = None
+    rank: int = 32
+    damp: float = 0.01
+    seed: int = 0
+    label: ClassVar[str] = ""
+    mends: ClassVar[bool] = True
+    pairs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps: {self.steps} is negative; 0 leaves it at the fit")
+        if self.rank < 1:
+            raise ValueError(f"rank: {self.rank} is not a positive number")
+        if not 0 < self.damp < math.inf:
+            raise ValueError(f"damp: {self.damp} is not a positive number")
+        Schedule(max(1, self.steps), self.batch, self.rate, self.seed)
+
+    @property
+    def rate(self) -> float:
+        """Highest learning rate."""
+        return RATES[self.train] if self.lr is None else self.lr
+
+    def sketch(self, source: ModelSource) -> Sketch:
+        """No shape changes."""
+        return Sketch(None)
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of training a block in fp32 with gradients and moments, between two streams, or of the fit."""
+        block = largest_block(source)
+        width = max((block.shape(name)[1] for name in block.layers), default=0)
+        training = (4 + 16) * block_parameters(block) + activations(block, min(tokens, TOGETHER), 2 * 4)
+        return 3 * collecting(source, tokens, batch) + max(training, 3 * 8 * width**2)
+
+    def prune(self, work: Work) -> Pruned:
+        """Train what is left.
+
+        Raises:
+            RecipeError: nothing has been pruned.
+        """
+        twins = Twins.start(work)
+        total = len(twins.student.layers)
+        ends = [*work.source.numbers_in(work.original)[1:], len(work.original.layers)]  # where each block takes over to
+        tensors: dict[str, Callable[[Tensor], Tensor]] = {}
+        blocks = []
+        for index, block in enumerate(twins.student.blocks()):
+            twins.lead(ends[index])
+            file = work.once(f"block-{index:05d}", self, partial(self._made, block, twins))
+            found = read_tensors(file)
+            before, fitted, trained = found.pop(ERRORS).tolist()
+            blocks.append({"block": index, "before": before, "fitted": fitted, "trained": trained})
+            tensors |= stored(file, found).tensors
+            block.install({name: found[at] for name, at in block_names(twins.student, block).items() if at in found})
+            if index < total - 1:
+                twins.follow(block)
+            work.tell(Event("distil", index + 1, total, error=trained))
+        count = parameters(work.source)
+        return Pruned(Rewriting(tensors), {"pass": "distil_blocks", "parameters": [count, count], "blocks": blocks})
+
+    def _made(self, block: Block, twins: Twins, unfinished: Path) -> dict[str, Tensor]:
+        """What of a block is new, by name on disk, and the errors."""
+        names, dtypes = block_names(twins.student, block), block.dtypes
+        before = twins.error(block, {})
+        unchanged = before <= torch.finfo(twins.work.source.dtype).eps ** 2  # but for rounding: nothing has gone up to here
+        if unchanged or not block.layers:
+            return {ERRORS: torch.tensor([before] * 3)}
+        new = {name: value.to(dtypes[name]).float() for name, value in fit(twins, block, self.damp).items()}
+        fitted = trained = twins.error(block, new)
+        if self.steps:
+            block.install(new)
+            tried = {name: value.to(dtypes[name]).float() for name, value in self._trained(block, twins, unfinished).items()}
+            tried = {**new, **tried}
+            trained = twins.error(block, tried)
+            new, trained = (tried, trained) if trained < fitted else (new, fitted)
+        return {names[n]: value.to(dtypes[n]) for n, value in new.items()} | {ERRORS: torch.tensor([before, fitted, trained])}
+
+    def _trained(self, block: Block, twins: Twins, unfinished: Path) -> Mapping[str, Tensor]:
+        """Parameters of a block after training."""
+        ranks, schedule = twins.work.ranks, Schedule(self.steps, self.batch, self.rate, self.seed)
+        changing, made = self._changes(block)
+        training = Training(schedule, changing, unfinished if ranks.first else None)
+        for done, loss in descend(training, ranks, lambda step: twins.backward(block, made(), step, schedule)):
+            what = f"{block.prefix}: step {done} of {self.steps}"
+            twins.work.tell(Event("distil", block.index, len(twins.student.layers), what, error=loss))
+        with torch.no_grad():
+            return made()
+
+    def _changes(self, block: Block) -> tuple[list[nn.Parameter], Made]:
+        """What is trained, and what the block's parameters come to."""
+        whole = {
+            name: nn.Parameter(value.clone())
+            for name, value in block.module.named_parameters()
+            if self.train == "all" or "norm" in type(block.module.get_submodule(name.rpartition(".")[0])).__name__.lower()
+        }
+        if self.train in ("norms", "all"):
+            return list(whole.values()), lambda: whole
+        change = self._scale if self.train == "scales" else self._low_rank
+        generator = torch.Generator().manual_seed(self.seed)
+        changed = {name: change(block.weight(name), generator) for name in block.layers}
+
+        def made() -> Mapping[str, Tensor]:
+            return whole | {f"{name}.weight": block.layers[name].parameter(w_OI()) for name, (_, w_OI) in changed.items()}
+
+        return [*whole.values(), *(one for some, _ in changed.values() for one in some)], made
+
+    def _scale(self, w_OI: Tensor, generator: torch.Generator) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
+        scale_O1 = nn.Parameter(w_OI.new_ones(len(w_OI), 1))
+        return [scale_O1], lambda: scale_O1 * w_OI
+
+    def _low_rank(self, w_OI: Tensor, generator: torch.Generator) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
+        """As LoRA has it: one factor is zero, the other random."""
+        b_OR = nn.Parameter(w_OI.new_zeros(len(w_OI), self.rank))
+        a_RI = nn.Parameter((torch.randn(self.rank, w_OI.shape[1], generator=generator) / w_OI.shape[1] ** 0.5).to(w_OI))
+        return [b_OR, a_RI], lambda: w_OI + 2 * b_OR @ a_RI
+
+
+EXPORT = DistilBlocks

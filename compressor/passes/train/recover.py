@@ -1,0 +1,100 @@
+"""Train what pruning has left towards the predictions of the original, by low-rank changes that are merged at the end.
+
+The original goes by once, block by block, and leaves what enters its head; the pruned model stays in memory, with a LoRA
+beside every linear layer of its blocks, whose norms are trained too. The loss (compressor/passes/train/distillation.py) is the
+divergence of its predictions from the original's and nothing else. Shapes, and so the architecture, stay.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compressor.model.source import ModelSource
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.prune_stage import PruningPass, Work, as_stored, read_tensors, stored
+from compressor.passes.train.lora import merged, student
+from compressor.passes.prune.shapes import parameters
+from compressor.passes.train.distillation import Schedule, Training, distil, expected_memory, low_rank
+from compressor.recipe.registry import node
+
+LOSSES = "losses"  # of all steps, beside the tensors
+
+
+@node
+class Recover(PruningPass):
+    """Put it behind what prunes. It needs the pruned model in memory, in float32.
+
+    Args:
+        steps: Of training.
+        batch: Samples in a step.
+        lr: Highest learning rate; it rises to that and falls to zero with a cosine.
+        rank: Of the changes to linear layers.
+        norms: Train the weights of norms too.
+        seed: Of the order of samples, and of where the changes start.
+    """
+
+    steps: int = 300
+    batch: int = 8
+    lr: float = 1e-3
+    rank: int = 32
+    norms: bool = True
+    seed: int = 0
+    label: ClassVar[str] = ""
+    mends: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank: {self.rank} is not a positive number")
+        Schedule(self.steps, self.batch, self.lr, self.seed)
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the training."""
+        return Schedule(self.steps, self.batch, self.lr, self.seed)
+
+    def sketch(self, source: ModelSource) -> Sketch:
+        """No shape changes."""
+        return Sketch(None)
+
+    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
+        """Peak of the training."""
+        return expected_memory(source, tokens, low_rank(source, self.rank))
+
+    def prune(self, work: Work) -> Pruned:
+        """Train what is left.
+
+        Raises:
+            RecipeError: nothing has been pruned.
+        """
+        file = work.once("recovered", self, partial(self._trained, work))
+        found = read_tensors(file)
+        losses: list[float] = found.pop(LOSSES).tolist()
+        count, tenth = parameters(work.source), max(1, self.steps // 10)
+        first, last = (sum(some) / len(some) for some in (losses[:tenth], losses[-tenth:]))
+        report = {"pass": "recover", "parameters": [count, count], "loss": [first, last]}
+        return Pruned(stored(file, found), report)
+
+    def _trained(self, work: Work, unfinished: Path) -> dict[str, Tensor]:
+        """The new tensors by name on disk, and the losses."""
+        source = work.source
+        torch.manual_seed(self.seed)
+        model = self._student(source)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        training = Training(self.schedule, trained, unfinished if work.ranks.first else None)
+        distil(work, model, training)
+        return {**as_stored(source, merged(model, source)), LOSSES: torch.tensor(training.losses)}
+
+    def _student(self, source: ModelSource) -> Any:
+        """The pruned model in float32, with what is trained; the rest is frozen."""
+        model = student(source, self.rank, 2 * self.rank)
+        if self.norms:
+            for name, module in model.named_modules():
+                if f"{source.prefix}." in name and "norm" in type(module).__name__.lower():
+                    module.requires_grad_(True)
+        return model
+
+
+EXPORT = Recover

@@ -1,0 +1,1 @@
+"""Change weights so that they round better, with the model computing the same."""

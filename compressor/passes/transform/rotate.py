@@ -1,0 +1,307 @@
+"""Rotations: turn the residual stream, and each head's values, so that no channel stands out, and fold that into the weights.
+
+    embedding E -> E R      writer W -> Rᵀ W      reader, head W -> W diag(g) R      g: the gains of the norm before, now 1
+
+R is orthogonal, so a norm without a mean computes the same from x R as from x, once its gains g have moved into the layers
+that read it. In a head, values are written turned by another rotation that the output projection takes back. Nothing of this
+is left to do at run time. What reads a product (down_proj) can be turned by an online Hadamard matrix only: this package's
+runtime multiplies the activations by it (compressor/model/surgery/online_hadamard.py). The rotated model is rounded to the
+checkpoint's dtype, as if it had been stored so.
+
+R is random, or learned from there: see compressor/passes/transform/learned_rotation.py.
+
+Source: Ashkboos et al., "QuaRot", NeurIPS 2024, section 4, stage 1a to 1c; Liu et al., "SpinQuant", ICLR 2025 (R1, R2, R4).
+
+An embedding that is also the head has to be stored twice afterwards: only the head takes up the gains of the norm before it.
+
+Shape suffixes: O out_features, I in_features, D hidden, S sequence.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compressor.errors import RecipeError
+from compressor.formats.base import Format
+from compressor.model.block import Block
+from compressor.model.dataflow import Feed, gain_offset, products, run_norms, some_hidden
+from compressor.model.edited import Progress, Rewriting, silent
+from compressor.model.source import ModelSource
+from compressor.model.surgery.online_hadamard import largest_block, turned
+from compressor.passes.transform.learned_rotation import Vectors, batch, learned, some_vectors
+from compressor.passes.transform.rotation import Rotation
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
+from compressor.recipe.registry import node
+
+Change = Callable[[Tensor], Tensor]
+Norms = Mapping[str, Sequence[str]]  # of a block, with the layers that read them
+SAME = 0.05  # relative difference of a block's output that rounding to the checkpoint's dtype can make
+
+
+@node
+class Rotate:
+    """Rotate the model before its blocks are compressed; to be the first pass.
+
+    Args:
+        residual: Rotate the residual stream, which folds the norms' gains into the layers that read them.
+        heads: Rotate the values of each head.
+        online: Turn what the layers read that are left, such as down_proj, when the model runs: other runtimes do not load
+            it then.
+        block: Channels that are turned together when the model runs, a power of two: 16 or 32 keeps within what share a scale
+            in NVFP4 or MXFP4. 0 turns as many as can be.
+        learn: Steps by which residual and head rotations are improved, for weights without outliers.
+        seed: Of the rotations.
+    """
+
+    residual: bool = True
+    heads: bool = True
+    online: bool = False
+    block: int = 0
+    learn: int = 0
+    seed: int = 0
+    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
+    options: ClassVar[tuple[Format, ...]] = ()
+    chooses: ClassVar[bool] = False
+    two_streams: ClassVar[bool] = False
+    together: ClassVar[bool] = False
+    sensitivity: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.block < 0 or self.block & (self.block - 1):
+            raise ValueError(f"block: {self.block} is no power of two; give 0 for the largest that a layer allows")
+        if self.learn < 0:
+            raise ValueError(f"learn: {self.learn} is no number of steps; give 0 for random rotations")
+
+    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
+        """None: a block is rotated already when it is read."""
+        return {}
+
+    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
+        return Outcome({}, {})
+
+    def rewriting(self, source: ModelSource, tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
+        """What is different in the rotated model; arguments as of `Rewrites`.
+
+        Raises:
+            RecipeError: the architecture does not allow it.
+        """
+        if self.learn:
+            random = replace(self, learn=0).rewriting(source)  # refuses what cannot be rotated before time is spent
+            if sizes_only:
+                return random
+        width = int(source.model.config.get_text_config().hidden_size)
+        changes = Changes(source)
+        norms = residual_norms(source, width)
+        blocks = [source.block(index, load=False) for index in range(len(source.layers))]
+        turn = self._residual(changes, blocks, norms, width, tell) if self.residual else None
+        for block in blocks:
+            heads = [feed for feed in products(block) if feed.run > 1]
+            for feed in heads if self.heads else ():
+                self._head(changes, block, feed)
+            if self.online:
+                readers = [*(norms.values() if self.residual else ()), *(feed.readers for feed in heads if self.heads)]
+                offline = set(chain.from_iterable(readers))
+                changes.online(block, [name for name in block.layers if name not in offline], self.block)
+        if not changes.steps:
+            raise RecipeError(f"rotate: nothing in {source.path} can be rotated as asked; leave the pass out")
+        rewriting = changes.rewriting()
+        check(source, rewriting, width, turn)
+        return rewriting
+
+    def _residual(self, changes: "Changes", blocks: Sequence[Block], norms: Norms, width: int, tell: Progress) -> Rotation:
+        """Rotate the residual stream."""
+        changes.outside()
+        for block in blocks:
+            changes.fold(block, norms)
+        turn = Rotation.random(width, self.seed)
+        if self.learn:
+            turn = learned(turn, partial(changes.residual_vectors, blocks, norms, width), self.learn, tell)
+        changes.turn_outside(turn)
+        for block in blocks:
+            changes.residual(block, norms, turn)
+        return turn
+
+    def _head(self, changes: "Changes", block: Block, feed: Feed) -> None:
+        """Rotate the values of the heads of a block."""
+        turn = Rotation.random(feed.run, self.seed + 1 + block.index)
+        if self.learn:
+            turn = learned(turn, changes.head_vectors(block, feed), self.learn)
+        changes.head(block, feed, turn)
+
+
+class Changes:
+    """What happens to each tensor of a model, step by step.
+
+    Args:
+        source: The model.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        self.source = source
+        self.steps: dict[str, list[Change]] = {}  # by name on disk
+        self.untied: dict[str, str] = {}
+        self.hadamard: dict[str, int] = {}
+
+    def rewriting(self) -> Rewriting:
+        """All of them."""
+        tensors = {name: partial(_in_turn, tuple(steps)) for name, steps in self.steps.items()}
+        return Rewriting(tensors, self.untied, {"tie_word_embeddings": False} if self.untied else {}, self.hadamard)
+
+    def outside(self) -> None:
+        """Move the gains of the last norm into the head.
+
+        Raises:
+            RecipeError: there is more outside the blocks than that and the embedding.
+        """
+        embedding, head = self.source.ends
+        others = [name for name in self.source.outside if name not in (embedding, head)]
+        if len(others) != 1 or not others[0].endswith(".weight"):
+            raise RecipeError(
+                f"rotate: {self.source.path} has {len(others)} tensors ({', '.join(others[:2])} …) outside its blocks "
+                "besides embedding and head, where one norm is expected; set residual: false, or leave the pass out"
+            )
+        if head in self.source.tied or embedding in self.source.tied:
+            stored = self.source.names.get(embedding) or self.source.names[head]
+            self.untied = {name: stored for name in (embedding, head) if name not in self.source.names}
+        norm = others[0].removesuffix(".weight")
+        self._add(head, self._gain(norm))
+        self._flatten(norm)
+
+    def turn_outside(self, turn: Rotation) -> None:
+        """The embedding and the head."""
+        for name in self.source.ends:
+            self._add(name, turn)
+
+    def fold(self, block: Block, norms: Norms) -> None:
+        """Move the gains of norms into the layers that read them."""
+        for norm, readers in norms.items():
+            for reader in readers:
+                self._layer(block, reader, self._gain(f"{block.prefix}.{norm}"))
+            self._flatten(f"{block.prefix}.{norm}")
+
+    def residual(self, block: Block, norms: Norms, turn: Rotation) -> None:
+        """What reads the residual stream through a norm, and what writes to it."""
+        for reader in chain.from_iterable(norms.values()):
+            self._layer(block, reader, turn)
+        for name in residual_writers(block, norms, len(turn.signs_N)):
+            self._writer(block, name, turn)
+
+    def head(self, block: Block, feed: Feed, turn: Rotation) -> None:
+        """What writes the values of heads, and what reads the mixture of them."""
+        self._writer(block, feed.writer, turn)
+        for reader in feed.readers:
+            self._layer(block, reader, turn)
+
+    def online(self, block: Block, layers: Iterable[str], most: int) -> None:
+        """Layers whose activations will be turned when the model runs, in blocks of at most `most` channels; 0 is any."""
+        for name in layers:
+            size = largest_block(block.shape(name)[1])
+            size = min(size, most) if most else size
+            if size > 1:
+                self._layer(block, name, partial(turned, size=size))
+                self.hadamard[f"{block.prefix}.{name}"] = size
+
+    def residual_vectors(self, blocks: Sequence[Block], norms: Norms, width: int, step: int) -> Tensor:
+        """Vectors [X, D] that the weights of one block read from the residual stream, and that they write to it."""
+        block = blocks[step % len(blocks)]
+        read = [self._now(block, name) for name in chain.from_iterable(norms.values())]
+        written = [self._now(block, name).T for name in residual_writers(block, norms, width)]
+        return self._some(read + written, width, step)
+
+    def head_vectors(self, block: Block, feed: Feed) -> Vectors:
+        """The same, [X, run], of what heads' values are written and read with."""
+        weights = [self._now(block, feed.writer).T, *(self._now(block, reader) for reader in feed.readers)]
+        return partial(self._some, [weight.reshape(-1, feed.run) for weight in weights], feed.run)
+
+    def _some(self, weights: Sequence[Tensor], size: int, seed: int) -> Tensor:
+        """Vectors of several weights, as many of each."""
+        each = -(-batch(size) // len(weights))
+        return torch.cat([some_vectors(weight, each, seed) for weight in weights]).to(self.source.device)
+
+    def _now(self, block: Block, layer: str) -> Tensor:
+        """The weight [O, I] of a layer after the steps so far, fp32."""
+        name = f"{block.prefix}.{layer}.weight"
+        stored = self.source.names[name]
+        return block.layers[layer].parameter(_in_turn(self.steps.get(stored, ()), self.source.read(name).float()))
+
+    def _writer(self, block: Block, layer: str, turn: Rotation) -> None:
+        self._layer(block, layer, turn.transposed)
+        if f"{layer}.bias" in block.dtypes:
+            self._add(f"{block.prefix}.{layer}.bias", turn)
+
+    def _layer(self, block: Block, layer: str, change: Change) -> None:
+        """A change to a weight as [O, I]."""
+        kind = block.layers[layer]
+        self._add(f"{block.prefix}.{layer}.weight", lambda w: kind.parameter(change(kind.parameter(w))))
+
+    def _gain(self, norm: str) -> Change:
+        """Multiply columns by what a norm multiplies channels by."""
+        return lambda w_OI: w_OI * (self.source.read(f"{norm}.weight").float() + self._offset(norm))
+
+    def _flatten(self, norm: str) -> None:
+        """Have a norm multiply by one."""
+        self._add(f"{norm}.weight", lambda gain_D: torch.full_like(gain_D, 1 - self._offset(norm)))
+
+    def _offset(self, norm: str) -> float:
+        return gain_offset(self.source.model.get_submodule(norm))
+
+    def _add(self, name: str, change: Change) -> None:
+        self.steps.setdefault(self.source.names.get(name, name), []).append(change)
+
+
+def _in_turn(steps: Sequence[Change], tensor: Tensor) -> Tensor:
+    for step in steps:
+        tensor = step(tensor)
+    return tensor
+
+
+def residual_writers(block: Block, norms: Norms, width: int) -> list[str]:
+    """The layers of a block that write to the residual stream."""
+    readers = set(chain.from_iterable(norms.values()))
+    return [name for name in block.layers if name not in readers and block.shape(name)[0] == width]
+
+
+def residual_norms(source: ModelSource, width: int) -> Norms:
+    """The norms of a block that are as wide as the residual stream, with the layers that read them."""
+    block = source.block(0)
+    norms, _ = run_norms(block, some_hidden(block, width))
+    found = {norm: readers for norm, readers in norms.items() if len(block.module.get_parameter(f"{norm}.weight")) == width}
+    source.release(block)
+    return found
+
+
+def check(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation | None) -> None:
+    """See that the first block computes the same, rotated.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    missed = off(source, rewriting, width, turn)
+    if not missed <= SAME:
+        raise RecipeError(
+            f"rotate: a block of `{source.model.config.model_type}` is off by {missed:.0%} when rotated: a norm in it takes "
+            "a mean, or stands where no linear layer reads it; set residual: false, or leave the pass out"
+        )
+
+
+@torch.no_grad()
+def off(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation | None) -> float:
+    """How far the first block is from what it computed, rotated, relative to that."""
+    outputs = []
+    for changes, ahead in (((), None), ((rewriting,), turn)):
+        one = ModelSource(source.path, source.device, torch.float32, (*source.rewritings, *changes))
+        block = one.block(0)
+        hidden = some_hidden(block, width)
+        start = hidden if ahead is None else ahead(hidden.cpu()).to(hidden)
+        outputs.append((block.forward(start) - start).cpu())
+        one.release(block)
+    expected = outputs[0] if turn is None else turn(outputs[0])
+    return float((outputs[1] - expected).norm() / expected.norm())
+
+
+EXPORT = Rotate

@@ -1,1 +1,0 @@
-"""Structured pruning: which channels, heads and blocks go, and what the rest becomes."""
