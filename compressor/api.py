@@ -12,9 +12,11 @@ import torch
 
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.data import Judged, load_evaluation
+from compressor.evaluation.evaluate import continuations, judge
+from compressor.evaluation.verify.check import WrongError
+from compressor.evaluation.verify.verify import verify as verify_directory
 from compressor.formats.base import OneOf
 from compressor.host import known_state
-from compressor.evaluation.evaluate import continuations, judge
 from compressor.model import shards
 from compressor.model.journal import remove_leftovers
 from compressor.model.source import ModelSource
@@ -40,8 +42,6 @@ from compressor.recipe.schema import Recipe, changed_patterns, load_recipe
 from compressor.report.card import model_card
 from compressor.report.files import CARD, completed, written
 from compressor.report.record import Report
-from compressor.evaluation.verify.check import WrongError
-from compressor.evaluation.verify.verify import verify as verify_directory
 
 NOTHING: tuple[str, ...] = ()  # finished by an interrupted run
 LIBRARIES_BYTES = 540 * 2**20  # of the process before it reads a weight, and of what libraries keep for themselves later

@@ -15,8 +15,8 @@ from compressor.errors import RecipeError, SourceError
 from compressor.model.block import Trial
 from compressor.model.source import ModelSource
 from compressor.model.surgery.skip_sublayers import NoAttention, NoMLP
-from compressor.pipeline.plan_file import read_plan
 from compressor.passes.prune.depth import Depth
+from compressor.pipeline.plan_file import read_plan
 from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")

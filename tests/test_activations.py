@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 import compressor
 from compressor import api
 from compressor.errors import SourceError
+from compressor.evaluation.verify.loaders import streamed_logits
+from compressor.evaluation.verify.verify import verify
 from compressor.formats.base import Format
 from compressor.formats.float_group import FloatGroup
 from compressor.formats.fp8 import FP8
@@ -43,8 +45,6 @@ from compressor.pipeline.calibration.stats import Spread
 from compressor.recipe.schema import make_recipe
 from compressor.report.inspect import inspect_model
 from compressor.runtime.packed_linear import PackedWeight
-from compressor.evaluation.verify.loaders import streamed_logits
-from compressor.evaluation.verify.verify import verify
 
 Tiny = Callable[..., Path]
 W8A8 = IntGroup(bits=8, group_size=-1, packed=False, activations="int8")

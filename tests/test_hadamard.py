@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import compressor
 from compressor import api
 from compressor.errors import SourceError
+from compressor.evaluation.verify.verify import verify
 from compressor.model.source import ModelSource
 from compressor.model.surgery.online_hadamard import largest_block, turned
 from compressor.pipeline.calibration.stats import Hessian
@@ -21,7 +22,6 @@ from compressor.pipeline.calibration.stream import CalibrationStream
 from compressor.pipeline.ranks import Ranks
 from compressor.recipe.schema import Recipe, make_recipe
 from compressor.report.inspect import inspect_model
-from compressor.evaluation.verify.verify import verify
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")

@@ -17,6 +17,8 @@ import compressor
 from compressor import api
 from compressor.cli import main
 from compressor.errors import CalibrationError, RecipeError, SourceError
+from compressor.evaluation.verify.loaders import streamed_logits
+from compressor.evaluation.verify.verify import verify
 from compressor.model.hf_config.quantization_config import cache_rounding
 from compressor.model.source import ModelSource
 from compressor.model.surgery.kv_cache import CacheRounding, read_scheme
@@ -27,8 +29,6 @@ from compressor.pipeline.write_model import default_out
 from compressor.recipe.schema import Recipe, make_recipe
 from compressor.report.inspect import inspect_model
 from compressor.runtime.packed_linear import PackedWeight
-from compressor.evaluation.verify.loaders import streamed_logits
-from compressor.evaluation.verify.verify import verify
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")

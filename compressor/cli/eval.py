@@ -62,9 +62,9 @@ def eval_(
     """
     from compressor.cli._quiet import quiet
     from compressor.errors import RecipeError
+    from compressor.evaluation.evaluate import answer_tasks, check_tasks, evaluate
     from compressor.evaluation.limits import Limits, share
     from compressor.evaluation.tasks.suites import tasks_of
-    from compressor.evaluation.evaluate import answer_tasks, check_tasks, evaluate
     from compressor.report import files
 
     names = [*(tasks or ()), *(tasks_of(suite) if suite else ())]

@@ -26,9 +26,9 @@ def verify(
     Example: `compress verify model-int4 --reference model/`
     """
     from compressor.cli._quiet import quiet
+    from compressor.evaluation.verify import verify as verification
     from compressor.model.device import compute_device
     from compressor.pipeline.job import Event
-    from compressor.evaluation.verify import verify as verification
 
     quiet()
     with progress() as tell:

@@ -38,6 +38,10 @@ from compressor.model.block import Trial
 from compressor.model.source import ModelSource
 from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
 from compressor.model.tokenizer import load_tokenizer
+from compressor.passes.prune.depth import Depth, least, turns
+from compressor.passes.prune.prunable import Part, find_parts
+from compressor.passes.prune.scores import SCORES, Seen
+from compressor.passes.prune.shapes import parameters
 from compressor.pipeline.blocks import open_stream
 from compressor.pipeline.calibration.data import Samples, load_samples
 from compressor.pipeline.calibration.hidden import keeping
@@ -46,10 +50,6 @@ from compressor.pipeline.job import Job
 from compressor.pipeline.ranks import Ranks
 from compressor.pipeline.search.fitness import Fitness, Teacher, opened
 from compressor.pipeline.search.levels import Level, Unit
-from compressor.passes.prune.depth import Depth, least, turns
-from compressor.passes.prune.prunable import Part, find_parts
-from compressor.passes.prune.scores import SCORES, Seen
-from compressor.passes.prune.shapes import parameters
 from compressor.recipe.build import prune_recipe
 
 MOST = 0.6  # of the KL divergence of the best of the others

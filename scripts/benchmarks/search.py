@@ -35,6 +35,7 @@ from compressor.api import run
 from compressor.cli._quiet import quiet
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
+from compressor.passes.prune.depth import GOES, STAYS, Depth, least, turns
 from compressor.passes.prune.prune_depth import PruneDepth
 from compressor.pipeline.blocks import open_stream
 from compressor.pipeline.calibration.data import load_samples
@@ -52,7 +53,6 @@ from compressor.pipeline.search.measure import measure
 from compressor.pipeline.search.text import search_text
 from compressor.pipeline.search.trail import Trail
 from compressor.pipeline.target_search import choosable, fit_recipe
-from compressor.passes.prune.depth import GOES, STAYS, Depth, least, turns
 from compressor.recipe.presets import ladder as passes_near
 from compressor.recipe.schema import Evolve, Recipe, Search, make_recipe
 

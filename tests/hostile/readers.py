@@ -12,6 +12,7 @@ from hostile.mutations import Mutate, bytes_changed, header_changed, json_change
 
 from compressor import api
 from compressor.evaluation.tasks import files as task_files
+from compressor.evaluation.verify.files import check_config, check_copies, check_files, check_hashes
 from compressor.model.checkpoint import INDEX, SINGLE, Checkpoint, read_config
 from compressor.model.hf_config.decilm import changes
 from compressor.model.journal import Journal, read_journal
@@ -23,7 +24,6 @@ from compressor.pipeline.plan_file import read_plan
 from compressor.recipe.schema import load_recipe, make_recipe
 from compressor.report.files import read_report
 from compressor.report.inspect import inspect_model
-from compressor.evaluation.verify.files import check_config, check_copies, check_files, check_hashes
 
 CPU = torch.device("cpu")
 AUTO_ROUND = {

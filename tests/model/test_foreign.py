@@ -17,6 +17,7 @@ from torch import Tensor
 from compressor import api
 from compressor.cli import main
 from compressor.errors import CompressorError, SourceError
+from compressor.evaluation.verify.verify import verify
 from compressor.formats.gptq_int import GptqInt
 from compressor.model.checkpoint import Checkpoint
 from compressor.model.packed_layers import PackedLayers
@@ -24,7 +25,6 @@ from compressor.model.source import ModelSource
 from compressor.pipeline import blocks
 from compressor.recipe.schema import make_recipe
 from compressor.report.inspect import inspect_model
-from compressor.evaluation.verify.verify import verify
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., Path]

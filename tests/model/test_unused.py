@@ -15,12 +15,12 @@ from compressor import api
 from compressor.cli import main
 from compressor.errors import SourceError
 from compressor.evaluation.evaluate import evaluate
+from compressor.evaluation.verify.verify import verify
 from compressor.model.edits import fewer_sublayers
 from compressor.model.source import ModelSource
 from compressor.passes.prune.depth import GOES, STAYS, fewer_blocks
 from compressor.recipe.build import quantize_recipe
 from compressor.recipe.schema import make_recipe
-from compressor.evaluation.verify.verify import verify
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")

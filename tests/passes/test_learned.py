@@ -18,9 +18,9 @@ from compressor.formats.numerics.codes import FloatCodes, values
 from compressor.formats.nvfp4 import NVFP4
 from compressor.formats.vq import VQ, VectorGrid
 from compressor.model.source import ModelSource
+from compressor.passes.quantize.rtn import RTN
 from compressor.passes.train.latents import AGAIN
 from compressor.passes.train.learned import Learned, rounding
-from compressor.passes.quantize.rtn import RTN
 from compressor.pipeline.calibration.stream import CalibrationStream
 from compressor.pipeline.ranks import Ranks
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from compressor.errors import RecipeError
 from compressor.formats.sparse_bitmask import SparseBitmask
 from compressor.passes.prune.masks import SCORES, damped, least_squares
-from compressor.passes.quantize.gptq import factors_of
 from compressor.passes.prune.prune_weights import PruneWeights, Seen
+from compressor.passes.quantize.gptq import factors_of
 from compressor.recipe.registry import build
 
 AMOUNTS: list[dict[str, Any]] = [{"sparsity": 0.4}, {"pattern": "2:4"}]

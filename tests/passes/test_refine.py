@@ -11,8 +11,8 @@ from compressor.formats.gptq_int import GptqInt
 from compressor.formats.int_group import IntGroup
 from compressor.formats.int_input_group import IntInputGroup
 from compressor.passes.quantize import refine
-from compressor.passes.quantize.refine import refined
 from compressor.passes.quantize.gptq import GPTQ, factorise, gptq
+from compressor.passes.quantize.refine import refined
 
 FORMATS = [
     IntGroup(bits=2, group_size=16),

@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, some_tokens, stock_logits, tensors
 from compressor import api
 from compressor.assets import DEMO_MODEL
 from compressor.errors import RecipeError
+from compressor.evaluation.verify.verify import verify
 from compressor.formats.float_group import FloatGroup
 from compressor.formats.int_group import IntGroup
 from compressor.formats.numerics.activations import FixedScale, scales
@@ -17,11 +18,11 @@ from compressor.model.dataflow import find_feeds
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
 from compressor.passes.transform import learned_rotation
-from compressor.passes.transform.learned_rotation import gradient, learned, of_one_length, some_vectors
-from compressor.passes.transform.rotation import Rotation
 from compressor.passes.transform.awq import AWQ
+from compressor.passes.transform.learned_rotation import gradient, learned, of_one_length, some_vectors
 from compressor.passes.transform.preshift import Preshift
 from compressor.passes.transform.rotate import Rotate
+from compressor.passes.transform.rotation import Rotation
 from compressor.passes.transform.smooth import Smooth
 from compressor.pipeline.calibration.data import load_samples
 from compressor.pipeline.calibration.stats import Hessian, Peak, Spread
@@ -29,7 +30,6 @@ from compressor.pipeline.calibration.stream import CalibrationStream, watching
 from compressor.pipeline.job import Event
 from compressor.pipeline.ranks import Ranks
 from compressor.recipe.schema import make_recipe
-from compressor.evaluation.verify.verify import verify
 
 CPU = torch.device("cpu")
 FOUR_BITS = IntGroup(bits=4, group_size=64)

@@ -13,8 +13,8 @@ from compressor.formats.int_group import IntGroup
 from compressor.formats.numerics.codebook import vectors
 from compressor.formats.vq import VQ, Norm, VectorGrid, stored
 from compressor.passes.quantize import vptq
-from compressor.passes.quantize.vectors import Problem, reduced
 from compressor.passes.quantize.gptq import Factors, Layer, factorise, gptq, output_energy
+from compressor.passes.quantize.vectors import Problem, reduced
 from compressor.passes.quantize.vptq import VPTQ, entries, linear_maps, recoded, solved
 from compressor.pipeline.contract import NoNotes
 

@@ -16,12 +16,12 @@ from transformers.models.auto import configuration_auto
 import compressor
 from compressor.assets import DECILM_CODE
 from compressor.errors import RecipeError, SourceError
+from compressor.evaluation.verify.verify import verify
 from compressor.model.hf_config import decilm
 from compressor.model.source import ModelSource
 from compressor.passes.prune.shapes import parameters
 from compressor.report.inspect import inspect_model
 from compressor.runtime import hf_quantizer
-from compressor.evaluation.verify.verify import verify
 
 BLOCKS = {**UNEVEN, "layout": "block-configs"}
 

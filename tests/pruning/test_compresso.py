@@ -17,8 +17,8 @@ from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
 from compressor.passes.prune import compresso
 from compressor.passes.prune.gates import CLOSED, Gates, chance, sampled, settled
-from compressor.passes.train.lora import merged, student
 from compressor.passes.prune.prunable import find_all
+from compressor.passes.train.lora import merged, student
 from compressor.recipe.schema import Recipe, make_recipe
 
 CPU = torch.device("cpu")

@@ -16,13 +16,13 @@ from compressor.model.edited import Rewriting
 from compressor.model.edits import fewer_sublayers
 from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
+from compressor.passes.prune.depth import fewer_blocks
+from compressor.passes.train.blockwise import Twins, fit
+from compressor.passes.train.distillation import Schedule
 from compressor.pipeline.calibration.data import Samples, load_samples
 from compressor.pipeline.job import Event, Tell, silent
 from compressor.pipeline.prune_stage import Work
 from compressor.pipeline.ranks import Ranks
-from compressor.passes.train.blockwise import Twins, fit
-from compressor.passes.prune.depth import fewer_blocks
-from compressor.passes.train.distillation import Schedule
 from compressor.recipe.schema import make_recipe
 
 CPU = torch.device("cpu")

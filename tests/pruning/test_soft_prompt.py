@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from compressor import api
 from compressor.errors import RecipeError
+from compressor.evaluation.verify.check import WrongError
+from compressor.evaluation.verify.files import check_copies
 from compressor.model.tokenizer import load_tokenizer
 from compressor.pipeline.calibration.data import load_samples
 from compressor.pipeline.job import Event
 from compressor.pipeline.manifest import read_manifest
 from compressor.recipe.schema import make_recipe
-from compressor.evaluation.verify.check import WrongError
-from compressor.evaluation.verify.files import check_copies
 
 NARROW = {"pass": "prune_width", "ratio": 0.5, "of": "mlp", "multiple": 32}
 SHORT = {"pass": "prune_depth", "ratio": 0.5, "of": "blocks", "by": "even"}  # of four blocks, two go

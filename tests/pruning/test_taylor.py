@@ -17,8 +17,8 @@ from compressor import api
 from compressor.errors import RecipeError
 from compressor.model.source import ModelSource
 from compressor.passes.prune import prune_taylor
-from compressor.pipeline.prepare import load_calibration
 from compressor.passes.prune.gradual import SCHEDULES, left
+from compressor.pipeline.prepare import load_calibration
 from compressor.recipe.schema import Recipe, make_recipe
 
 CPU = torch.device("cpu")

@@ -74,7 +74,7 @@ class TestEval:
     def test_a_run_writes_no_samples_where_a_model_would_take_most_of_the_memory(
         self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for module in ("judging", "forecast"):
+        for module in ("evaluation.evaluate", "pipeline.memory_estimate"):
             monkeypatch.setattr(f"compressor.{module}.available_memory", lambda device: 3_000_000)  # the model takes 2.7 MB
         changes = ["evaluation.samples=2", "evaluation.seq_len=64"]
         report = api.quantize(

@@ -12,9 +12,9 @@ from tiny_models import change_tensors
 
 from compressor import api
 from compressor.cli import main
-from compressor.recipe.build import quantize_recipe
 from compressor.evaluation.verify import verify as verification
 from compressor.evaluation.verify.check import NotCheckedError
+from compressor.recipe.build import quantize_recipe
 
 SCALE = "model.layers.1.mlp.up_proj.weight_scale"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from compressor import api
-from compressor.recipe.build import quantize_recipe
 from compressor.evaluation.verify.check import Check
 from compressor.evaluation.verify.verify import verify
+from compressor.recipe.build import quantize_recipe
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from tiny_models import stock_logits
 
 from compressor import api
 from compressor.errors import CalibrationError, CompressorError, SourceError
+from compressor.evaluation.verify.verify import verify
 from compressor.model.checkpoint import SINGLE
 from compressor.model.source import ModelSource
 from compressor.model.writer import Workspace
@@ -22,7 +23,6 @@ from compressor.pipeline.manifest import MANIFEST, read_manifest
 from compressor.pipeline.probe import Record
 from compressor.recipe.build import quantize_recipe
 from compressor.recipe.schema import Recipe
-from compressor.evaluation.verify.verify import verify
 
 
 @pytest.fixture(params=["rtn", "gptq"])

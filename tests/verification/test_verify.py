@@ -16,16 +16,16 @@ from tiny_models import change_config, change_tensors, tensors
 
 from compressor import api
 from compressor.errors import SourceError
+from compressor.evaluation.verify import loaders, values
+from compressor.evaluation.verify import verify as verification
+from compressor.evaluation.verify.check import Check, NotCheckedError
+from compressor.evaluation.verify.verify import verify
 from compressor.formats.int_group import IntGroup
 from compressor.model import shards
 from compressor.model.checkpoint import INDEX, SINGLE
 from compressor.model.header import spans
 from compressor.model.source import ModelSource
 from compressor.recipe.build import quantize_recipe
-from compressor.evaluation.verify import loaders, values
-from compressor.evaluation.verify import verify as verification
-from compressor.evaluation.verify.check import Check, NotCheckedError
-from compressor.evaluation.verify.verify import verify
 
 LAYER = "model.layers.1.mlp.up_proj"
 SHARD_BYTES = 60_000

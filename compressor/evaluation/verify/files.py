@@ -9,11 +9,11 @@ import torch
 
 from compressor.access import check_readable
 from compressor.errors import SourceError
+from compressor.evaluation.verify.check import NotCheckedError, Progress, WrongError, refuse
 from compressor.model.checkpoint import SINGLE, Checkpoint, find_shards
 from compressor.model.header import Span, spans
 from compressor.model.source import ModelSource
 from compressor.pipeline.manifest import MANIFEST, Manifest
-from compressor.evaluation.verify.check import NotCheckedError, Progress, WrongError, refuse
 
 CHUNK_BYTES = 2**24
 

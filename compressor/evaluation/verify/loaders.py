@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compressor.errors import SourceError
 from compressor.evaluation.predict import final_hidden
+from compressor.evaluation.verify.check import NotCheckedError, Progress, WrongError, refuse
 from compressor.model.hf_config import decilm
 from compressor.model.hf_config.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.memory import available_memory, parameters
@@ -23,7 +24,6 @@ from compressor.model.source import ModelSource
 from compressor.pipeline.manifest import MANIFEST, Manifest
 from compressor.pipeline.probe import Record, probe_tokens
 from compressor.report.compatibility import activation_bits, per_tensor, stock_dtype
-from compressor.evaluation.verify.check import NotCheckedError, Progress, WrongError, refuse
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Mean difference of the likely tokens' log-probabilities, nats. The same machine gives 0, or what rounding takes from the

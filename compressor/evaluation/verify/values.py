@@ -10,14 +10,14 @@ from torch.nn.functional import normalize
 
 from compressor.errors import SourceError
 from compressor.evaluation.score import divergence
+from compressor.evaluation.verify.check import Progress, refuse
+from compressor.evaluation.verify.loaders import streamed_logits
 from compressor.model.architecture import linear_layers
 from compressor.model.source import ModelSource
 from compressor.passes.transform.scaling import Scaling
 from compressor.pipeline.plan import rewritten
 from compressor.pipeline.probe import probe_tokens
 from compressor.recipe.schema import load_recipe
-from compressor.evaluation.verify.check import Progress, refuse
-from compressor.evaluation.verify.loaders import streamed_logits
 
 # Cosine similarity of a packed weight with its original. Two bits leave about 0.9 of a bell-shaped weight, while layers that
 # have nothing to do with each other are at 0, give or take 1/sqrt(weights): 0.5 is far from both.

@@ -7,14 +7,14 @@ import torch
 
 from compressor.access import check_readable
 from compressor.errors import SourceError
-from compressor.host import known_state
-from compressor.model.checkpoint import read_config
-from compressor.model.source import ModelSource
-from compressor.pipeline.manifest import read_manifest
 from compressor.evaluation.verify.check import Check, Progress, attempt
 from compressor.evaluation.verify.files import check_config, check_copies, check_files, check_hashes
 from compressor.evaluation.verify.loaders import check_logits, check_transformers
 from compressor.evaluation.verify.values import check_reference, check_values
+from compressor.host import known_state
+from compressor.model.checkpoint import read_config
+from compressor.model.source import ModelSource
+from compressor.pipeline.manifest import read_manifest
 
 CPU = torch.device("cpu")
 

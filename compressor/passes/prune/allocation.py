@@ -13,13 +13,13 @@ from collections.abc import Collection, Mapping, Sequence
 from compressor.formats.base import Kept
 from compressor.model.source import ModelSource
 from compressor.model.surgery.skip_sublayers import MLP
-from compressor.pipeline.prune_stage import Work
-from compressor.pipeline.search.find import Contestant
-from compressor.pipeline.search.fitness import Fitness
 from compressor.passes.prune.prunable import find_all
 from compressor.passes.prune.searching import searched
 from compressor.passes.prune.shapes import Shape, multiple_of
 from compressor.passes.prune.widths import Widths
+from compressor.pipeline.prune_stage import Work
+from compressor.pipeline.search.find import Contestant
+from compressor.pipeline.search.fitness import Fitness
 from compressor.recipe.schema import Search
 
 WIDTHS = 8  # of a part, besides those of uniform shapes

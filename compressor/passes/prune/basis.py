@@ -18,11 +18,11 @@ from torch import Tensor
 from compressor.errors import RecipeError
 from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
-from compressor.passes.transform.rotation import Rotation
-from compressor.passes.transform.rotate import SAME, Changes, Norms, off, residual_norms
-from compressor.pipeline.prune_stage import Work, read_tensors
 from compressor.passes.prune.readers import moment
 from compressor.passes.prune.residual import hidden_size
+from compressor.passes.transform.rotate import SAME, Changes, Norms, off, residual_norms
+from compressor.passes.transform.rotation import Rotation
+from compressor.pipeline.prune_stage import Work, read_tensors
 
 Basis = Literal["pca", "channels"]
 STRENGTH, VECTORS = "strength", "vectors"

@@ -1,11 +1,12 @@
 """Learn which channels and groups of heads can go, while the model learns to do without them, then take them away.
 
-Gates on channels of the MLPs and on groups of attention heads (compressor/passes/prune/gates.py) and a LoRA beside the layers of
-queries and values are trained towards the original's predictions (compressor/passes/train/distillation.py), with multipliers that hold
-every part of every block to the share it shall lose, so that blocks end alike and stock software reads them. That share rises
-from nothing in the first half of the steps. In the end exactly as many units go, those whose gates are the least open; gates
-are folded into the writers, and the LoRA is merged. It needs the model in memory, in float32. How many heads and channels
-stay is what `prune_width` would take. `recover` may follow, as the second stage of training does in the paper.
+Gates on channels of the MLPs and on groups of attention heads (compressor/passes/prune/gates.py) and a LoRA beside the layers
+of queries and values are trained towards the original's predictions (compressor/passes/train/distillation.py), with
+multipliers that hold every part of every block to the share it shall lose, so that blocks end alike and stock software reads
+them. That share rises from nothing in the first half of the steps. In the end exactly as many units go, those whose gates are
+the least open; gates are folded into the writers, and the LoRA is merged. It needs the model in memory, in float32. How many
+heads and channels stay is what `prune_width` would take. `recover` may follow, as the second stage of training does in the
+paper.
 
 Source: Guo et al., "Compresso: Structured Pruning with Collaborative Prompting Learns Compact Large Language Models", 2023.
 What differs: the loss is the divergence from the original's predictions in the place of that on instructions; shares are held
@@ -24,15 +25,15 @@ import torch
 from torch import Tensor
 
 from compressor.model.source import ModelSource
-from compressor.pipeline.contract import Pruned
-from compressor.pipeline.prune_stage import Work, as_stored, read_tensors, stored
 from compressor.passes.prune.gates import Gates, settled
 from compressor.passes.prune.gradual import linear
-from compressor.passes.train.lora import merged, student
-from compressor.passes.prune.width_pass import WidthPass, nearest
 from compressor.passes.prune.prunable import find_all
-from compressor.passes.train.distillation import Schedule, Training, distil, expected_memory, low_rank
+from compressor.passes.prune.width_pass import WidthPass, nearest
 from compressor.passes.prune.widths import Chosen, Way
+from compressor.passes.train.distillation import Schedule, Training, distil, expected_memory, low_rank
+from compressor.passes.train.lora import merged, student
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.prune_stage import Work, as_stored, read_tensors, stored
 from compressor.recipe.registry import node
 
 LOSSES, UNITS = "losses", "units."  # of all steps, and what stays of each part, beside the tensors

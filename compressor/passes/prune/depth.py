@@ -23,10 +23,10 @@ from compressor.model.edited import Rewriting
 from compressor.model.edits import fewer_sublayers
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.surgery.skip_sublayers import SUBLAYERS, substitutes
+from compressor.passes.prune.renumbered import check_renumbered, corrected
 from compressor.pipeline.calibration.stream import CalibrationStream
 from compressor.pipeline.job import Event, Job, Tell
 from compressor.pipeline.search.levels import Choice, Level, Unit
-from compressor.passes.prune.renumbered import check_renumbered, corrected
 
 GOES, STAYS = 0, 1  # levels of a unit
 OPTIONS = (GONE, Kept(1, 1))

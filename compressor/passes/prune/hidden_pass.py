@@ -4,12 +4,12 @@ from typing import ClassVar, Literal
 
 from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
-from compressor.pipeline.contract import Pruned, Sketch
-from compressor.pipeline.memory_estimate import collecting, hidden_size
-from compressor.pipeline.prune_stage import PruningPass, Work
 from compressor.passes.prune.basis import Basis, apart
 from compressor.passes.prune.residual import Residual, fitting
 from compressor.passes.prune.shapes import going, parameters
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.memory_estimate import collecting, hidden_size
+from compressor.pipeline.prune_stage import PruningPass, Work
 from compressor.recipe.registry import node
 
 

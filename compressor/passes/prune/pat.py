@@ -1,8 +1,9 @@
 """Learn which hidden channels can go, while the model learns to do without them, then take them away.
 
-Operators behind all that writes the hidden state, with one mask for all (compressor/passes/prune/pat_operators.py), and a LoRA beside
-every linear layer are trained towards the original's predictions (compressor/passes/train/distillation.py), all merged at the end. It
-needs the model in memory, in float32. The result is of the same architecture with a smaller `hidden_size`.
+Operators behind all that writes the hidden state, with one mask for all (compressor/passes/prune/pat_operators.py), and a
+LoRA beside every linear layer are trained towards the original's predictions (compressor/passes/train/distillation.py), all
+merged at the end. It needs the model in memory, in float32. The result is of the same architecture with a smaller
+`hidden_size`.
 
 Source: Liu et al., "PAT: Pruning-Aware Tuning for Large Language Models", AAAI 2025. What differs: the loss is the divergence
 from the original's predictions in the place of that on text; channels can be principal components; and see the operators.
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 from compressor.model.source import ModelSource
-from compressor.passes.transform.rotate import residual_writers
-from compressor.pipeline.contract import Pruned
-from compressor.pipeline.prune_stage import Work, read_tensors, stored
 from compressor.passes.prune.basis import Turned, turned
 from compressor.passes.prune.hidden_pass import HiddenPass
 from compressor.passes.prune.pat_operators import Masked, largest, start
 from compressor.passes.train.distillation import Schedule, Training, distil, expected_memory, low_rank
+from compressor.passes.transform.rotate import residual_writers
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.prune_stage import Work, read_tensors, stored
 from compressor.recipe.registry import node
 
 KEPT, LOSSES = "kept", "losses"  # channels that stay, and what all steps lost, beside the tensors

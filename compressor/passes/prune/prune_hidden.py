@@ -1,9 +1,10 @@
 """A narrower hidden state: channels of the residual stream go in the whole model at once, from every layer that reads or
 writes them.
 
-Before that the stream can be turned into the basis of its principal components (compressor/passes/prune/basis.py), so that what
-goes is what it is weakest in; afterwards what reads it is fitted to what it read before (compressor/passes/prune/readers.py). The
-result is of the same architecture with a smaller `hidden_size`, which stock software loads.
+Before that the stream can be turned into the basis of its principal components (compressor/passes/prune/basis.py), so that
+what goes is what it is weakest in; afterwards what reads it is fitted to what it read before
+(compressor/passes/prune/readers.py). The result is of the same architecture with a smaller `hidden_size`, which stock
+software loads.
 
 Sources: Ashkboos et al., "SliceGPT", ICLR 2024; Muralidharan et al., "Compact Language Models via Pruning and Knowledge
 Distillation", NeurIPS 2024, for `channels`. The fit is not theirs.
@@ -12,11 +13,11 @@ Distillation", NeurIPS 2024, for `channels`. The fit is not theirs.
 import math
 from dataclasses import replace
 
-from compressor.pipeline.contract import Pruned
-from compressor.pipeline.prune_stage import Work
 from compressor.passes.prune.basis import turned
 from compressor.passes.prune.hidden_pass import HiddenPass
 from compressor.passes.prune.readers import Refit
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.prune_stage import Work
 from compressor.recipe.registry import node
 
 

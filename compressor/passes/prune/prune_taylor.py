@@ -29,14 +29,14 @@ from compressor.model.block import Block
 from compressor.model.journal import save
 from compressor.model.memory import parameters as weights
 from compressor.model.source import ModelSource
+from compressor.passes.prune.gradual import SCHEDULES, Kind, left
+from compressor.passes.prune.prunable import Part, find_all
+from compressor.passes.prune.width_pass import WidthPass, nearest
+from compressor.passes.prune.widths import Chosen, Way
+from compressor.passes.train.distillation import Lesson, divergence, drawn, expected_memory
 from compressor.pipeline.contract import Pruned
 from compressor.pipeline.job import Event
 from compressor.pipeline.prune_stage import Work, read_tensors
-from compressor.passes.prune.gradual import SCHEDULES, Kind, left
-from compressor.passes.prune.width_pass import WidthPass, nearest
-from compressor.passes.prune.prunable import Part, find_all
-from compressor.passes.train.distillation import Lesson, divergence, drawn, expected_memory
-from compressor.passes.prune.widths import Chosen, Way
 from compressor.recipe.registry import node
 
 STEP = "step"  # how many are done, beside the units

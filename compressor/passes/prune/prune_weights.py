@@ -7,7 +7,8 @@ Which go, by `score`:
   Alistarh, "SparseGPT", ICML 2023, algorithm 1. It is the sweep of compressor/passes/quantize/gptq.py on a grid of
   zeros and numbers. What differs: exactly as many go as are asked for, in every run; the original takes one more, of a
   layer that was to stay whole too.
-* `wanda` in each row, `ria` and `magnitude` in the whole layer, N:M in each group: see compressor/passes/prune/masks.py. RIA's
+* `wanda` in each row, `ria` and `magnitude` in the whole layer, N:M in each group: see compressor/passes/prune/masks.py.
+RIA's
   permutation of channels, which makes N:M easier, is left out: few channels of a model can change places freely.
 
 With `refit` those that stay become the least squares of the layer's output without the others, whatever chose them. Up to
@@ -31,8 +32,8 @@ from compressor.formats.sparse_bitmask import NUMBERS, SparseBitmask, SparseGrid
 from compressor.model.architecture import check_pattern
 from compressor.model.block import Block
 from compressor.passes.prune.masks import SCORES, damped, least_squares
-from compressor.passes.quantize.rounding import relative, units
 from compressor.passes.quantize.gptq import MAX_DAMP, Factors, factors_of, gptq, output_energy
+from compressor.passes.quantize.rounding import relative, units
 from compressor.pipeline.calibration.stats import Hessian
 from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node

@@ -2,8 +2,8 @@
 the rest is fitted to the model's own outputs.
 
 The result is of the same architecture with smaller numbers in its config, which stock software loads. Which units go, and the
-fit, are in compressor/passes/prune/order.py; of the shapes that are small enough (compressor/passes/prune/shapes.py), the one is taken
-with which the model's predictions stay nearest to what they were.
+fit, are in compressor/passes/prune/order.py; of the shapes that are small enough (compressor/passes/prune/shapes.py), the one
+is taken with which the model's predictions stay nearest to what they were.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from compressor.model.edited import Rewriting
 from compressor.model.hf_config import decilm
 from compressor.model.source import ModelSource
 from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
-from compressor.pipeline.contract import Pruned
-from compressor.pipeline.prune_stage import Work
 from compressor.passes.prune.allocation import allocated, called, ladders
-from compressor.passes.prune.width_pass import Tried, WidthPass, nearest
 from compressor.passes.prune.prunable import find_all
 from compressor.passes.prune.searching import compared
 from compressor.passes.prune.shapes import Shape, going
+from compressor.passes.prune.width_pass import Tried, WidthPass, nearest
 from compressor.passes.prune.widths import Way
+from compressor.pipeline.contract import Pruned
+from compressor.pipeline.prune_stage import Work
 from compressor.recipe.registry import node
 
 

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from compressor.model.block import Block
 from compressor.model.source import ModelSource
+from compressor.passes.prune.order import damped
 from compressor.pipeline.calibration.stats import Hessian
 from compressor.pipeline.calibration.stream import CalibrationStream, read_inputs
 from compressor.pipeline.job import Event
 from compressor.pipeline.prune_stage import Work, read_tensors, stored
 from compressor.pipeline.ranks import Ranks
-from compressor.passes.prune.order import damped
 
 Norms = Mapping[str, Sequence[str]]  # of a block, with the layers that read them
 

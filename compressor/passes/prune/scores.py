@@ -10,9 +10,9 @@ from torch import Tensor
 
 from compressor.model.block import Block
 from compressor.model.surgery.skip_sublayers import MLP
+from compressor.passes.prune.prunable import Part, values
 from compressor.pipeline.calibration.stats import Hessian, Mean
 from compressor.pipeline.contract import Stats
-from compressor.passes.prune.prunable import Part, values
 
 
 @dataclass(frozen=True, slots=True)

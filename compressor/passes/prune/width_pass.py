@@ -9,15 +9,15 @@ from typing import Annotated
 
 from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
-from compressor.pipeline.contract import Pruned, Sketch
-from compressor.pipeline.memory_estimate import collecting
-from compressor.pipeline.prune_stage import ANEW, PruningPass, Work, named
-from compressor.pipeline.search.levels import LevelDB
 from compressor.passes.prune.allocation import called, ladders
 from compressor.passes.prune.prunable import find_all
 from compressor.passes.prune.searching import BRIEF, compared, comparing
 from compressor.passes.prune.shapes import Of, Shape, going, parameters, shapes
 from compressor.passes.prune.widths import Narrows, Widths, sweep
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.memory_estimate import collecting
+from compressor.pipeline.prune_stage import ANEW, PruningPass, Work, named
+from compressor.pipeline.search.levels import LevelDB
 from compressor.recipe.registry import node, over
 from compressor.recipe.schema import Search
 

@@ -1,8 +1,8 @@
 """Narrower blocks: one sweep over the model makes every width of every part, a shape is chosen, and the model is read so.
 
-A width of a part is the units that stay and the writer refitted to them (compressor/passes/prune/order.py). Blocks further on see
-the mean over all widths of what is before them, so that one sweep serves all, as in "Týr-the-Pruner", NeurIPS 2025, but with
-one forward for the expectation. With a single width that is exactly what will be written.
+A width of a part is the units that stay and the writer refitted to them (compressor/passes/prune/order.py). Blocks further on
+see the mean over all widths of what is before them, so that one sweep serves all, as in "Týr-the-Pruner", NeurIPS 2025, but
+with one forward for the expectation. With a single width that is exactly what will be written.
 
 What is made lies on disk as levels (compressor/pipeline/search/levels.py): the kept units and the writer, in the checkpoint's
 dtype.
@@ -22,14 +22,14 @@ from compressor.formats.base import Edits, Kept, dense
 from compressor.model.block import Block, Trial
 from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource, return_freed_memory
+from compressor.passes.prune.order import by_score, greedy
+from compressor.passes.prune.prunable import Part, find_all, find_parts, spread
+from compressor.passes.prune.scores import SCORES, Seen
 from compressor.pipeline.calibration.stats import Hessian, Mean
 from compressor.pipeline.calibration.stream import BlockStats, CalibrationStream
 from compressor.pipeline.job import Event, Job, Tell
 from compressor.pipeline.plan import describe_option
 from compressor.pipeline.search.levels import Choice, Level, LevelDB, Unit
-from compressor.passes.prune.order import by_score, greedy
-from compressor.passes.prune.prunable import Part, find_all, find_parts, spread
-from compressor.passes.prune.scores import SCORES, Seen
 
 UNITS = "units"  # the name under which those that stay are kept
 

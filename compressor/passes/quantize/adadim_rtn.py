@@ -1,6 +1,7 @@
 """AdaDim without error feedback: each layer is rounded to nearest in the format that leaves the smaller error.
 
-With data that is the error of the layer's output, as in the paper; without, of its weights. See compressor/passes/quantize/adadim.py.
+With data that is the error of the layer's output, as in the paper; without, of its weights. See
+compressor/passes/quantize/adadim.py.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from compressor.formats.base import Format, OneOf, QuantizedTensor, Stored
 from compressor.model.block import Block
-from compressor.passes.quantize.rounding import WeightRounding, relative
 from compressor.passes.quantize.gptq import output_energy
+from compressor.passes.quantize.rounding import WeightRounding, relative
 from compressor.pipeline.calibration.stats import Hessian
 from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node

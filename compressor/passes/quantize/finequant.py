@@ -8,8 +8,8 @@ The options of the recipe are a ladder, from the fewest stored bits (whole rows,
 
 Source: Kim et al., "FineQuant: Unlocking Efficiency with Fine-Grained Weight-Only Quantization for LLMs", 2023, section 4.
 It starts with whole rows and halves groups while that shrinks their ranges enough. What differs: errors are compared and
-not ranges, so that scales may be fitted (compressor/passes/quantize/hqq.py); layers that are fused when served take the same rung; the
-budget is ours.
+not ranges, so that scales may be fitted (compressor/passes/quantize/hqq.py); layers that are fused when served take the same
+rung; the budget is ours.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -22,8 +22,8 @@ from typing import ClassVar
 from compressor.errors import RecipeError
 from compressor.formats.base import Format, Option
 from compressor.model.block import Block
-from compressor.passes.quantize.rounding import relative, rounded
 from compressor.passes.quantize.hqq import HQQ
+from compressor.passes.quantize.rounding import relative, rounded
 from compressor.pipeline.contract import Outcome, Stats
 from compressor.recipe.registry import node
 

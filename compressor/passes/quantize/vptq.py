@@ -25,9 +25,9 @@ from compressor.formats.base import Format, OneOf, QuantizedTensor, Stored
 from compressor.formats.numerics.codebook import vectors
 from compressor.formats.vq import VQ, VectorGrid, stored
 from compressor.model.block import Block
+from compressor.passes.quantize.gptq import GPTQ, Layer, gptq, output_energy
 from compressor.passes.quantize.refine import sweep
 from compressor.passes.quantize.vectors import Problem, reduced
-from compressor.passes.quantize.gptq import GPTQ, Layer, gptq, output_energy
 from compressor.pipeline.contract import Notes, Outcome, Stats
 from compressor.recipe.registry import node
 

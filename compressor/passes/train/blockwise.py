@@ -15,10 +15,10 @@ from torch import Tensor
 from compressor.model.block import Block
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.model.surgery.skip_sublayers import ATTENTION, MLP
+from compressor.passes.train.distillation import Schedule, pieces, precision
 from compressor.pipeline.calibration.hidden import Hidden, keeping
 from compressor.pipeline.calibration.stream import watching
 from compressor.pipeline.prune_stage import Work
-from compressor.passes.train.distillation import Schedule, pieces, precision
 
 Parameters = Mapping[str, Tensor]  # of a block, by name inside it; those that are not named are as they are
 WRITERS = (f"{ATTENTION}.o_proj", f"{MLP}.down_proj")  # what they make is added to the hidden states

@@ -2,8 +2,8 @@
 
 Each block learns to make, of what the pruned blocks before it give, what the original has at the same place for the same
 text. Where blocks are gone, the last one before the gap learns to stand for them too. First what writes to the hidden states
-is fitted by least squares (compressor/passes/train/blockwise.py), then steps of AdamW follow; of both a block keeps what brings
-its output nearer. One block of each model is in memory at a time, besides the hidden states of both, so a model can be
+is fitted by least squares (compressor/passes/train/blockwise.py), then steps of AdamW follow; of both a block keeps what
+brings its output nearer. One block of each model is in memory at a time, besides the hidden states of both, so a model can be
 trained that is larger than memory.
 
 Source: Bercovich et al., "Puzzle: Distillation-Based NAS for Inference-Optimized LLMs", ICML 2025, blockwise local
@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from compressor.model.block import Block
 from compressor.model.edited import Rewriting
 from compressor.model.source import ModelSource
+from compressor.passes.prune.shapes import parameters
+from compressor.passes.train.blockwise import Twins, fit
+from compressor.passes.train.distillation import TOGETHER, Schedule, Training, descend
 from compressor.pipeline.contract import Pruned, Sketch
 from compressor.pipeline.job import Event
 from compressor.pipeline.memory_estimate import activations, block_parameters, collecting, largest_block
 from compressor.pipeline.plan import block_names
 from compressor.pipeline.prune_stage import PruningPass, Work, read_tensors, stored
-from compressor.passes.train.blockwise import Twins, fit
-from compressor.passes.prune.shapes import parameters
-from compressor.passes.train.distillation import TOGETHER, Schedule, Training, descend
 from compressor.recipe.registry import node
 
 ERRORS = "errors"  # of a block's output as it was, after the fit, and after training; beside its tensors

@@ -22,9 +22,9 @@ from compressor.errors import RecipeError
 from compressor.formats.base import Format, QuantizedTensor, borrowed
 from compressor.formats.numerics.codes import FloatCodes, IntCodes, VectorCodes
 from compressor.model.block import Block
+from compressor.passes.quantize.gptq import output_energy
 from compressor.passes.train.latents import FloatRounding, IntRounding, Rounding, VectorRounding
 from compressor.passes.train.loop import Text, Training
-from compressor.passes.quantize.gptq import output_energy
 from compressor.pipeline.calibration.stats import Hessian
 from compressor.pipeline.contract import Accumulator, Outcome, Schedule, Stats
 from compressor.recipe.registry import node

@@ -19,8 +19,8 @@ from torch import Tensor
 from compressor.errors import RecipeError
 from compressor.formats.base import Format, QuantizedTensor
 from compressor.model.block import Block
-from compressor.passes.train.loop import Text, Training
 from compressor.passes.train.learned import rounding, share_books
+from compressor.passes.train.loop import Text, Training
 from compressor.pipeline.contract import Outcome, Schedule, Stats, Whole
 from compressor.recipe.registry import node
 

@@ -1,8 +1,8 @@
 """Train what pruning has left towards the predictions of the original, by low-rank changes that are merged at the end.
 
 The original goes by once, block by block, and leaves what enters its head; the pruned model stays in memory, with a LoRA
-beside every linear layer of its blocks, whose norms are trained too. The loss (compressor/passes/train/distillation.py) is the
-divergence of its predictions from the original's and nothing else. Shapes, and so the architecture, stay.
+beside every linear layer of its blocks, whose norms are trained too. The loss (compressor/passes/train/distillation.py) is
+the divergence of its predictions from the original's and nothing else. Shapes, and so the architecture, stay.
 """
 
 from functools import partial
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from compressor.model.source import ModelSource
-from compressor.pipeline.contract import Pruned, Sketch
-from compressor.pipeline.prune_stage import PruningPass, Work, as_stored, read_tensors, stored
-from compressor.passes.train.lora import merged, student
 from compressor.passes.prune.shapes import parameters
 from compressor.passes.train.distillation import Schedule, Training, distil, expected_memory, low_rank
+from compressor.passes.train.lora import merged, student
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.prune_stage import PruningPass, Work, as_stored, read_tensors, stored
 from compressor.recipe.registry import node
 
 LOSSES = "losses"  # of all steps, beside the tensors

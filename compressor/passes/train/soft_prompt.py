@@ -27,10 +27,10 @@ from compressor.errors import RecipeError
 from compressor.model.edited import Rewriting
 from compressor.model.journal import save, writing
 from compressor.model.source import ModelSource
-from compressor.pipeline.contract import Pruned, Sketch
-from compressor.pipeline.prune_stage import PruningPass, Work, read_tensors
 from compressor.passes.prune.shapes import parameters
 from compressor.passes.train.distillation import Lesson, Schedule, Training, distil, expected_memory
+from compressor.pipeline.contract import Pruned, Sketch
+from compressor.pipeline.prune_stage import PruningPass, Work, read_tensors
 from compressor.recipe.registry import node
 
 FOLDER = "soft_prompt"

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from compressor.formats.base import Format
 from compressor.model.dataflow import Feed
-from compressor.passes.transform.scaling import Scaling
 from compressor.passes.quantize.gptq import output_energy
+from compressor.passes.transform.scaling import Scaling
 from compressor.pipeline.calibration.stats import Hessian
 from compressor.pipeline.contract import Accumulator, Stats
 from compressor.recipe.registry import named, node
