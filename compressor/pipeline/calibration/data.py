@@ -114,9 +114,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Document, joined: bool,
 def documents(source: str, seed: int, split: Split) -> Iterator[Document]:
     """The documents of one split of a source, in seeded order; all of a source, but the built-in, in its own."""
     if source == "builtin":
-        texts: list[Any] = [text for _, text in stdlib.documents(held_out=split != "calibration")]
-        random.Random(seed).shuffle(texts)
-        yield from texts
+        paths = stdlib.paths(held_out=split != "calibration")
+        random.Random(seed).shuffle(paths)
+        yield from map(stdlib.read, paths)
     elif source.startswith("hf:"):
         yield from (d for d in _dataset(source, None if split == "all" else seed) if in_split(d, split))
     else:

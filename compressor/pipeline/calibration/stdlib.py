@@ -5,8 +5,10 @@ the split is the same for every Python version and a module never trains, calibr
 """
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from compressor.errors import CalibrationError
@@ -37,21 +39,37 @@ def in_held_out_share(text: str) -> bool:
 
 
 def documents(held_out: bool = False) -> Iterator[tuple[str, str]]:
-    """Pairs of path below the library's root and text, in path order; the held-out files, or all the others.
+    """Yield the path below the library's root and the text of each file, in path order.
+
+    Args:
+        held_out: Whether to yield the held-out files instead of all the others.
 
     Raises:
         CalibrationError: this Python carries no source files of its library.
     """
+    return ((path, read(path)) for path in paths(held_out))
+
+
+def paths(held_out: bool = False) -> list[str]:
+    """Return the paths below the library's root, in order; arguments and errors as of `documents`."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = False
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _LEFT_OUT.intersection(relative.parts) or relative.name.startswith("_sysconfigdata"):
-            continue
-        found = True
-        if is_held_out(relative.as_posix()) == held_out:
-            yield relative.as_posix(), path.read_text(encoding="utf-8", errors="replace")
-    if not found:
+    if not (found := _sources(root)):
         raise CalibrationError(
             f"{root}: this Python has no library sources to calibrate on; name a text file with --calibration"
         )
+    return [path for path in found if is_held_out(path) == held_out]
+
+
+def read(path: str) -> str:
+    """Return the text of the file at a path below the library's root."""
+    return Path(sysconfig.get_path("stdlib"), path).read_text(encoding="utf-8", errors="replace")
+
+
+@cache
+def _sources(root: Path) -> tuple[str, ...]:
+    """Return the paths of all documents below a root, in order. Installed packages may be many times as many files."""
+    found = []
+    for directory, inside, files in os.walk(root):
+        inside[:] = [name for name in inside if name not in _LEFT_OUT]
+        found += [Path(directory, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+    return tuple(path.relative_to(root).as_posix() for path in sorted(found))
