@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import kept
+
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
@@ -57,7 +59,7 @@ def tool(name: str) -> str | None:
 
 def kernels(cubin: Path) -> dict[str, Kernel]:
     """The kernels of a cubin, by the name they have in it."""
-    text = _output("nvdisasm", "-c", str(cubin))
+    text = _output("nvdisasm", "-c", cubin)
     found: dict[str, Kernel] = {}
     for section in re.split(r"\n\.text\.", text)[1:]:
         name, _, body = section.partition(":\n")
@@ -67,14 +69,14 @@ def kernels(cubin: Path) -> dict[str, Kernel]:
 
 def registers(cubin: Path) -> dict[str, tuple[int, int]]:
     """Registers of a thread and bytes of its stack, by kernel."""
-    text = _output("cuobjdump", "--dump-resource-usage", str(cubin))
+    text = _output("cuobjdump", "--dump-resource-usage", cubin)
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", text)
     return {name: (int(count), int(stack)) for name, count, stack in found}
 
 
 def parameters(cubin: Path) -> list[list[tuple[int, int]]]:
     """Offset and size of each parameter, of each kernel."""
-    text = _output("cuobjdump", "-elf", str(cubin))
+    text = _output("cuobjdump", "-elf", cubin)
     found = []
     for section in re.split(r"\n\.nv\.info\.", text)[1:]:
         places = re.findall(r"Ordinal : 0x(\w+)\s+Offset  : 0x(\w+)\s+Size    : 0x(\w+)", section)
@@ -93,7 +95,10 @@ def _instructions(body: str) -> list[Instruction]:
     return found
 
 
-def _output(name: str, *arguments: str) -> str:
+def _output(name: str, option: str, cubin: Path) -> str:
+    """Return what a tool says of a cubin."""
     program = tool(name)
     assert program is not None
-    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+    command = [program, option, str(cubin)]
+    depends = (name, option, kept.version(program), cubin.read_bytes())
+    return kept.text(lambda: subprocess.run(command, capture_output=True, text=True, check=True).stdout, *depends)

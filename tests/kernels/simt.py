@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import kept
 import pytest
 import torch
 from torch import Tensor
@@ -177,7 +178,8 @@ def build(
 def compiled(directory: Path, text: str) -> Path:
     """The shared library of a source text that may use the kernels' functions and the emulator."""
     emulator = "".join((EMULATOR / name).read_text() for name in ("simt.h", "simt.cpp"))
-    path = directory / f"{hashlib.sha256((text + emulator).encode()).hexdigest()[:16]}.so"
+    depends = repr((text, emulator, FLAGS, kept.version(GXX or "g++")))
+    path = directory / f"{hashlib.sha256(depends.encode()).hexdigest()[:32]}.so"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         unit, unfinished = path.with_suffix(f".{os.getpid()}.cpp"), path.with_suffix(f".{os.getpid()}.so")

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import gpu_scripts  # noqa: F401
+import kept
 import pytest
 import sass
 from test_driver import OFFSETS_AND_SIZES
@@ -56,7 +57,8 @@ def expressions(layout: Layout, tiles: tuple[Tile, ...]) -> list[str]:
 def compiled(name: str, directory: Path) -> tuple[Cubin, Path]:
     """All instances of a format, with NVRTC, and the file that its machine code is in."""
     layout = layouts()[name]
-    cubin = nvrtc.library().compile(sources.text(layout), expressions(layout, instances.tiles(layout)), LOOKED_AT)
+    names = expressions(layout, instances.tiles(layout))
+    cubin = nvrtc.compiled(sources.text(layout), names, LOOKED_AT, kept.directory("cubins"))
     path = directory / f"{name}.cubin"
     path.write_bytes(cubin.code)
     return cubin, path
@@ -84,7 +86,7 @@ def test_every_decoder_compiles(architecture: str, family: tuple[str, ...], tmp_
     names = list(dict.fromkeys(names))
     text = sources.text(of_family[0])
     if installed():
-        cubin = nvrtc.library().compile(text, names, architecture)
+        cubin = nvrtc.compiled(text, names, architecture, kept.directory("cubins"))
         assert len(set(cubin.names.values())) == len(names)
         if sass.tool("cuobjdump"):
             check_stack(cubin, architecture, tmp_path / "kernels.cubin")
