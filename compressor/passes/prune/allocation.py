@@ -36,7 +36,7 @@ def ladders(
         source: The model.
         found: Uniform shapes.
         ratio: Share of the parameters that goes.
-        multiple: Of which a number of channels is one; None takes what suits their number.
+        multiple: Divisor of every number of channels; None takes what suits their number.
         alone: Kinds of parts that get numbers of their own in every block; others have those of the shapes only.
     """
     made, parts = {}, find_all(source)
@@ -60,12 +60,12 @@ def allocated(
     """Everything on the way to the best choice of widths that the search found.
 
     Args:
-        work: As of `searched`.
-        widths: Of `ladders`.
+        work: The context, as for `searched`.
+        widths: Widths of the parts, from `ladders`.
         found: Uniform shapes to begin with.
         going: Parameters that have to go.
         settings: How to search.
-        fitness: Of a choice.
+        fitness: Loss of a choice.
     """
     each = {name: part.parameters(block) for name, (block, part) in find_all(work.source).items()}
     costs = [[each[u.name] * o.keep for level in u.levels if isinstance(o := level.option, Kept)] for u in widths.units]

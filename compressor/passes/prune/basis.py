@@ -33,8 +33,8 @@ class Turned:
     """A model in such a basis.
 
     Args:
-        rewriting: That brings it there.
-        norms: Of a block, with the layers that read them.
+        rewriting: Change to the checkpoint that brings it there.
+        norms: Norms of a block, with the layers that read them.
         strength_D: Mean square of each channel behind the norms.
     """
 
@@ -48,7 +48,7 @@ class Turned:
 
 
 def apart(source: ModelSource, basis: Basis) -> Rewriting:
-    """What a basis does to names and shapes: an embedding that is the head too is stored twice."""
+    """Return the change to names and shapes that a basis makes: an embedding that is also the head is stored twice."""
     hidden_size(source)
     changes = Changes(source)
     if basis == "pca":

@@ -45,13 +45,13 @@ CHANGED = ("q_proj", "v_proj")  # by LoRA, as in the paper
 class Compresso(WidthPass):
     """Args as of `WidthPass`, and
 
-    steps: Of training.
+    steps: Number of training steps.
     batch: Samples in a step.
     lr: Highest learning rate of the LoRA; it rises to that and falls to zero with a cosine.
     gate_lr: The same of gates and multipliers.
-    rank: Of the LoRA.
+    rank: Rank of the LoRA.
     refit: Fit the writers to what stays, too.
-    seed: Of the order of samples, of the noise of gates, and of where the LoRA starts.
+    seed: Seed of the order of samples, of the noise of gates, and of the LoRA's initial values.
     """
 
     steps: int = 300
@@ -128,7 +128,8 @@ class Compresso(WidthPass):
 def folded(
     tensors: Mapping[str, Tensor], gates: Gates, keep: Mapping[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What has changed of a model's tensors, with gates of units that stay in the writers, and these units by part.
+    """Return the changed tensors of a model, with the gates of kept units folded into the writers, and the kept units by
+    part.
 
     Args:
         tensors: By name in the model, merged.

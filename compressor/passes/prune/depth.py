@@ -39,7 +39,7 @@ class Depth:
 
     Args:
         source: The model.
-        parts: Which of the two.
+        parts: Kind of unit: whole blocks, or sub-layers.
 
     Raises:
         RecipeError: (by `units`) blocks cannot do without their sub-layers.
@@ -72,7 +72,7 @@ class Depth:
         return Unit(name, block.index, (), weights, 0.0, 0.0, 0.0, levels)
 
     def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Trial:
-        """What is passed over, or as it is."""
+        """Return the trial of a unit: dropped, or kept unchanged."""
         if level == STAYS:
             return Trial({}, {})
         whole = self.parts == "blocks"

@@ -44,7 +44,7 @@ def settled(log_alpha: Tensor) -> Tensor:
 
 
 def chance(log_alpha: Tensor) -> Tensor:
-    """That a gate is above 0."""
+    """Return the probability that a gate is above 0."""
     return torch.sigmoid(log_alpha - BETA * math.log(-LOW / HIGH))
 
 
@@ -56,11 +56,11 @@ class Gates:
     """Gates of a model in memory, and what holds them to how many shall stay.
 
     Args:
-        model: Of transformers, or by peft, on whose writers there is no change of rank.
-        source: What it was read from.
+        model: Model of transformers, or of peft, whose writers have no low-rank change.
+        source: Checkpoint that the model was read from.
         parts: Parts that have gates, by full name.
         keep: Units of each that shall stay.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     def __init__(self, model: nn.Module, source: ModelSource, parts: Mapping[str, Part], keep: Mapping[str, int], seed: int):
@@ -80,11 +80,11 @@ class Gates:
         return lambda module, args: (args[0] * self.open[name].repeat_interleave(columns), *args[1:])
 
     def by_part(self, all_G: Tensor) -> dict[str, Tensor]:
-        """What is of each part [U]."""
+        """Return the entries of each part, [U]."""
         return dict(zip(self.parts, all_G.split([part.count for part in self.parts.values()]), strict=True))
 
     def at(self, step: int, tokens: Tensor, **options: Any) -> Any:
-        """What the model computes in a step."""
+        """Run the model with the gates of a training step."""
         numbers = torch.Generator().manual_seed(random.Random(f"{self.seed}-{step}").getrandbits(63))
         tiny = torch.finfo(torch.float32).eps
         noise_G = torch.rand(len(self.log_alpha_G), generator=numbers).clamp(tiny, 1 - tiny)
@@ -96,7 +96,7 @@ class Gates:
         return 1 - torch.stack([chance_U.mean() for chance_U in self.by_part(chance(self.log_alpha_G)).values()])
 
     def penalty(self, share: float) -> Tensor:
-        """What is added to the loss while a share of the targets is asked for."""
+        """Return the term that is added to the loss while a share of the targets is asked for."""
         over_P = self.sparsity() - share * self.targets_P
         first_P, second_P = self.multipliers_2P
         penalty: Tensor = (first_P * over_P + second_P * over_P.square()).sum()

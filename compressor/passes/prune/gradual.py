@@ -24,5 +24,5 @@ SCHEDULES: Mapping[Kind, Callable[[float], float]] = {"linear": linear, "cubic":
 
 
 def left(count: int, keep: int, share: float) -> int:
-    """Of so many units, those still there when a share of what does not stay in the end is gone."""
+    """Return how many units are left once a share of those to be dropped has been dropped."""
     return count - round((count - keep) * share)

@@ -1,4 +1,4 @@
-"""What passes have in common that take hidden channels away: how many, in which basis, and what that does to shapes."""
+"""Base class of passes that drop hidden channels: how many, in which basis, and what that does to shapes."""
 
 from typing import ClassVar, Literal
 
@@ -17,10 +17,10 @@ from compressor.recipe.registry import node
 class HiddenPass(PruningPass):
     """Args:
     ratio: Share of the parameters that goes, at least.
-    of: What it counts: the whole model, embeddings included, or its blocks.
-    basis: In which channels go: `pca`, principal components of the hidden state; `channels`, as they are. An embedding that
-        is the head too is stored twice after the former.
-    multiple: Of which the hidden size stays one; null takes what suits it, 256 for wide models, down to 16 for small ones.
+    of: Basis of the ratio: the whole model, embeddings included, or its blocks.
+    basis: Basis in which channels are dropped: `pca`, principal components of the hidden state, or `channels`, the model's
+        own. With `pca` an embedding that is also the head is stored twice.
+    multiple: Divisor of the hidden size; null takes what suits it, 256 for wide models, down to 16 for small ones.
     """
 
     ratio: float
@@ -62,7 +62,7 @@ class HiddenPass(PruningPass):
         return fitting(whole, most, self.of, self.multiple)
 
     def done(self, work: Work, rewriting: Rewriting | None, **more: object) -> Pruned:
-        """What the pass leaves, and what it says of that."""
+        """Return the result of the pass, and its report."""
         before = parameters(work.source)
         name = type(self).__module__.rpartition(".")[2]
         if rewriting is None:

@@ -1,4 +1,4 @@
-"""Which units of a part go first, and what its writer becomes without them.
+"""Rank the units of a part by importance, and refit its writer without the dropped ones.
 
 The writer's output W x, with what remains of x, is brought as near as possible to what it was: by least squares,
 
@@ -32,9 +32,9 @@ def greedy(
     """For each wanted number of units, the most first: those that stay [U], in order, and the writer [O, S], fp64.
 
     Args:
-        w_OI: Of the writer.
+        w_OI: Weight of the writer.
         h_II: Second moment of what it reads.
-        columns: Of each unit.
+        columns: Columns of each unit.
         wanted: Numbers of units.
         damp: Added to the diagonal, in parts of its mean.
     """

@@ -36,13 +36,13 @@ RANK = 20  # of an operator: of so many hidden channels, one
 class Pat(HiddenPass):
     """Args as of `HiddenPass`, and
 
-    steps: Of training.
+    steps: Number of training steps.
     batch: Samples in a step.
     lr: Highest learning rate of the operators and the LoRA; it rises to that and falls to zero with a cosine.
     mask_lr: The same of the mask.
-    rank: Of the LoRA.
-    operator_rank: Of the operators; null takes a twentieth of the hidden size.
-    seed: Of the order of samples, and of where what is trained starts.
+    rank: Rank of the LoRA.
+    operator_rank: Rank of the operators; null takes a twentieth of the hidden size.
+    seed: Seed of the order of samples, and of the initial values of what is trained.
     """
 
     steps: int = 300

@@ -45,7 +45,7 @@ class Operator(nn.Module):
         self.up_DR = nn.Parameter(torch.zeros(width, rank))
 
     def forward(self, x: Tensor, gate_D: Tensor) -> Tensor:
-        """What becomes of what is written [..., D]."""
+        """Return the transformed output of a writer, [..., D]."""
         changed: Tensor = self.scale_D * gate_D * (x + x @ self.down_RD.T @ self.up_DR.T)
         return changed
 
@@ -67,7 +67,7 @@ class Masked:
     Args:
         source: The model.
         writers: Layers of its blocks that write the residual stream, by full name.
-        start_D: Of the mask.
+        start_D: Initial values of the mask.
         size: S.
         steps: G.
         rank: R.
@@ -99,7 +99,7 @@ class Masked:
         return lambda module, args, x: x * self.gate_D if operator is None else operator(x, self.gate_D)
 
     def at(self, step: int, tokens: Tensor, **options: Any) -> Any:
-        """What the model computes in a step."""
+        """Run the model with the gates of a training step."""
         self.gate_D = gates(self.mask_D, step, self.steps, self.size)
         return self.model(tokens, **options)
 
@@ -109,7 +109,7 @@ class Masked:
         return [*inside, *(p for operator in self.operators.values() for p in operator.parameters())]
 
     def penalty(self, step: int) -> Tensor:
-        """What is added to the loss of a step."""
+        """Return the term that is added to the loss of a step."""
         skew = torch.stack([operator.skew for operator in self.operators.values()]).mean()
         if frozen(step, self.steps):
             return skew
@@ -124,7 +124,9 @@ class Masked:
             self.mask_D.copy_(largest(self.mask_D, self.size) - 0.5)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is trained, with operators in it, by its names in the model; the model is not to be used afterwards."""
+        """Return the trained tensors, with the operators merged, by their names in the model. The model must not be used
+        afterwards.
+        """
         found = merged(self.model, self.source)
         gate_D = largest(self.mask_D, self.size)
         for name, operator in self.operators.items():
@@ -151,7 +153,7 @@ def frozen(step: int, steps: int) -> bool:
 
 
 def gates(mask_D: Tensor, step: int, steps: int, size: int) -> Tensor:
-    """What channels are multiplied by in a step."""
+    """Return the factors of the channels in a training step."""
     if frozen(step, steps):
         return largest(mask_D, size)
     time = step + 1

@@ -1,4 +1,4 @@
-"""What can be taken out of a decoder block: channels of its MLP, groups of its attention heads.
+"""Find what can be dropped from a decoder block: channels of its MLP, groups of its attention heads.
 
 A part of a block computes units side by side, and one linear layer, the writer, adds them up. Unit u has `rows[name]`
 adjacent rows of each layer and bias before, from u * rows[name] on, and `columns` adjacent columns of the writer, likewise:
@@ -45,7 +45,7 @@ class Part:
         return {name: values(block, name)[spread(units_U, rows)].clone() for name, rows in self.rows.items()}
 
     def parameters(self, block: Block) -> int:
-        """Of one unit."""
+        """Return the number of parameters of one unit."""
         before = sum(rows * values(block, name)[0].numel() for name, rows in self.rows.items())
         return before + self.columns * block.shape(self.writer)[0]
 

@@ -27,8 +27,8 @@ from compressor.recipe.schema import Search
 class PruneDepth(PruningPass):
     """Args:
     ratio: Share of the parameters that goes, at least.
-    of: What it counts: the whole model, embeddings included, or its blocks.
-    parts: What goes as a whole: `blocks`, or `sublayers`: attentions and MLPs one by one, which only our loader reads.
+    of: Basis of the ratio: the whole model, embeddings included, or its blocks.
+    parts: Kind of unit that is dropped: `blocks`, or `sublayers`: single attentions and MLPs, which only our loader reads.
     by: How they are chosen: `search`; `cosine`, those that turn what passes them least; `even`, evenly spaced.
     search: How to search; `minutes` is of no effect here.
     """

@@ -26,7 +26,7 @@ class PruneHidden(HiddenPass):
     """Args as of `HiddenPass`, and
 
     refit: Fit what reads the hidden state to what it read.
-    damp: Of the fit: added to the diagonal of the second moments, in parts of its mean.
+    damp: Damping of the fit: added to the diagonal of the second moments, as a fraction of its mean.
     """
 
     refit: bool = True

@@ -46,11 +46,11 @@ STEP = "step"  # how many are done, beside the units
 class PruneTaylor(WidthPass):
     """Args as of `WidthPass`, and
 
-    steps: In which units go.
+    steps: Number of steps in which units are dropped.
     batch: Samples of calibration, drawn anew in every step, on which gradients are taken.
     schedule: `linear`: as many units in every step; `cubic`: most of them early.
     refit: Fit the rest to the model's own outputs.
-    seed: Of the order of samples.
+    seed: Seed of the order of samples.
     """
 
     steps: int = 30
@@ -83,7 +83,7 @@ class PruneTaylor(WidthPass):
         return self.narrowed(work, Chosen(units, self.refit, self.damp), found, tried)
 
     def _chosen(self, work: Work, keep: Mapping[str, int], unfinished: Path) -> dict[str, Tensor]:
-        """Which units stay, by part, full name: one byte for each."""
+        """Choose the units to keep, by part under its full name: one byte for each unit."""
         source, ranks = work.source, work.ranks
         model = ModelSource(source.path, source.device, torch.float32, source.rewritings)
         parts = {name: found for name, found in find_all(model).items() if keep[name] < found[1].count}
@@ -123,7 +123,7 @@ def next_token(found_BSV: Tensor, wanted_BSV: Tensor, tokens_BS: Tensor) -> Tens
 
 
 def importance(block: Block, part: Part) -> Tensor:
-    """Of each unit [U], from gradients that are there."""
+    """Return the importance of each unit, [U], from gradients that have been accumulated."""
     terms = {name: (p * p.grad).detach().abs() for name, p in _parameters(block, part).items() if p.grad is not None}
     writer = terms.pop(part.writer).sum(0).view(part.count, -1).sum(1)
     return sum((term.view(part.count, -1).sum(1) for term in terms.values()), writer)

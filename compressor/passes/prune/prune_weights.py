@@ -44,7 +44,7 @@ class PruneWeights:
     """Set single weights to zero.
 
     Args:
-        score: What says which weights go.
+        score: Score by which weights are dropped.
         sparsity: Share of them, from 0 up to, without, 1; of several, a search gives each layer one (`target`).
         pattern: N:M instead, in quotes.
         refit: Move the weights that stay to the least squares of the layer's output.
@@ -143,7 +143,7 @@ class PruneWeights:
         return grid.pack(grid.round(v_OI, 0))
 
     def _format(self, block: Block, name: str, option: SparseBitmask | Kept) -> SparseBitmask:
-        """What says how many weights of a layer stay, also where they are stored dense."""
+        """Return the format that describes how many weights of a layer are kept, also where they are stored dense."""
         if isinstance(option, SparseBitmask):
             return option
         fmt = next(fmt for fmt in self.formats if self.suits(fmt, block, [name]))
@@ -156,7 +156,7 @@ class PruneWeights:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a layer's input."""
+    """Statistics of a layer's input."""
 
     h_II: Tensor  # second moment, fp32
     factor: Factors  # of that
@@ -169,7 +169,7 @@ class Seen:
         return cls(h_II, factors_of(f"{block.prefix}.{layer}", hessian.count, warnings, h_II, act_order=False))
 
     def relative(self, missed_OI: Tensor, w_OI: Tensor) -> float:
-        """What an error costs of the layer's output, of its mean squared norm."""
+        """Return the error of the layer's output, relative to its mean squared norm."""
         return output_energy(missed_OI, self.h_II) / max(output_energy(w_OI, self.h_II), 1e-30)
 
 

@@ -30,8 +30,8 @@ from compressor.recipe.registry import node
 class PruneWidth(WidthPass):
     """Args as of `WidthPass`, and
 
-    score: Which units go first: `obs` what they cost once the rest is fitted; wanda, flap, cfsp and magnitude look at each
-        by itself.
+    score: Score that ranks units: `obs`, their cost once the rest is refitted; wanda, flap, cfsp and magnitude score each by
+        itself.
     refit: Fit the rest to the model's own outputs; false only with scores.
     layout: `uniform`: every block has the same shape, which stock software reads; `per-layer`: every block gets widths of its
         own by search, which loses less and only our loader reads; `block-configs`: every MLP does, of a Llama, which vLLM and
@@ -70,7 +70,8 @@ class PruneWidth(WidthPass):
         return self.layout != "per-layer"
 
     def said(self, source: ModelSource, shape: Shape, keep: Mapping[str, int]) -> Rewriting:
-        """What says that so many units of every part stay, by full name; all do of a part that is not there.
+        """Return the change to the config that states how many units of each part are kept, by full name. A part that is not
+        named keeps all its units.
 
         Raises:
             RecipeError: not of this model type.

@@ -1,4 +1,4 @@
-"""What the layers behind the residual stream's norms read, and how they are to read it when it is narrower.
+"""Refit the layers that read the residual stream's norms to a narrower stream.
 
 A reader of the narrower stream is fitted to what it made of the whole one, x, from what it is given now, z, in a model whose
 blocks before are fitted already,
@@ -61,7 +61,7 @@ class Refit:
         whole: The model before.
         narrow: The model whose readers are fitted.
         keep_S: Channels of the former that the latter has.
-        norms: Of a block, with their readers.
+        norms: Norms of a block, with their readers.
         damp: Added to the diagonal, in parts of its mean.
     """
 
@@ -138,7 +138,7 @@ class Both:
 
     @classmethod
     def zeros(cls, width: int, keep_S: Tensor, device: torch.device) -> "Both":
-        """Of nothing."""
+        """Return empty statistics."""
         missing_DS, moment_SS = (torch.zeros(rows, len(keep_S)).to(device, torch.float64) for rows in (width, len(keep_S)))
         return cls(keep_S.to(device), missing_DS, moment_SS)
 
@@ -153,7 +153,7 @@ class Both:
         ranks.sum_([self.missing_DS, self.moment_SS])
 
     def fitted(self, w_OD: Tensor, damp: float) -> Tensor:
-        """What reads the narrower stream [O, S], fp64, in the place of what read the whole."""
+        """Return the weight that reads the narrower stream, [O, S], fp64, in place of the one that reads the full stream."""
         w_OD = w_OD.double()
         missed_OS = w_OD @ self.missing_DS
         fitted: Tensor = w_OD[:, self.keep_S] + torch.linalg.solve(damped(self.moment_SS, damp), missed_OS.T).T
@@ -162,7 +162,9 @@ class Both:
 
 @contextmanager
 def head_inputs(source: ModelSource) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What gives what the head reads, on the device, of what leaves the last block; open while the context is."""
+    """Yield a function from the output of the last block to the input of the head, on the device. It works while the context
+    is open.
+    """
     seen: list[Tensor] = []
     handle = source.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
 
@@ -178,5 +180,5 @@ def head_inputs(source: ModelSource) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def _read(block: Block, layer: str, hidden: Tensor) -> Tensor:
-    """What a layer reads when hidden states enter its block."""
+    """Return the input of a layer when hidden states enter its block."""
     return read_inputs(block, [layer], block.forward, hidden)[layer]

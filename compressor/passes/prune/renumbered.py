@@ -151,7 +151,7 @@ class RandomWeights(ModelSource):
         super().__init__(like.path, like.device, torch.float32, rewritings)
 
     def entering(self) -> Tensor:
-        """What enters the first block, for tokens [1, S]."""
+        """Return the hidden states that enter the first block, for tokens [1, S]."""
         (hidden,) = self.first_inputs([torch.zeros(1, min(TOKENS, self.max_positions), dtype=torch.long)])
         return hidden
 

@@ -48,7 +48,7 @@ class Residual:
         source: The model.
         size: Channels of the narrower one.
         config: Entries of config.json that differ.
-        axes: Those of the stream, by the name in the model of each tensor that has one.
+        axes: Axes of the stream, by the name in the model of each tensor that has one.
         louder: By how much less the narrower model multiplies its embedding.
     """
 
@@ -169,7 +169,7 @@ def fitting(source: ModelSource, most: int, of: Literal["model", "blocks"], mult
         source: The model.
         most: Parameters that may be left.
         of: Counted in the whole model, or in its blocks.
-        multiple: Of which the size has to be one; None takes what suits it.
+        multiple: Divisor of the size; None takes what suits it.
 
     Raises:
         RecipeError: none is that small, or its model class takes none of them.
@@ -208,7 +208,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def _loudness(model: PreTrainedModel) -> float:
-    """What a model's embedding multiplies its rows by."""
+    """Return the factor that a model's embedding multiplies its rows by."""
     embedding = model.get_input_embeddings()
     ones = torch.ones(1, 1).expand(embedding.weight.shape)
     return float(torch.func.functional_call(embedding, {"weight": ones}, (torch.zeros(1, dtype=torch.long),))[0, 0])

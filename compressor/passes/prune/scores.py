@@ -17,7 +17,7 @@ from compressor.pipeline.contract import Stats
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a part's writer reads, and the part itself."""
+    """Statistics of the input of a part's writer, and the part."""
 
     block: Block
     part: Part

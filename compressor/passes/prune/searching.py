@@ -30,7 +30,7 @@ BRIEF = Search(
 
 @contextmanager
 def compared(work: Work, levels: Levels, settings: Search, text_NS: Tensor) -> Iterator[Fitness]:
-    """What tells choices apart, on text that calibration does not read; the model is in memory as the settings say."""
+    """Yield the fitness of choices, on text that calibration does not use. The model is in memory as the settings say."""
     source, resident = work.source, settings.resident
     resident = fits_in_memory(work.job) if resident is None else resident
     kept = int(SHARE * available_memory(source.device)) if resident else 0
@@ -58,7 +58,7 @@ def searched(
 
     Args:
         work: Where the steps are put down, so that a search that is broken off goes on, and who is told of them.
-        fitness: Of a choice.
+        fitness: Loss of a choice.
         ways: Choices to begin with, by name.
         costs: Parameters, by unit, by level.
         limit: Parameters that a choice may have.

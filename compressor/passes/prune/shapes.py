@@ -33,7 +33,9 @@ class Shape:
 
 
 def parameters(source: ModelSource, of: Of = "model", new: Mapping[str, tuple[int, ...]] = MappingProxyType({})) -> int:
-    """Of the whole model, of its blocks, or of their MLPs; with other shapes of some tensors, by name on disk."""
+    """Return the number of parameters of the model, of its blocks, or of their MLPs; `new` gives other shapes of some
+    tensors, by name on disk.
+    """
     starts = {"model": ("",), "blocks": (f"{source.prefix}.",), "mlp": (f"{source.prefix}.",)}[of]
     names = {stored: name for name, stored in source.names.items() if name.startswith(starts)}
     counted = {stored for stored, name in names.items() if of != "mlp" or f".{MLP}." in name}
@@ -46,7 +48,7 @@ def going(source: ModelSource, ratio: float, of: Of) -> int:
 
 
 def multiple_of(channels: int) -> int:
-    """What the number of channels stays a multiple of, where so many there are."""
+    """Return the divisor that the number of channels keeps, given how many there are."""
     return next(step for size, step in MULTIPLES if channels >= size)
 
 
@@ -58,9 +60,9 @@ def shapes(
     Args:
         source: The model.
         ratio: Share of the parameters that has to go.
-        of: What the ratio counts.
+        of: Basis of the ratio.
         heads: Whether groups of heads may go.
-        multiple: Of which the number of channels has to be one; None takes what suits their number.
+        multiple: Divisor of the number of channels; None takes what suits their number.
         stock: Whether the model type has to take them; if not, its config does not say them.
 
     Raises:
@@ -104,7 +106,7 @@ def shapes(
 
 
 def changes(source: ModelSource, attention: Part, groups: int, channels: int) -> dict[str, Any]:
-    """What config.json says of so many heads and channels."""
+    """Return the entries of config.json for a number of heads and channels."""
     found = {"intermediate_size": channels} if channels != source.raw_config["intermediate_size"] else {}
     if groups != attention.count:
         width = attention.rows[f"{ATTENTION}.k_proj"]

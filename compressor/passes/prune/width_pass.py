@@ -1,4 +1,4 @@
-"""What passes have in common that make blocks narrower: how small, of which shape, and what is written."""
+"""Base class of passes that make blocks narrower: how small, of which shape, and what is written."""
 
 import hashlib
 import math
@@ -43,10 +43,10 @@ class Tried:
 class WidthPass(PruningPass):
     """Args:
     ratio: Share of the parameters that goes.
-    of: What it counts: the whole model, embeddings included, its blocks, or their MLPs, which alone are then pruned.
+    of: Basis of the ratio: the whole model, embeddings included, its blocks, or their MLPs, which alone are then pruned.
     heads: Take away groups of heads too, where that loses less; their part of the key-value cache goes with them.
-    multiple: Of which the number of channels stays one; null takes 256 for wide models, down to 16 for small ones.
-    damp: Of the fit: added to the diagonal of the second moments, in parts of its mean.
+    multiple: Divisor of the number of channels; null takes 256 for wide models, down to 16 for small ones.
+    damp: Damping of the fit: added to the diagonal of the second moments, as a fraction of its mean.
     search: With `tokens`, on how much text, besides that of calibration, shapes are compared; `minutes` is of no effect here.
     """
 
@@ -81,7 +81,7 @@ class WidthPass(PruningPass):
         return True
 
     def shapes(self, source: ModelSource) -> list[Shape]:
-        """Those that are the same in every block and small enough."""
+        """Return the shapes that are the same in every block and small enough."""
         return shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple, stock=self.stock)
 
     def sketch(self, source: ModelSource) -> Sketch:
@@ -112,7 +112,9 @@ class WidthPass(PruningPass):
         return max(collecting(source, tokens, batch) + fitting, comparing(source, self.search, batch) if several else 0)
 
     def said(self, source: ModelSource, shape: Shape, keep: Mapping[str, int]) -> Rewriting:
-        """What says that so many units of every part stay, by full name; all do of a part that is not there."""
+        """Return the change to the config that states how many units of each part are kept, by full name. A part that is not
+        named keeps all its units.
+        """
         return Rewriting({}, config=shape.config)
 
     def compared(self, work: Work, way: Narrows, found: Sequence[Shape]) -> list[Tried]:
@@ -128,7 +130,7 @@ class WidthPass(PruningPass):
             return [Tried(called(s.keep), widths.keep(c), kl) for s, c, kl in zip(found, choices, losses, strict=True)]
 
     def untouched(self, work: Work) -> Pruned:
-        """What is left if nothing has to go."""
+        """Return the result if nothing has to be dropped."""
         count = parameters(work.source)
         return Pruned(None, {"pass": named(self), "parameters": [count, count]})
 

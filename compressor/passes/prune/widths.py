@@ -48,7 +48,7 @@ class Way:
     Args:
         score: `obs`, or a name in compressor/passes/prune/scores.py.
         refit: Whether the writer is fitted to what stays.
-        damp: Of the fit.
+        damp: Damping of the fit.
     """
 
     score: str
@@ -69,8 +69,8 @@ class Chosen:
     """Units were chosen before.
 
     Args:
-        units: Those that stay, by part, full name.
-        refit: As of `Way`.
+        units: Kept units, by part under its full name.
+        refit: Whether to refit, as in `Way`.
         damp: The same.
     """
 
@@ -79,7 +79,7 @@ class Chosen:
     damp: float
 
     def widths(self, block: Block, part: Part, stats: BlockStats, wanted: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of the one number that there is."""
+        """Yield the kept units and the writer's weight of the one wanted width."""
         w_OI, h_II = block.weight(part.writer), stats[part.writer, Hessian].value
         stays_U = torch.zeros(part.count, device=w_OI.device)
         stays_U[list(self.units[f"{block.prefix}.{part.name}"])] = 1
@@ -193,7 +193,7 @@ class Widths:
 
     Args:
         source: The model.
-        levels: What `sweep` made.
+        levels: Levels that `sweep` made.
     """
 
     def __init__(self, source: ModelSource, levels: LevelDB) -> None:
@@ -224,7 +224,7 @@ class Widths:
         return tuple(row.index(keep[self.parts[unit.name].name]) for unit, row in zip(self.units, counts, strict=True))
 
     def describe(self, choice: Choice) -> list[dict[str, Any]]:
-        """What stays of each unit, and the error of its output, relative to that: plain data."""
+        """Return how many units each part keeps, and the relative error of its output: plain data."""
         found = [(unit.name, unit.levels[at]) for unit, at in zip(self.units, choice, strict=True)]
         return [{"unit": name, **describe_option(level.option), "error": level.error} for name, level in found]
 

@@ -81,7 +81,7 @@ class FineQuant(HQQ):
 
 @dataclass(frozen=True)
 class Rung:
-    """What a format makes of a unit."""
+    """One format's result on a unit."""
 
     format: Format
     bits: int  # stored

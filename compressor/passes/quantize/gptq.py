@@ -75,7 +75,7 @@ class GPTQ(WeightRounding):
 
     @property
     def damps(self) -> tuple[float, ...]:
-        """Those to try."""
+        """Return the dampings to try."""
         return self.damp if isinstance(self.damp, tuple) else (self.damp,)
 
     @property
@@ -103,7 +103,7 @@ class GPTQ(WeightRounding):
         return Outcome(edits, errors, tuple(warnings))
 
     def layers_of(self, block: Block, stats: Stats, names: Iterable[str], warnings: list[str]) -> Iterator["Layer"]:
-        """What is to be rounded, one layer after the other; those that read the same input follow each other."""
+        """Yield the layers to round, one after the other. Layers that read the same input follow each other."""
         for layers in stats.taps(names):
             where = f"{block.prefix}.{layers[0]}"
             h_II, tokens = stats[layers[0], Hessian].value, stats[layers[0], Hessian].count
@@ -243,7 +243,7 @@ def gptq(
 
     Args:
         w_OI: Weight, any float dtype; not modified.
-        factor: Of the Hessian of the layer's input.
+        factor: Factor of the Hessian of the layer's input.
         grid: The format fitted to `w_OI`.
         static_groups: Leave the grid as it is but for columns that share no scale with others; False fits every group anew
             when it is reached, to what has become of its columns. The factor's order has to keep groups whole.
@@ -283,7 +283,7 @@ def gptq(
 
 @torch.no_grad()
 def correction(w_OI: Tensor, mismatch_II: Tensor, factor: Factor) -> Tensor:
-    """What to add to a weight so that, on its input in the compressed model, it comes nearest to its dense output.
+    """Return what to add to a weight so that its output on the compressed model's input comes nearest to its dense output.
 
     The minimum of |(W + C) x - W x_dense|² + damping |C|², averaged over tokens, is at C = W M (H + damping)⁻¹, M being the
     mean of (x_dense - x) xᵀ. GPTQ of W + C then minimises the loss against dense activations exactly, in blocks of any size.
@@ -292,7 +292,7 @@ def correction(w_OI: Tensor, mismatch_II: Tensor, factor: Factor) -> Tensor:
     Args:
         w_OI: Weight, fp32.
         mismatch_II: M, fp32.
-        factor: Of the Hessian of the layer's input.
+        factor: Factor of the Hessian of the layer's input.
     """
     order, u = factor.order_I, factor.u_II
     moved_OI = (w_OI @ mismatch_II[:, order]) @ u.T @ u

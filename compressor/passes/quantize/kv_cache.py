@@ -20,7 +20,7 @@ from compressor.recipe.registry import node
 @node
 class KVCache:
     """Args:
-    dtype: Of the cache: fp8 (E4M3), which vLLM stores, or int8.
+    dtype: Numbers of the cache: fp8 (E4M3), which vLLM stores, or int8.
     """
 
     dtype: Literal["fp8", "int8"] = "fp8"

@@ -29,7 +29,7 @@ def refined(w_OI: Tensor, h_II: Tensor, codes: Tensor, grid: Rescalable, *, swee
         w_OI: Weight, fp32; not modified.
         h_II: Second moment of the layer's input, fp32; not modified.
         codes: [O, I], to start from; not modified.
-        grid: That they are on.
+        grid: Grid that the codes are on.
         sweeps: Over all scales, then over all codes.
     """
     codes = codes.clone()

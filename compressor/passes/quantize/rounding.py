@@ -1,4 +1,4 @@
-"""What all passes that round weights have in common: the formats on offer and the layers they are for."""
+"""Base class of passes that round weights: the formats on offer and the layers they are for."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar
@@ -49,7 +49,7 @@ class WeightRounding:
 
     @property
     def looks(self) -> tuple[type[Accumulator], ...]:
-        """What has to be known of the layers' inputs because of how some option rounds them."""
+        """Return the statistics of layers' inputs that are needed because of how some option rounds them."""
         return (Spread,) if any(isinstance(fmt, Contextual) and fmt.static_inputs for fmt in self.options) else ()
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""What is left of a layer for vectors out of codebooks, once its norms and its dense channels are out of the way.
+"""Reduce a layer to what codebooks of vectors have to hold: its norms and its dense channels are taken out first.
 
 Norms are a change of variables: W = V diag(n) has the loss of V with the second moment diag(n) H diag(n).
 
@@ -34,7 +34,7 @@ class Problem:
     dense: Callable[[Tensor], Tensor]  # from the values of the others, [O, R], with norms, to theirs, [O, D]
 
     def packed(self, grid: VectorGrid, codes: Tensor) -> QuantizedTensor:
-        """What is stored."""
+        """Return the packed weight."""
         found = grid.vector_codes(codes)
         rows, columns = len(self.w_OI), self.w_OI.shape[1]
         if self.norm is not None:
@@ -48,7 +48,7 @@ class Problem:
 
 @torch.no_grad()
 def reduced(layer: Layer, fmt: VQ, damp: float) -> Problem:
-    """What is left of a layer.
+    """Take norms and dense channels out of a layer, and return the rest.
 
     Args:
         layer: Weight, and second moment of its input.

@@ -44,8 +44,8 @@ class VPTQ(GPTQ):
         refine: Turns of least squares over codebooks and of a sweep over indices.
         budget: Bits that a weight of a layer may take, its codebooks counted: of several options, each layer gets the one
             with the most bits of index that keeps to it, and of these the one with the largest codebooks.
-        share: Which layers have codebooks in common, by turns set to what is best for all of them: only a layer itself, those
-            that are fused when served, or all of a block. For layers so small that codebooks weigh much.
+        share: Layers that have codebooks in common, fitted to all of them in turn: only a layer itself, those that are fused
+            when served, or all of a block. It is for layers so small that codebooks weigh much.
     """
 
     budget: float | None = None
@@ -187,8 +187,8 @@ def solved(problems: Sequence[Problem], codes: Sequence[Tensor], grid: VectorGri
     Args:
         problems: Weights and second moments.
         codes: [V, I] of each.
-        grid: That they are on; it is returned as it was if its codebooks as they are stored are not worse.
-        steps: Of conjugate gradients.
+        grid: Grid that the codes are on. It is returned unchanged if its stored codebooks are no worse.
+        steps: Number of steps of conjugate gradients.
     """
     maps = [linear_maps(own, grid) for own in codes]
     each = list(zip(problems, maps, strict=True))
@@ -222,7 +222,7 @@ def solved(problems: Sequence[Problem], codes: Sequence[Tensor], grid: VectorGri
 
 
 def entries(grid: VectorGrid) -> Tensor:
-    """Those of both codebooks, one below the other."""
+    """Return the entries of both codebooks, one below the other."""
     return grid.codebook_KD if grid.residual_KD is None else torch.cat([grid.codebook_KD, grid.residual_KD])
 
 

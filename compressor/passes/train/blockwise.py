@@ -71,7 +71,7 @@ class Twins:
     def compared(
         self, block: Block, new: Parameters, samples: Iterable[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What a block makes of some of the samples of all, or of all, as far as they are this rank's, and the targets."""
+        """Yield the outputs of a block and the targets, for the given samples or for all, as far as they are this rank's."""
         ranks, (count, length) = self.work.ranks, self.work.calibration.tokens.shape
         chosen = range(count) if samples is None else samples
         for some in pieces([i // ranks.world for i in chosen if i % ranks.world == ranks.rank], length):
@@ -84,7 +84,7 @@ class Twins:
 
     @torch.no_grad()
     def error(self, block: Block, new: Parameters) -> float:
-        """Of a block, with some of its parameters replaced, on all text."""
+        """Return the error of a block with some of its parameters replaced, on all text."""
         total = torch.zeros((), dtype=torch.float64, device=self.student.device)
         for y_BSD, t_BSD in self.compared(block, new):
             total += missed(y_BSD, t_BSD)

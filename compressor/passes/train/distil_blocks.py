@@ -46,14 +46,14 @@ class DistilBlocks(PruningPass):
     """Put it behind what prunes, and before `recover`.
 
     Args:
-        train: What of each block: `norms`, their weights; `scales`, these and a factor for each output of a linear layer;
-            `lora`, norms and a low-rank change to each linear layer; `all`, every parameter.
-        steps: Of training, for each block; 0 leaves it at the fit.
+        train: Parameters of each block that are trained: `norms`, their weights; `scales`, these and a factor for each output
+            of a linear layer; `lora`, norms and a low-rank change to each linear layer; `all`, every parameter.
+        steps: Number of training steps for each block; 0 leaves it at the fit.
         batch: Samples in a step.
         lr: Highest learning rate; it rises to that and falls to zero with a cosine. Null takes what suits.
-        rank: Of low-rank changes.
-        damp: Of the fit: added to the diagonal of the second moments, in parts of its mean.
-        seed: Of the order of samples, and of where low-rank changes start.
+        rank: Rank of low-rank changes.
+        damp: Damping of the fit: added to the diagonal of the second moments, as a fraction of its mean.
+        seed: Seed of the order of samples, and of the initial values of low-rank changes.
     """
 
     train: Train = "lora"
@@ -118,7 +118,7 @@ class DistilBlocks(PruningPass):
         return Pruned(Rewriting(tensors), {"pass": "distil_blocks", "parameters": [count, count], "blocks": blocks})
 
     def _made(self, block: Block, twins: Twins, unfinished: Path) -> dict[str, Tensor]:
-        """What of a block is new, by name on disk, and the errors."""
+        """Return the new tensors of a block, by name on disk, and the errors."""
         names, dtypes = block_names(twins.student, block), block.dtypes
         before = twins.error(block, {})
         unchanged = before <= torch.finfo(twins.work.source.dtype).eps ** 2  # but for rounding: nothing has gone up to here
@@ -146,7 +146,7 @@ class DistilBlocks(PruningPass):
             return made()
 
     def _changes(self, block: Block) -> tuple[list[nn.Parameter], Made]:
-        """What is trained, and what the block's parameters come to."""
+        """Return the trained parameters, and a function that makes the block's parameters of them."""
         whole = {
             name: nn.Parameter(value.clone())
             for name, value in block.module.named_parameters()

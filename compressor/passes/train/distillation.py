@@ -41,7 +41,7 @@ class Schedule:
         steps: How many.
         batch: Samples in each.
         lr: Highest learning rate; it rises to that and falls to zero with a cosine.
-        seed: Of the order of samples.
+        seed: Seed of the order of samples.
     """
 
     steps: int
@@ -57,7 +57,7 @@ class Schedule:
             raise ValueError(f"lr: {self.lr} is not above 0 and at most 1")
 
     def samples(self, step: int, count: int) -> list[int]:
-        """Which of so many samples a step takes."""
+        """Return the samples of a step, out of a number of them."""
         return drawn(self.seed, step, self.batch, count)
 
 
@@ -79,7 +79,7 @@ class Training:
 
     Args:
         schedule: How many steps, how fast.
-        trained: What changes: parameters, or groups of them with learning rates of their own, as AdamW takes them.
+        trained: Trained parameters, or groups of them with learning rates of their own, as AdamW takes them.
         file: Where it is put down; None does not.
     """
 
@@ -101,7 +101,7 @@ class Training:
         return len(self.losses)
 
     def kept(self) -> dict[str, Any]:
-        """What an interrupted training has left; nothing at the start."""
+        """Return the state that an interrupted training has left; nothing at the start."""
         if self.file is None or not self.file.exists():
             return {}
         try:
@@ -170,9 +170,9 @@ class Lesson:
         """Add the gradients of a mean over tokens, as far as they are of this rank's samples; the loss, fp64.
 
         Args:
-            model: Of transformers, or what computes as one.
+            model: Model of transformers, or a callable that computes as one.
             chosen: Samples, of all ranks.
-            lost_of: What the mean is of.
+            lost_of: Loss that the mean is taken of.
         """
         loss = torch.zeros((), dtype=torch.float64, device=self.work.source.device)
         for lost in self._lost(model, chosen, lost_of):
@@ -182,7 +182,7 @@ class Lesson:
 
     @torch.no_grad()
     def loss(self, model: Callable[..., Any]) -> float:
-        """That on all samples of all ranks."""
+        """Return the mean loss on all samples of all ranks."""
         lost = self._lost(model, range(len(self.tokens_NS)), divergence)
         total = sum(lost, torch.zeros((), dtype=torch.float64, device=self.work.source.device))
         self.work.ranks.sum_([total])
@@ -205,7 +205,7 @@ def expected_memory(source: ModelSource, tokens: int, trained: int) -> int:
 
     Args:
         source: The model.
-        tokens: Of calibration.
+        tokens: Number of calibration tokens.
         trained: Numbers.
     """
     blocks = (source.block(index, load=False) for index in range(len(source.layers)))
@@ -232,7 +232,7 @@ def distil(
 
     Args:
         work: Text, ranks, who is told.
-        model: Of transformers, or what computes as one, with what is trained.
+        model: Model of transformers, or a callable that computes as one, with the trained parameters.
         training: Its parameters; gone on with if it was broken off.
         penalty: Added to the loss of a step, the same on every rank.
         after: Called with the number of steps done after each; what it changes besides parameters has to follow from that
@@ -284,7 +284,7 @@ def descend(training: Training, ranks: Ranks, backward: Callable[[int], Tensor])
 
 @torch.no_grad()
 def _finished(source: ModelSource, batches: Sequence[Tensor]) -> list[Tensor]:
-    """What leaves the last block, on the CPU."""
+    """Return the hidden states that leave the last block, on the CPU."""
     states = source.first_inputs(batches)
     for block in source.blocks():
         states = [block.forward(x.to(source.device)).cpu() for x in states]

@@ -32,7 +32,7 @@ class Rounding:
     @property
     @abstractmethod
     def bits(self) -> float:
-        """Of a weight, scales apart."""
+        """Return the bits of a weight, without scales."""
 
     @property
     def length(self) -> int:
@@ -54,7 +54,7 @@ class Rounding:
 
     @abstractmethod
     def result(self) -> IntCodes | FloatCodes | VectorCodes:
-        """What is stored."""
+        """Return the codes that are stored."""
 
     def moved(self, steps: int) -> "Rounding":
         """The same after some steps of training; its tensors are those that are trained."""
@@ -67,7 +67,7 @@ class ScaledRounding(Rounding):
 
     @abstractmethod
     def rounded(self) -> tuple[Tensor, Tensor]:
-        """What the latents are rounded to, and where a latent is within the range of the codes, [O, I]."""
+        """Return the rounded latents, and where a latent is within the range of the codes, [O, I]."""
 
     @abstractmethod
     def spread(self, values: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class VectorRounding(Rounding):
 
     @property
     def step(self) -> float:
-        """Of a uniform grid of as many bits that holds nine in ten of the weights that entries are made for."""
+        """Return the step of a uniform grid of as many bits that holds nine in ten of the weights that entries are made for."""
         return 4 * float(self.latent_OI.std()) / 2**self.bits
 
     def moved(self, steps: int) -> "VectorRounding":
@@ -282,7 +282,7 @@ class VectorRounding(Rounding):
         return self.scale.to(self.codes.codebook.dtype).float()
 
     def _norm(self) -> Tensor:
-        """What entries are multiplied by."""
+        """Return the factor of the entries."""
         return torch.ones(1, device=self.scale.device) if self.codes.norm is None else self.codes.norm.float()
 
     def _inside(self, values_OI: Tensor, factor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Text:
-    """What this rank has of the calibration text, and how all of it is cut into pieces."""
+    """This rank's calibration text, and the division of all of it into pieces."""
 
     inputs: Sequence[Tensor]  # [B, S] or [B, S, D], what is compressed gets
     targets: Sequence[Tensor]  # the same, what it is compared with
@@ -37,7 +37,7 @@ class Text:
 
     @staticmethod
     def of(inputs: Sequence[Tensor], targets: Sequence[Tensor], ranks: Group) -> "Text":
-        """That of this rank, in batches."""
+        """Return the text of this rank, in batches."""
         size = max(1, PIECE // inputs[0].shape[1])
         return Text(inputs, targets, pieces(inputs, size, ranks), size)
 
@@ -84,10 +84,10 @@ class Training:
 
     Args:
         roundings: By layer.
-        dtypes: That their weights are computed with.
+        dtypes: Dtypes that the weights are computed with.
         text: Inputs and targets.
         missed: The loss.
-        ranks: Who else has text.
+        ranks: The ranks that share the text.
         moving: Share of the codes of a weight whose latents a step moves: those with the largest gradients.
     """
 
@@ -151,7 +151,7 @@ class Training:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """That over all of the text."""
+        """Return the loss over all of the text."""
         total = torch.zeros(1, dtype=torch.float64, device=self.ranks.device)
         weights = self._weights()
         for x, y in self.text.step(range(len(self.text.pieces))):

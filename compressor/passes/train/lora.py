@@ -19,9 +19,9 @@ def student(source: ModelSource, rank: int, alpha: int, ends: Sequence[str] = ("
 
     Args:
         source: The model.
-        rank: Of the changes.
-        alpha: What they are multiplied by, times the rank.
-        ends: Of the names of the layers that are changed; all linear layers of the blocks are.
+        rank: Rank of the changes.
+        alpha: Factor of the changes, times the rank.
+        ends: Last parts of the names of the changed layers: all linear layers of the blocks.
     """
     whole = ModelSource(source.path, source.device, torch.float32, source.rewritings)
     blocks = map(partial(whole.block, load=False), range(len(whole.layers)))

@@ -28,12 +28,12 @@ class Recover(PruningPass):
     """Put it behind what prunes. It needs the pruned model in memory, in float32.
 
     Args:
-        steps: Of training.
+        steps: Number of training steps.
         batch: Samples in a step.
         lr: Highest learning rate; it rises to that and falls to zero with a cosine.
-        rank: Of the changes to linear layers.
+        rank: Rank of the changes to linear layers.
         norms: Train the weights of norms too.
-        seed: Of the order of samples, and of where the changes start.
+        seed: Seed of the order of samples, and of the initial values of the changes.
     """
 
     steps: int = 300
@@ -52,7 +52,7 @@ class Recover(PruningPass):
 
     @property
     def schedule(self) -> Schedule:
-        """Of the training."""
+        """Return the schedule of the training."""
         return Schedule(self.steps, self.batch, self.lr, self.seed)
 
     def sketch(self, source: ModelSource) -> Sketch:

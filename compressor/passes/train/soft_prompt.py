@@ -43,13 +43,13 @@ class SoftPrompt(PruningPass):
     """Put it behind what prunes and trains. It needs the pruned model in memory, in float32.
 
     Args:
-        tokens: Of the prompt.
-        steps: Of training.
+        tokens: Number of tokens of the prompt.
+        steps: Number of training steps.
         batch: Samples in a step.
         lr: Highest learning rate, in parts of the size of an embedding's entries; it rises to that and falls to zero with a
             cosine.
         judged: Tokens, besides those of calibration, that the model is judged on with the prompt and without.
-        seed: Of the order of samples.
+        seed: Seed of the order of samples.
     """
 
     tokens: int = 100

@@ -37,7 +37,7 @@ class AWQ(Scaling):
     """Scale channels so that rounding to a format costs least; a later pass does the rounding.
 
     Args:
-        format: What the weights will be rounded to.
+        format: Format that the weights will be rounded to.
         search: Choose the format's scales by least error while trying, as the later pass does.
     """
 

@@ -46,7 +46,7 @@ def of_one_length(x_XN: Tensor) -> Tensor:
 
 
 def gradient(x_XN: Tensor, r_NN: Tensor) -> Tensor:
-    """Of the sum of fourth powers of x R, a quarter, by R."""
+    """Return the gradient by R of a quarter of the sum of fourth powers of x R."""
     total_NN = torch.zeros_like(r_NN)
     for strip in x_XN.split(max(1, STRIP // len(r_NN))):  # what is in fp64 stays small
         x = of_one_length(strip)
@@ -59,7 +59,7 @@ def learned(start: Rotation, vectors: Vectors, steps: int, tell: Progress = sile
 
     Args:
         start: From where; a random one.
-        vectors: What each step takes.
+        vectors: Vectors of each step.
         steps: How many, at least one.
         tell: Called with progress, ten times.
     """

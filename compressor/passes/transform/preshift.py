@@ -42,7 +42,7 @@ class Preshift(Scaling):
     """Even out channels before activations are rounded by one scale; a later pass does the rounding.
 
     Args:
-        format: What the layers will be rounded to: one with `activations: …-tensor`.
+        format: Format that the layers will be rounded to: one with `activations: …-tensor`.
     """
 
     format: Annotated[Format, named("format")]
@@ -68,7 +68,7 @@ class Preshift(Scaling):
         return torch.exp2(-min(tried, key=lambda found: found[0])[1].float())
 
     def _missed_inputs(self, seen: Seen, element: Minifloat) -> Tensor:
-        """What rounding the inputs costs, by scale and shift, [A, K, I]."""
+        """Return the cost of rounding the inputs, by scale and shift, [A, K, I]."""
         below = (SHIFTS - 1) * EIGHTHS
         missed_AI = seen.magnitudes.missed(element, scales(element, seen.peak(), below)) * seen.energy_I.double()
         return torch.stack([missed_AI[a::EIGHTHS][:SHIFTS] for a in range(len(missed_AI) - below)])
@@ -76,7 +76,9 @@ class Preshift(Scaling):
     def _cost(
         self, feed: Feed, missed: Sequence[Tensor], weights: Mapping[str, Tensor], power_I: Tensor, shift_W: Tensor
     ) -> tuple[Tensor, float]:
-        """What each shift would take from the weights, [K, I], in scales that fit some shifts; and what those cost."""
+        """Return the error that each shift adds to the weights, [K, I], with scales fitted to the given shifts, and the total
+        cost.
+        """
         shift_I = feed.spread(shift_W)
         lost_KI = torch.zeros(SHIFTS, len(power_I), dtype=torch.float64, device=power_I.device)
         for w_OI in weights.values():

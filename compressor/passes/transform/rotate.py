@@ -55,7 +55,7 @@ class Rotate:
         block: Channels that are turned together when the model runs, a power of two: 16 or 32 keeps within what share a scale
             in NVFP4 or MXFP4. 0 turns as many as can be.
         learn: Steps by which residual and head rotations are improved, for weights without outliers.
-        seed: Of the rotations.
+        seed: Seed of the rotations.
     """
 
     residual: bool = True
@@ -85,7 +85,7 @@ class Rotate:
         return Outcome({}, {})
 
     def rewriting(self, source: ModelSource, tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
-        """What is different in the rotated model; arguments as of `Rewrites`.
+        """Return the change to the checkpoint; arguments as of `Rewrites`.
 
         Raises:
             RecipeError: the architecture does not allow it.
@@ -135,7 +135,7 @@ class Rotate:
 
 
 class Changes:
-    """What happens to each tensor of a model, step by step.
+    """Changes to each tensor of a model, collected step by step.
 
     Args:
         source: The model.
@@ -185,14 +185,14 @@ class Changes:
             self._flatten(f"{block.prefix}.{norm}")
 
     def residual(self, block: Block, norms: Norms, turn: Rotation) -> None:
-        """What reads the residual stream through a norm, and what writes to it."""
+        """Rotate what reads the residual stream through a norm, and what writes to it."""
         for reader in chain.from_iterable(norms.values()):
             self._layer(block, reader, turn)
         for name in residual_writers(block, norms, len(turn.signs_N)):
             self._writer(block, name, turn)
 
     def head(self, block: Block, feed: Feed, turn: Rotation) -> None:
-        """What writes the values of heads, and what reads the mixture of them."""
+        """Rotate what writes the values of heads, and what reads their mixture."""
         self._writer(block, feed.writer, turn)
         for reader in feed.readers:
             self._layer(block, reader, turn)

@@ -1,4 +1,4 @@
-"""What passes that scale channels have in common: the model computes the same, but can be rounded better.
+"""Base class of passes that scale channels: the model computes the same, but can be rounded better.
 
 Shape suffixes: I in_features of the readers, W channels of the writer.
 """
@@ -66,10 +66,10 @@ class Scaling:
 
     @abstractmethod
     def factors(self, feed: Feed, weights: Mapping[str, Tensor], stats: Stats) -> Tensor:
-        """What the readers' channels are multiplied by, and the writer's divided: positive, fp32 [W].
+        """Return the factors of the readers' channels, which the writer's are divided by: positive, fp32 [W].
 
         Args:
             feed: Where.
-            weights: Of the readers, fp32 [O, I].
-            stats: Of the block.
+            weights: Weights of the readers, fp32 [O, I].
+            stats: Statistics of the block.
         """
