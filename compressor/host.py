@@ -1,4 +1,4 @@
-"""What a run shares with the rest of its process: the state of torch, the random number generators, and other threads.
+"""Guard what a run shares with the rest of its process: the state of torch, the random number generators, and other threads.
 
 Building a model with transformers changes the process for a moment (how modules register parameters, the default dtype), so
 two threads must not do so at once. A caller may have set other defaults than a run is made for. `known_state` gives every

@@ -76,7 +76,7 @@ def read_bytes(path: Path, error: type[CompressorError], remedy: str = "get it a
     Args:
         path: File to read.
         error: Class of the error that is raised.
-        remedy: What the user can do if the content is at fault.
+        remedy: Advice to the user if the content is at fault.
 
     Raises:
         CompressorError: (`error`) the file is missing, must not be read, or is longer than `MAX_BYTES`.
@@ -110,7 +110,7 @@ def parse_json(text: str | bytes, where: str, error: type[CompressorError], reme
         text: JSON document.
         where: Start of the message: a file, or a file and a line.
         error: Class of the error that is raised.
-        remedy: What the user can do about a bad document.
+        remedy: Advice to the user about a bad document.
 
     Raises:
         CompressorError: (`error`) not JSON, or beyond the limits of this module.

@@ -80,7 +80,7 @@ class Format(Option, Protocol):
         """Choose scales for a weight, by search for the least error (weighted by column) or from its range alone."""
 
     def codes(self, packed: "QuantizedTensor") -> Codes:
-        """What a packed weight holds, unpacked: its integers, scales and zero points, these in the dtype they are stored in.
+        """Unpack a weight: its integers, scales and zero points, in the dtypes that are stored.
 
         Raises:
             SourceError: the parts contradict each other.
@@ -112,7 +112,7 @@ class Contextual(Format, Protocol):
 
         Args:
             largest: The largest weight of all of them, in magnitude.
-            seen: What they read, where `static_inputs` asks for it.
+            seen: Activations that the layers read, where `static_inputs` asks for them.
         """
 
 
@@ -123,7 +123,7 @@ class Borrowing(Format, Protocol):
     @property
     def lender(self) -> str: ...  # full name of that layer; empty: all parts are its own
     def borrowed_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
-        """What `codes` reads besides `checkpoint_parts`; a weight of any shape lends them."""
+        """Return the tensors that `codes` reads besides `checkpoint_parts`. A weight of any shape lends them."""
 
     def borrowing(self, lender: str) -> Format: ...  # the same with another lender
     @property

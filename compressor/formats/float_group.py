@@ -44,9 +44,9 @@ class FloatGroup(FloatFormat):
     exponent: Bits of the exponent, 1 to 7.
     mantissa: Bits of the mantissa; with sign and exponent 3 to 8.
     group_size: Adjacent input channels that share a scale; -1 for the whole row.
-    activations: What the layer's input is rounded to: numbers such as e2m1 or e4m3, followed by -token (each token by a scale
+    activations: Numbers that the layer's input is rounded to, such as e2m1 or e4m3, followed by -token (each token by a scale
         of its own) or by -tensor (all by one scale from calibration, searched for the least error). fp4-tensor and fp8-tensor
-        search the numbers too. null leaves the input as it is.
+        search the numbers too. null leaves the input unrounded.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "input_scale")
@@ -74,7 +74,7 @@ class FloatGroup(FloatFormat):
 
     @property
     def input_elements(self) -> tuple[Minifloat, ...]:
-        """What activations may be rounded to."""
+        """Return the numbers that activations may be rounded to."""
         name = (self.activations or "").removesuffix(TENSOR).removesuffix(TOKEN)
         return SEARCHED[name] if name in SEARCHED else (Minifloat.parse(name),) if name else ()
 

@@ -80,7 +80,7 @@ class IntInputGroup:
         return None
 
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> "InputGroupGrid":
-        """As of the protocol; the importance of an input channel is that of all its groups, so it changes nothing."""
+        """Fit as the protocol says. The importance of an input channel weighs all its groups alike, so it changes nothing."""
         groups(w_OI.shape[0], self.group_size, "out_features")
         fit = IntFit(self.bits, self.group_size, self.symmetric, SCALE_DTYPE)
         return InputGroupGrid(self, fit.grid(self, w_OI.T.contiguous(), None, search))

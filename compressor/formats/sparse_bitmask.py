@@ -45,7 +45,7 @@ class SparseBitmask:
     """Args:
     sparsity: Share of the weights that go, from 0 up to, without, 1.
     pattern: N:M instead: N of every M adjacent weights of a row stay. In quotes: YAML has another use for 2:4.
-    dtype: Of the numbers.
+    dtype: Dtype of the kept numbers.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("compressed", "bitmask", "row_offsets", "shape")
@@ -110,7 +110,7 @@ class SparseBitmask:
         return None
 
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> "SparseGrid":
-        """Which stay: the largest w² · importance, of each group of a pattern, or of all rows in 128 columns."""
+        """Keep the weights with the largest w² · importance, of each group of a pattern, or of all rows in 128 columns."""
         score_OI = w_OI.float().square()
         score_OI = score_OI if importance_I is None else score_OI * importance_I
         if self.sparsity is None:
@@ -120,11 +120,13 @@ class SparseBitmask:
         return replace(grid, stays_OI=torch.cat(parts, dim=1))
 
     def keeping(self, stays_OI: Tensor) -> "SparseGrid":
-        """What a weight becomes of which these stay: as many as `gone` says."""
+        """Return the grid of a weight of which the given entries are kept: as many as `gone` leaves."""
         return SparseGrid(self, stays_OI, COLUMNS if self.sparsity is not None else self.group[1])
 
     def stays(self, score_OI: Tensor, *, by_row: bool = True) -> Tensor:
-        """Which stay by their score, bool [O, I]: of each group of a pattern; else of each row, or of the whole weight."""
+        """Choose the kept weights by score, bool [O, I]: of each group of a pattern; else of each row, or of the whole
+        weight.
+        """
         if self.sparsity is None:
             stay, of = self.group
             return ~lowest(score_OI.unflatten(1, (-1, of)), of - stay).flatten(1)
@@ -162,7 +164,7 @@ class SparseBitmask:
 
 @dataclass(frozen=True)
 class SparseGrid:
-    """What stays of a weight. Codes are the numbers as they are stored, [O, C], zero where they go."""
+    """The kept entries of a weight. Codes are the numbers as they are stored, [O, C], zero where an entry is dropped."""
 
     format: SparseBitmask
     stays_OI: Tensor  # bool
@@ -182,7 +184,9 @@ class SparseGrid:
         return replace(self, stays_OI=stays_OI)
 
     def best(self, score_OC: Tensor, column: int) -> Tensor:
-        """Which of some columns stay. Without a pattern each run of columns has its part of what goes, all rows together."""
+        """Choose the kept entries of some columns. Without a pattern each run of columns drops its share, over all rows
+        together.
+        """
         if self.format.sparsity is None:
             return self.format.stays(score_OC)
         (rows, columns), end = self.stays_OI.shape, column + score_OC.shape[1]

@@ -51,9 +51,9 @@ Norm = Literal["none", "layer", "channel"]
 class VQ:
     """Args:
     vector: Adjacent output channels that are rounded together, 1 to 16.
-    bits: Of an index: the codebook has 2**bits entries, 1 to 16.
-    residual_bits: Of the index of a second codebook, whose entries are added; 0 for none.
-    norm: What vectors are multiplied by: nothing, a number of the layer, or one of their input channel.
+    bits: Bits of an index: the codebook has 2**bits entries, 1 to 16.
+    residual_bits: Bits of the index of a second codebook, whose entries are added; 0 for none.
+    norm: Factor of vectors: nothing, a number of the layer, or one of their input channel.
     outliers: Share of the input channels that are kept dense; their number is rounded down.
     lender: Full name of the layer whose codebooks are used; empty for its own. Passes that share codebooks set it.
     """
@@ -89,7 +89,7 @@ class VQ:
 
     @property
     def index_bits(self) -> int:
-        """Of both indices."""
+        """Return the bits of both indices."""
         return self.bits + self.residual_bits
 
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
@@ -236,7 +236,7 @@ class VectorGrid:
         return self.format.stored(self.vector_codes(codes), (codes.shape[0] * self.format.vector, codes.shape[1]))
 
     def vector_codes(self, codes: Tensor) -> VectorCodes:
-        """What is stored, norms and dense channels apart."""
+        """Return the stored codes, without norms and dense channels."""
         found = VectorCodes(codes & 2**self.format.bits - 1, self.codebook_KD.bfloat16())
         if self.residual_KD is None:
             return found

@@ -1,4 +1,4 @@
-"""What has to be known of model families: which modules are linear, which are fused when served, what is not supported.
+"""Describe model families: which modules are linear, which are fused when served, what is not supported.
 
 Everything else is found by looking at the model that transformers builds from the config, so most decoder-only families
 need no entry here. Three facts do:

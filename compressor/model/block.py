@@ -85,7 +85,7 @@ class Block:
         """The block's output [B, S, D] on full sequences without padding, positions from 0.
 
         Args:
-            hidden_BSD: What enters the block.
+            hidden_BSD: Hidden states that enter the block.
             weights: Dense, named as in `Edits`, used in this call instead of the block's own.
 
         Raises:
@@ -120,7 +120,9 @@ class Block:
         return forward
 
     def dense_forward(self, hidden_BSD: Tensor) -> Tensor:
-        """What `forward` would return had nothing been packed; what else passes changed, norms say, counts."""
+        """Return the output of `forward` with the packed layers replaced by their dense weights. Other changes, to norms for
+        example, stay in effect.
+        """
         assert self.unrounded is not None
         return replace(self, rounded={}, cache=None).forward(hidden_BSD, self.unrounded)
 

@@ -20,7 +20,7 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a shard's header says of one tensor."""
+    """The entry of one tensor in a shard's header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -130,7 +130,7 @@ def find_shards(path: Path) -> Mapping[str, str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """What an index says: tensor name -> shard file name. Raises SourceError."""
+    """Return the content of an index: tensor name -> shard file name. Raises SourceError."""
     data = read_json(index, SourceError, "download it again")
     found = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):

@@ -1,4 +1,5 @@
-"""Which module writes what linear layers read, channel by channel: there a channel can be scaled without changing the model.
+"""Find the module that writes what linear layers read, channel by channel. There a channel can be scaled without changing the
+model.
 
     writer: row j of its weight divided by s_j          readers: column j of their weights multiplied by s_j
 
@@ -126,7 +127,9 @@ def _holds(block: Block, feed: Feed, hidden_1SD: Tensor, expected: Tensor) -> bo
 
 
 def gain_offset(norm: nn.Module) -> float:
-    """What a norm adds to its weight before multiplying: 1 where a weight of zero leaves the input alone, as Gemma's do."""
+    """Return what a norm adds to its weight before multiplying: 1 where a weight of zero leaves the input unchanged, as in
+    Gemma.
+    """
     weight = norm.get_parameter("weight")
     ramp = torch.linspace(-1, 1, len(weight))[None]
     zeros = {name: torch.zeros(parameter.shape) for name, parameter in norm.named_parameters()}

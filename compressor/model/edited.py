@@ -25,7 +25,7 @@ def silent(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Rewriting:
-    """What is different.
+    """A change to a checkpoint.
 
     Args:
         tensors: By name on disk: the new values, fp32, from the old ones.
@@ -37,8 +37,8 @@ class Rewriting:
         absent: Sub-layers that the model does without from now on (compressor/model/surgery/skip_sublayers.py), by full name.
         widths: All sub-layers that are narrower than the config says (compressor/model/surgery/resize.py), by full name;
             None: as before.
-        blocks: Of each block, the number that it had; empty if all have kept theirs.
-        files: What lies beside the weights, by its place in the directory: the file that it is a copy of.
+        blocks: Former number of each block; empty if all have kept theirs.
+        files: Files to write next to the weights: place in the directory -> file to copy.
     """
 
     tensors: Mapping[str, Callable[[Tensor], Tensor]]
@@ -80,8 +80,8 @@ class Rewritten(Checkpoint):
     """A checkpoint after a rewriting.
 
     Args:
-        before: Of a directory, or rewritten itself.
-        rewriting: What is different.
+        before: Checkpoint of a directory, or an edited one.
+        rewriting: Change to make.
     """
 
     def __init__(self, before: Checkpoint, rewriting: Rewriting) -> None:

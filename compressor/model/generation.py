@@ -1,4 +1,4 @@
-"""What a model's `generate` does when nobody asks for more than the likeliest token, or for a draw."""
+"""Set a model's `generate` to plain greedy decoding or plain sampling."""
 
 from transformers import GenerationConfig, PreTrainedModel
 

@@ -34,7 +34,7 @@ class Journal:
 
     Args:
         directory: Where they lie.
-        fingerprint: Of the run.
+        fingerprint: Fingerprint of the run.
     """
 
     def __init__(self, directory: Path, fingerprint: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ class Journal:
         """Take the directory, made if it is not there, until `release`.
 
         Args:
-            where: That a message names.
+            where: Place that a message names.
             remedy: But for waiting.
 
         Raises:
@@ -68,14 +68,14 @@ class Journal:
             self._lock.close()
 
     def lines(self) -> list[dict[str, Any]]:
-        """What was left here, the fingerprint first; nothing if there is no journal."""
+        """Return the lines of an earlier run, the fingerprint first; none if there is no journal."""
         return read_journal(self.directory / JOURNAL)
 
     def resume(self, where: Path, remedy: str) -> None:
         """Go on from what was left here; nothing if that is nothing.
 
         Args:
-            where: That a message names.
+            where: Place that a message names.
             remedy: If it was left by another run.
 
         Raises:

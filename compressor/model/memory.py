@@ -25,7 +25,8 @@ def available_memory(device: torch.device) -> int:
 
 
 def cgroup_rooms(membership: Path, mount: Path) -> list[int]:
-    """What is left, in bytes, in each control group with a limit that the process is in; none where there are no such groups.
+    """Return the memory left, in bytes, in each control group with a limit that the process is in; none where there are no
+    such groups.
 
     Args:
         membership: Says which groups these are, a line for each hierarchy.
@@ -45,7 +46,7 @@ def parameters(source: ModelSource) -> int:
 
 
 def dense_bytes(source: ModelSource) -> int:
-    """What a model takes with all its parameters in memory, in the dtype of computation; tied ones count once."""
+    """Return the bytes of a model with all its parameters in memory, in the dtype of computation; tied ones count once."""
     return parameters(source) * source.dtype.itemsize
 
 
@@ -62,7 +63,7 @@ def _groups(membership: str, mount: Path) -> Iterator[tuple[Path, tuple[str, str
 
 
 def _room(group: Path, limit: str, used: str, droppable: str) -> int | None:
-    """What is left in one group; None if it has no limit, or is not to be seen from in here."""
+    """Return the memory left in one group; None if it has no limit, or cannot be seen from in here."""
     try:
         most = (group / limit).read_text().strip()
         taken = int((group / used).read_text())

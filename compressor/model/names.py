@@ -1,4 +1,4 @@
-"""What a model's parameters are called in its checkpoint: the one place that leans on transformers' renaming rules (5.x)."""
+"""Map a model's parameters to their names in its checkpoint: the only place that relies on transformers' renaming rules (5.x)."""
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping

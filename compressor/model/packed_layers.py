@@ -62,7 +62,7 @@ class PackedLayers:
         Args:
             weight: Its name in the checkpoint.
             layer: Its full module name.
-            shape: Of the dense weight.
+            shape: Shape of the dense weight.
             names: In the checkpoint, of all parameters of the model.
             meta: Leave the parts on the meta device, of which only the headers are read.
 

@@ -38,7 +38,7 @@ class Shard:
 
 
 def layout(headers: Mapping[str, Header], shard_bytes: int = SHARD_BYTES) -> list[Shard]:
-    """Which tensors go into which file: in name order, a new file when one would grow beyond `shard_bytes`."""
+    """Assign tensors to files: in name order, a new file when one would grow beyond `shard_bytes`."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, header in sorted(headers.items()):

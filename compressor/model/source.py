@@ -94,7 +94,7 @@ class ModelSource:
         return ModelSource(self.path, self.device, self.dtype, (*self.rewritings, rewriting))
 
     def numbers_in(self, before: "ModelSource") -> list[int]:
-        """Of each block, the number that it had in this model before the last changes."""
+        """Return the number of each block in `before`, which is this model before its last changes."""
         numbers = list(range(len(before.layers)))
         for rewriting in self.rewritings[len(before.rewritings) :]:
             numbers = [numbers[index] for index in rewriting.blocks] if rewriting.blocks else numbers
@@ -147,7 +147,7 @@ class ModelSource:
         )
 
     def _dtypes(self, prefix: str, module: nn.Module) -> dict[str, torch.dtype]:
-        """In which the dense parameters of a block are stored, by name inside it."""
+        """Return the dtypes on disk of a block's dense parameters, by name inside it."""
         stored = {name: self.names[f"{prefix}.{name}"] for name, _ in module.named_parameters()}
         return {name: self.checkpoint.headers[at].dtype for name, at in stored.items() if at not in self.packing}
 
@@ -164,7 +164,7 @@ class ModelSource:
         return found
 
     def _part(self, layer: str, part: str) -> Tensor:
-        """What is stored beside the weight of a layer."""
+        """Return a tensor that is stored next to the weight of a layer."""
         return self.checkpoint.read(self.beside(f"{layer}.{part}"))
 
     def _turn(self, more: Blocks) -> Blocks:
@@ -253,7 +253,7 @@ class ModelSource:
         return self.packing.read(self.names[f"{layer}.weight"], layer, (rows, columns), self.names, meta=meta)
 
     def first_inputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """What the first block receives: hidden states [B, S, D], on the CPU, for each batch of tokens [B, S].
+        """Return the hidden states [B, S, D] that the first block receives, on the CPU, for each batch of tokens [B, S].
 
         What blocks are called with besides is kept for `arguments`.
         """
@@ -274,7 +274,7 @@ class ModelSource:
 
     @torch.no_grad()
     def arguments(self, shape: tuple[int, int]) -> list[Arguments]:
-        """What each block is called with besides the hidden states, for tokens of a shape (B, S) without padding."""
+        """Return the arguments of each block besides the hidden states, for tokens of a shape (B, S) without padding."""
         if shape not in self._arguments:
             with self._resident(lambda name: not self._is_head(name)):
                 self._check_streams()
@@ -299,7 +299,7 @@ class ModelSource:
         self._streams = True
 
     def _front(self, tokens_BS: Tensor) -> tuple[Tensor, list[Arguments]]:
-        """What the first block receives, and what each is called with besides the hidden states."""
+        """Return the hidden states that the first block receives, and the other arguments of each block."""
         received: list[Tensor] = []
         recorded: list[Arguments] = []
 
@@ -321,7 +321,9 @@ class ModelSource:
 
     @contextlib.contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """What makes logits [B, S, V] of the last block's outputs [B, S, D], on the device; open while the context is."""
+        """Yield a function from the last block's outputs [B, S, D] to logits [B, S, V], on the device. It works while the
+        context is open.
+        """
         last = len(self.layers) - 1
         embedding = self.model.get_input_embeddings()
         unused = next(f"{n}.weight" for n, m in self.model.named_modules() if m is embedding)  # unless the head is tied to it
@@ -368,7 +370,7 @@ class ModelSource:
         _move_buffers(module, self.device)
 
     def _read_sound(self, name: str) -> Tensor:
-        """What `read` gives, on the device and in the dtype of computation.
+        """Read a tensor, to the device and the dtype of computation.
 
         Raises:
             SourceError: it holds NaN or infinite values.

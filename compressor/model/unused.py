@@ -51,7 +51,7 @@ class Unused:
 
     Args:
         names: Their names on disk.
-        in_blocks: Those inside a numbered block: name -> number of the block and name inside it. Blocks beyond the model's
+        in_blocks: Tensors inside a numbered block: name -> number of the block and name inside it. Blocks beyond the model's
             own are for multi-token prediction.
         stem: Name on disk of the list of blocks.
         blocks: Number of blocks of the model.

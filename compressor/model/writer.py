@@ -83,7 +83,7 @@ class Workspace:
                 note.unlink()
 
     def notes(self, part: str, number: int) -> "PartNotes":
-        """Of the pass of a number, on a part that is not finished."""
+        """Return the notes of the pass with a number, on a part that is not finished."""
         return PartNotes(self.work, f"{part}.{number}")
 
     def read(self, part: str) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ class PartNotes:
     prefix: str
 
     def load(self, key: str) -> dict[str, Tensor]:
-        """What was saved last under a key."""
+        """Return the tensors that were saved last under a key."""
         path = self._path(key)
         return load_tensors(path) if path.is_file() else {}
 
@@ -230,7 +230,7 @@ def clear_up(out: Path, fingerprint: Mapping[str, str], warn: Callable[[str], No
 
     Args:
         out: Its result.
-        fingerprint: Of the run.
+        fingerprint: Fingerprint of the run.
         warn: Called with a sentence if that cannot be removed.
     """
     partial = out.with_name(out.name + ".partial")

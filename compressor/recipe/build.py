@@ -30,7 +30,8 @@ def quantize_recipe(
     """The recipe that `compress quantize` runs.
 
     Args:
-        bits: Of a weight; None takes 4, or what the numbers have; with `vq` the most that one may take, codebooks counted.
+        bits: Bits of a weight; None takes 4, or the bits of the numbers; with `vq` the most that one may take, codebooks
+            counted.
         fmt: `int`; `nvfp4`, `mxfp4`, `fp4`, `fp8` or `mxfp8`: floating-point numbers, which have bits of their own; `vq`:
             vectors out of codebooks. None takes what the method is for.
         activations: Bits that activations are rounded to; 16 leaves them as they are.
@@ -39,9 +40,9 @@ def quantize_recipe(
         group_size: Adjacent input channels that share a scale, -1 for whole rows; None takes 128.
         symmetric: False stores zero points, which only this project's loader reads.
         calibration: Where the text comes from; None takes the built-in text.
-        samples: Of calibration.
+        samples: Number of calibration samples.
         seq_len: Tokens of each; None takes what the model was made for, at most 2048.
-        seed: Of the order of documents.
+        seed: Seed of the order of documents.
         ignore: Patterns of layers to leave as they are.
         evaluate: Compare the result with the original.
         changes: `KEY=VALUE` changes to the recipe, as with --set.
@@ -92,21 +93,21 @@ def prune_recipe(
 
     Args:
         ratio: Share of the parameters that goes.
-        of: What it counts: `model`, `blocks` or `mlp`.
+        of: Basis of the ratio: `model`, `blocks` or `mlp`.
         by: `width`: channels and heads; `hidden`: channels of the hidden state; `depth`: blocks; `sublayers`: attentions and
             MLPs.
         layout: `uniform`: every block of the same shape; `per-layer`: each with widths of its own; `block-configs`: the MLPs
             so, in a form that others read; of width.
-        score: Which of them go first: a score of `prune_width` or `taylor`, a basis of `prune_hidden`, a way of
-            `prune_depth`. None takes the best.
+        score: Score that decides what is dropped first: a score of `prune_width` or `taylor`, a basis of `prune_hidden`, a
+            way of `prune_depth`. None takes the best.
         heads: Whether groups of heads may go; of width.
-        multiple: Of which the number of channels stays one; None takes what suits their number, with `bits` 128.
+        multiple: Divisor of the number of channels; None takes what suits their number, with `bits` 128.
         recover: Steps of training towards the original's predictions; 0 trains nothing.
-        bits: Of a weight, if what is left is to be quantized too.
+        bits: Bits of a weight, if the rest is to be quantized too.
         calibration: Where the text comes from.
-        samples: Of calibration.
+        samples: Number of calibration samples.
         seq_len: Tokens of each; None takes what the model was made for, at most 2048.
-        seed: Of the order of documents.
+        seed: Seed of the order of documents.
         evaluate: Compare the result with the original.
         changes: `KEY=VALUE` changes to the recipe, as with --set.
 

@@ -17,10 +17,10 @@ DENSE = 16  # bits of activations that are left as they are
 
 @dataclass(frozen=True)
 class Numbers:
-    """What --format stands for.
+    """A value of --format.
 
     Args:
-        bits: Of a weight, if there is no choice.
+        bits: Bits of a weight, if there is no choice.
         options: The formats of a recipe, of which each layer takes the best.
         activations: How they are rounded, by their bits.
         grouped: The size of groups can be chosen.
@@ -55,7 +55,7 @@ class Method:
     """A chain of passes.
 
     Args:
-        about: What it is, for --help and the table of methods.
+        about: Description for --help and the table of methods.
         passes: Each as in a recipe, without the format and the layers.
         calibrated: Whether it reads text.
         only: Values of --format that it works with, the first by itself; None for all but vq.
@@ -125,7 +125,7 @@ def best(fmt: str, bits: float, *, calibrated: bool) -> str:
 
 
 def numbers(method: str | None, fmt: str | None) -> str:
-    """What weights become: as was asked for, or what the method is for."""
+    """Return the numbers that weights are rounded to: those asked for, or those that the method is for."""
     if fmt is not None:
         return fmt
     only = METHODS[method].only if method is not None and method in METHODS else None

@@ -25,7 +25,7 @@ class Calibration:
     source: `builtin`, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].
     samples: How many.
     seq_len: Tokens of each; null takes what the model was made for, at most 2048.
-    seed: Of the order of documents.
+    seed: Seed of the order of documents.
     on_disk: A directory to keep hidden states in instead of memory, for millions of tokens; null keeps them in memory.
     """
 
@@ -67,10 +67,10 @@ class Evaluation:
 
 @node
 class Target:
-    """What the result may take: exactly one of the three.
+    """The budget of the result: exactly one of the three.
 
     Args:
-        size: Of its safetensors files: bytes, or such as 4GB, 3.5GiB, 800MB.
+        size: Size of its safetensors files: bytes, or a text such as 4GB, 3.5GiB, 800MB.
         bits: Stored bits of a weight of the compressed layers, scales and codebooks counted.
         ratio: Share of the original's size that is to be saved.
     """
@@ -111,7 +111,7 @@ class Target:
 class Evolve:
     """Args:
     generations: At most; 0 does without.
-    offspring: Of each generation.
+    offspring: Number of offspring in each generation.
     stages: Survivors and tokens of each stage; the last one leaves one.
     switches: Units that an offspring has a level up, at most, besides those that what is left allows.
     patience: Generations without a better one after which it ends.
@@ -132,7 +132,7 @@ class Evolve:
 
     @property
     def tokens(self) -> int:
-        """Of a generation: those of all stages, times what takes part in them."""
+        """Return the tokens of a generation: those of all stages, times the candidates in each."""
         entering = [self.offspring, *(survivors for survivors, _ in self.stages)]
         return sum(count * tokens for count, (_, tokens) in zip(entering, self.stages, strict=False))
 
@@ -142,18 +142,18 @@ class Search:
     """How levels are chosen for a target.
 
     Args:
-        tokens: Of text that whole models are compared on, besides that of calibration and an eighth as much that the search
-            does not see and the last word is spoken on.
-        rounds: Of successive integer programmes, at most; 0 does without.
+        tokens: Number of tokens used to score candidate models. A further eighth is held out for the final choice.
+            Calibration text is separate.
+        rounds: Maximum number of successive integer programmes; 0 does without.
         radii: Levels that one of their proposals may lie from the point at hand.
-        table_tokens: That their losses are taken on.
+        table_tokens: Number of tokens that the levels' losses are measured on.
         evolve: Evolutionary search after them.
     rebuilds: How often levels are made again, only those near to the choice, on what the layers before it then give; and
         searched among.
     drop: An attention or an MLP may go altogether; only our loader reads what is left.
-        minutes: That all may take, from start to written model; null takes what it takes.
+        minutes: Time limit from start to written model; null sets none.
         resident: Hold the model in memory; null does so if it takes less than half of what is available.
-        seed: Of all that is drawn.
+        seed: Seed of all random draws.
     """
 
     tokens: int = 131072
@@ -183,8 +183,8 @@ class Recipe:
     passes: Algorithms, applied to each decoder block in this order.
     calibration: The text that statistics are collected on.
     evaluation: The text that the result is compared with the original on; null measures nothing.
-    target: What the result may take: which of the passes' options each unit gets is searched for. Null if they have one each,
-        or with a plan.
+    target: Budget of the result: the option of each unit is searched for among those of the passes. Null if the passes have
+        one option each, or with a plan.
     search: How; null for the usual way.
     """
 

@@ -55,7 +55,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     """Markdown with what a user of the model has to know: how to load it, what it cost, how it was made.
 
     Args:
-        report: What report.json holds.
+        report: Content of report.json.
     """
     lines = [
         "---", "library_name: transformers", "tags:", "- compressed", "---", "",

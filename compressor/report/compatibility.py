@@ -1,4 +1,4 @@
-"""Which runtimes can load a model directory, and why the others cannot.
+"""Tell which runtimes can load a model directory, and why the others cannot.
 
 The first two were run. The rest is as read in their sources, not run: vLLM (`compressed_tensors.py`,
 `compressed_tensors_wNa16.py`, `compressed_tensors/utils.py`, `marlin_utils.py`, `auto_gptq.py`), SGLang (the same files),
@@ -33,7 +33,7 @@ SAME_IN_EVERY_VERSION = (2, 4, 8)  # compressed-tensors before 0.18 packed other
 
 @dataclass(frozen=True)
 class Runtime:
-    """What one runtime makes of a model."""
+    """Whether one runtime can load a model, and why not."""
 
     name: str
     loads: bool
@@ -80,7 +80,7 @@ def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
 
 
 def _stock_obstacles(packed: Mapping[str, Format]) -> Iterator[str]:
-    """What keeps transformers from loading a model in a layout that it knows."""
+    """Yield the reasons why transformers cannot load a model in a layout that it knows."""
     for layer, fmt in packed.items():
         if isinstance(fmt, IntGroup) and fmt.packed and not fmt.symmetric:
             yield f"{layer}: packed zero points do not reload"
@@ -92,19 +92,19 @@ def activation_bits(source: ModelSource) -> int | None:
 
 
 def stock_dtype(source: ModelSource) -> str:
-    """What transformers holds the weights in that it computes with: NVFP4 in bfloat16, which cuts off odd divisors."""
+    """Return the dtype in which transformers holds the weights: for NVFP4 bfloat16, which cuts off odd divisors."""
     layers = [layer for layer, fmt in source.packed().items() if isinstance(fmt, NVFP4)]
     return "bfloat16" if any(frexp(_divisor(source, layer))[0] != 0.5 for layer in layers) else "float32"
 
 
 def _cache_obstacles(source: ModelSource) -> Iterator[str]:
-    """What keeps engines from rounding keys and values as the model was calibrated for."""
+    """Yield the reasons why engines cannot round keys and values as the model was calibrated for."""
     if source.cache is not None and source.cache.kv_cache != "fp8":
         yield f"its caches hold fp8, this model was made for one of {source.cache.kv_cache}"
 
 
 def per_tensor(source: ModelSource) -> str | None:
-    """What compressed-tensors does to activations that lose their batch dimension on the way into a layer."""
+    """Return what compressed-tensors does to activations that lose their batch dimension on the way into a layer."""
     kind = source.model.config.model_type
     if kind not in FLATTENING or activation_bits(source) is None:
         return None
@@ -112,7 +112,7 @@ def per_tensor(source: ModelSource) -> str | None:
 
 
 def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Iterator[str]:
-    """What else keeps engines from serving it: layers that they fuse, and what their kernels take."""
+    """Yield other reasons why engines cannot serve it: layers that they fuse, and formats that their kernels do not take."""
     for group, layers in fused_groups(linear_layers(source.model)).items():
         schemes = {packed[layer].label if layer in packed else "dense" for layer in layers}
         if len(schemes) > 1:
@@ -138,7 +138,7 @@ def _divisor(source: ModelSource, layer: str) -> float:
 
 
 def _rounding_obstacles(fmt: IntGroup) -> Iterator[str]:
-    """What keeps engines from multiplying as integers."""
+    """Yield the reasons why engines cannot multiply as integers."""
     if fmt.packed:
         yield "with activations of 8 bits a byte for each code is taken only; set packed: false"
     if not fmt.symmetric or fmt.bits not in KERNEL_BITS:

@@ -51,7 +51,7 @@ def check_amendable(directory: Path, *, judged: bool, compared: bool) -> dict[st
     """The report that later measurements are to go into.
 
     Args:
-        directory: Of a model.
+        directory: Model directory.
         judged: Whether a new `quality` takes the place of the run's.
         compared: Whether that has a KL divergence.
 

@@ -1,4 +1,4 @@
-"""What is in a model directory, from its headers: sizes by kind and by tensor, metadata counted, and what can load it."""
+"""Describe a model directory from its headers: sizes by kind and by tensor, metadata counted, and what can load it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -77,7 +77,7 @@ class Inspection:
     warnings: tuple[str, ...]  # about tensors that the model does not use
 
     def share(self, entry: Kind | Parameter) -> float:
-        """Of all bytes, what one entry takes."""
+        """Return the share of all bytes that one entry takes."""
         return entry.size_bytes / max(1, self.size_bytes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def inspect_model(path: Path) -> Inspection:
 
 
 def _parameters(source: ModelSource) -> tuple[Parameter, ...]:
-    """What is stored, by the tensor of the model that it is stored for, in the order of the files."""
+    """Return the stored tensors, by the tensor of the model that they are stored for, in the order of the files."""
     headers, packed, state = source.checkpoint.headers, source.packed(), source.model.state_dict()
     of_cache = source.cache_tensors()
     owned: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What a run did: one row per layer, the totals, the evidence. Saved as report.json with the keys below."""
+"""Record a run: one row per layer, the totals, the evidence. It is saved as report.json with the keys below."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -31,14 +31,14 @@ CPU = torch.device("cpu")
 
 
 class Asked(Protocol):
-    """What answers: a `Worker`."""
+    """The interface of a `Worker`."""
 
     def ask(self, method: str, *arguments: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the models are given to do."""
+    """The work that is timed."""
 
     batches: tuple[int, ...]
     prompt: int  # tokens
@@ -51,7 +51,9 @@ class Load:
         return self.prompt + 1 + self.new_tokens
 
     def runs(self) -> list[tuple[Phase, int]]:
-        """Of one round: phase and batch. A single prompt is always among them, for the time to its first token."""
+        """Return the runs of one round: phase and batch. A single prompt is always among them, for the time to its first
+        token.
+        """
         prefills: list[tuple[Phase, int]] = [("prefill", batch) for batch in sorted({1, *self.batches})]
         return [*prefills, *(("decode", batch) for batch in sorted(set(self.batches)))]
 
@@ -86,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured, and how."""
+    """The measurements, and how they were made."""
 
     load: Load
     dtype: str
@@ -141,7 +143,7 @@ def bench(
         rounds: How often everything is measured, after a round that is not counted.
         threads: On the CPU; None leaves it to torch.
         device: Where to run.
-        dtype: Of the computation.
+        dtype: Dtype of the computation.
         tell: Called before each measurement, and with an empty text after each round.
 
     Raises:
@@ -208,7 +210,7 @@ def _checked(
     rounds: int,
     threads: int | None,
 ) -> Load:
-    """What the models are given to do, which they all have room for. Reads headers only."""
+    """Return the work for the models, checked to fit all of them. Reads headers only."""
     at_least_one = [*(("--batch", batch) for batch in batches), ("--new-tokens", new_tokens), ("--rounds", rounds)]
     at_least_one += [("--prompt-len", 1 if prompt is None else prompt), ("--threads", 1 if threads is None else threads)]
     for option, value in at_least_one:

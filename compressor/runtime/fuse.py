@@ -1,4 +1,4 @@
-"""What is done to a model once its packed layers are in memory: fuse them, choose their kernels, compile these.
+"""Prepare a model whose packed layers are in memory: fuse them, choose their kernels, compile these.
 
 Layers that read the same activations, packed alike, become one: one launch instead of three for q, k and v.
 """
@@ -41,7 +41,7 @@ def make_ready(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _inner(layout: Layout) -> Layout:
-    """What the kernels see of a layout."""
+    """Return the layout as the kernels see it."""
     return layout.inner if isinstance(layout, Around) else layout
 
 

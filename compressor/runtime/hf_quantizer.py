@@ -127,7 +127,7 @@ def stock() -> Iterator[None]:
 
 
 def _ours_or(stock: Callable[..., Any]) -> Any:
-    """What stands in the table for transformers' own quantizer: that one, or ours where we can read the checkpoint."""
+    """Return a replacement for transformers' own quantizer: it makes that one, or ours where we can read the checkpoint."""
 
     def quantizer(config: QuantizationConfigMixin, **kwargs: Any) -> Any:
         readable = not getattr(config, "dequantize", False) and kwargs.get("pre_quantized", True) and _readable(config)

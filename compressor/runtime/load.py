@@ -39,7 +39,7 @@ def load(
     Args:
         path: Model directory, dense or packed, written by this package or in a layout of others that it reads.
         device: Where to put it.
-        dtype: Of the computation; None takes the checkpoint's where the device computes in it, else float32.
+        dtype: Dtype of the computation; None takes the checkpoint's where the device computes in it, else float32.
         kernel: "auto", or the one to use: "native" (FP8 weights and activations on tensor cores), "cuda", "cpu" (rounds
             activations to 8 bits) or "reference" (slow and exact).
             The choice and its reason are logged by `compressor.runtime.kernels.dispatch`.
@@ -70,7 +70,7 @@ def load(
 
 
 def _entry(source: ModelSource) -> dict[str, Any]:
-    """What config.json says of packed layers where its class knows no more of a model than that it is a Llama."""
+    """Return the entry of config.json about packed layers, where the model's class knows only that it is a Llama."""
     return write(source.packed(), (), (), source.cache, source.hadamard, source.absent, source.widths)
 
 
@@ -105,10 +105,10 @@ def generate(
         prompt: Text, or with `chat` the user's turn of a conversation.
         max_new_tokens: At most so many.
         chat: Put the prompt into the tokenizer's chat template.
-        device: As of `load`.
-        dtype: As of `load`.
+        device: Device, as for `load`.
+        dtype: Dtype of the computation, as for `load`.
         seed: Sample from the model's distribution with this seed.
-        kernel: As of `load`.
+        kernel: Kernel, as for `load`.
 
     Raises:
         CompressorError: no model or tokenizer that can be read, or no chat template.
@@ -129,7 +129,7 @@ def continuation(
     max_new_tokens: int,
     seed: int | None = None,
 ) -> str:
-    """What a model writes after tokens [S]: the likeliest, or with a seed sampled."""
+    """Return a model's continuation of tokens [S]: the likeliest, or with a seed a sampled one."""
     if seed is not None:
         torch.manual_seed(seed)
     ids_1S = ids[None].to(model.device)

@@ -1,4 +1,4 @@
-"""What is measured in a worker process: a model that computes, and the memory that it reads from.
+"""Measure a model in a worker process: how fast it computes, and which memory it reads from.
 
 A decoding step reads every weight once, whatever the batch, and the keys and values of all earlier tokens:
 
@@ -32,7 +32,7 @@ TRIES = 5  # of each way to use the memory's bandwidth; the best counts
 
 @dataclass(frozen=True)
 class About:
-    """What a worker holds, as it finds it."""
+    """A description of what a worker holds."""
 
     device: str
     threads: int
@@ -60,7 +60,7 @@ class Resident:
         self.load_seconds = now(self.device) - started
 
     def about(self) -> About:
-        """What runs here."""
+        """Describe what runs here."""
         return About(_device_name(self.device), torch.get_num_threads(), self._runtime(), self.load_seconds)
 
     def prefill(self, batch: int, length: int) -> Taken:
@@ -144,7 +144,7 @@ def now(device: torch.device) -> float:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Of the parameters and buffers that one decoding step reads; see the head of this file."""
+    """Return the bytes of the parameters and buffers that one decoding step reads; see the head of this file."""
     head = model.get_output_embeddings()
     read = [model.get_decoder() or model.base_model, *([head] if head is not None else [])]  # no vision tower
     tensors = {t.data_ptr(): t for module in read for t in _weights(module)}
@@ -162,7 +162,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Of the keys and values that a cache holds."""
+    """Return the bytes of the keys and values that a cache holds."""
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 

@@ -51,7 +51,7 @@ class PackedWeight(nn.Module):
         bias: [rows], or None.
         kernel: "auto", or the kernel to use.
         takers: How many layers share the product.
-        rounding: What is done to activations first (compressor/formats/numerics/activations.py).
+        rounding: Rounding of activations before the product (compressor/formats/numerics/activations.py).
     """
 
     bias: Tensor | None
@@ -111,8 +111,8 @@ class PackedLinear(nn.Module):
 
     Args:
         weight: The packed weight, perhaps shared.
-        rows: Which of its rows.
-        stored: What the weight was made of: its format, and how finely its groups were stored.
+        rows: Rows of the fused weight that are this layer's.
+        stored: Origin of the weight: its format, and how finely its groups were stored.
         taker: Number of this layer among those that share the weight.
     """
 
@@ -203,7 +203,7 @@ class PackedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class Stored:
-    """What has to be remembered of a packed tensor to make it again from codes that a layout gives back."""
+    """The properties of a packed tensor that are needed to make it again from the codes of a layout."""
 
     format: Format
     bits: int | None  # of integers, which a layout may widen
@@ -213,7 +213,7 @@ class Stored:
 
     @staticmethod
     def of(tensor: QuantizedTensor, codes: Codes) -> "Stored":
-        """Of a tensor and its codes."""
+        """Return the properties of a tensor and its codes."""
         if isinstance(codes, IntCodes):
             return Stored(tensor.format, codes.bits, codes.scale.shape[1])
         if isinstance(codes, FloatCodes):

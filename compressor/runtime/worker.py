@@ -26,7 +26,7 @@ class Worker:
         self._process, self._connection = process, connection
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        """What a method of the thing returns.
+        """Call a method of the thing, and return its result.
 
         Raises:
             CompressorError: the method raised one, memory ran out, or the process died.
@@ -62,9 +62,9 @@ def started(where: str, make: Callable[..., object], *arguments: Any) -> Iterato
     """A worker that has made its thing; it ends with the context, however that is left.
 
     Args:
-        where: What the thing is, for messages.
+        where: Name of the thing, for messages.
         make: Called in the new process; importable by name.
-        arguments: Of `make`.
+        arguments: Arguments of `make`.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

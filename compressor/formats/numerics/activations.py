@@ -42,7 +42,7 @@ class InputRounding(Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """What layers that read the same activations were given in calibration, and what errors in it cost them."""
+    """Activations that layers were given in calibration, and the cost of errors in them."""
 
     magnitudes: Magnitudes
     energy_I: Tensor  # sum of squares of the weights of each input channel
@@ -53,7 +53,7 @@ class Seen:
 
     @staticmethod
     def nothing() -> "Seen":
-        """What stands for calibration where only the kind of the result matters."""
+        """Return a stand-in for calibration where only the kind of the result matters."""
         return Seen(Magnitudes(torch.zeros(1, BINS, dtype=torch.int64)), torch.zeros(1))
 
     def best(self, elements: Sequence[Minifloat]) -> tuple[Minifloat, float]:
@@ -70,7 +70,9 @@ class Seen:
 
 
 def scales(element: Minifloat, peak: float, below: int = 0) -> list[float]:
-    """Those to try for numbers up to a peak, in eighths of a power of two: from twice what holds it to a 64th, and below."""
+    """Return the scales to try for numbers up to a peak, in eighths of a power of two: from twice what holds it to a 64th
+    and, by `below` steps, less.
+    """
     return [peak / element.largest * 2 ** (-eighths / EIGHTHS) for eighths in range(-EIGHTHS, 6 * EIGHTHS + 1 + below)]
 
 
@@ -179,7 +181,7 @@ STATIC = {"fp8-static": INPUT_SCALE, "nvfp4": INPUT_DIVISOR}  # and every -tenso
 
 
 def static_part(name: str) -> str | None:
-    """What is stored, [1], for activations rounded in a way, if anything is."""
+    """Return the name of the tensor, [1], that is stored for a way of rounding activations; None if nothing is stored."""
     return INPUT_SCALE if name.endswith(TENSOR) else STATIC.get(name)
 
 
@@ -188,7 +190,7 @@ def rounding(name: str, part: Callable[[str], Tensor]) -> InputRounding:
 
     Args:
         name: As above.
-        part: What is stored beside the weight under a name.
+        part: Function from the name of a stored tensor to the tensor.
     """
     if name in _DYNAMIC:
         return _DYNAMIC[name]
@@ -208,7 +210,7 @@ def in_product(how: InputRounding | None) -> str | None:
 
 
 def bits(name: str) -> int:
-    """Of what activations are rounded to in a way."""
+    """Return the bits of the numbers that activations are rounded to."""
     if name in SCHEMES:
         return int(SCHEMES[name]["num_bits"])
     return Minifloat.parse(name.removesuffix(TENSOR).removesuffix(TOKEN)).bits

@@ -52,8 +52,8 @@ def kmeans(x_ND: Tensor, weight_N: Tensor, entries: int, *, iterations: int, see
         x_ND: The vectors, fp32.
         weight_N: How much the error of each counts, not negative.
         entries: K. Where there are fewer different vectors, entries are left that are zero.
-        iterations: Of Lloyd's algorithm; it ends early where nothing changes.
-        seed: Of the starting points.
+        iterations: Number of iterations of Lloyd's algorithm; it ends early where nothing changes.
+        seed: Seed of the starting points.
     """
     codebook_KD = _start(x_ND, weight_N, entries, torch.Generator().manual_seed(seed))
     errors: list[float] = []

@@ -1,4 +1,4 @@
-"""What the bytes of a packed weight mean, apart from how they lie: integers, table entries and scales, one per element.
+"""Represent a packed weight apart from its byte layout: integers, table entries and scales, one per element.
 
 A format (compressor/formats) reads these off its bytes on disk, and makes bytes of them; a layout of the kernels
 (compressor/runtime/kernels/layouts) arranges them for fast multiplication, and gives them back. Neither knows of the other.

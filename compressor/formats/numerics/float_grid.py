@@ -32,18 +32,18 @@ AT_ONCE = 2**20  # elements searched together: bounds the temporaries
 
 
 class FloatFormat:
-    """What all formats of floating-point numbers have in common: it follows from the parts and the codes."""
+    """Base class of formats of floating-point numbers: what follows from the parts and the codes."""
 
     part_names: ClassVar[tuple[str, ...]]
     activations: str | None
 
     @abstractmethod
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
-        """As of `Format`."""
+        """Return the tensors on disk, as `Format` says."""
 
     @abstractmethod
     def codes(self, packed: QuantizedTensor) -> FloatCodes:
-        """As of `Format`."""
+        """Unpack a weight, as `Format` says."""
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         parts = self.checkpoint_parts(shape).values()
@@ -57,7 +57,7 @@ class FloatFormat:
         return self.activations is not None and static_part(self.activations) is not None
 
     def input_parts(self) -> dict[str, PartSpec]:
-        """What is stored of how activations are rounded."""
+        """Return the tensors that are stored for the rounding of activations."""
         part = None if self.activations is None else static_part(self.activations)
         return {} if part is None else {part: (torch.float32, (1,))}
 
@@ -135,15 +135,15 @@ class FloatGrid:
 
 @dataclass(frozen=True)
 class FloatFit:
-    """What is to be fitted.
+    """The settings of a fit.
 
     Args:
         element: The numbers.
-        kind: Those that scales are.
+        kind: Numbers that scales are stored as.
         group_size: Adjacent input channels that share a scale; -1 for the whole row.
         rows: Output channels that share one; -1 for all.
-        factor: Of the whole weight.
-        inputs: As of `FloatGrid`.
+        factor: Factor of the whole weight.
+        inputs: Scale of the activations, as in `FloatGrid`.
     """
 
     element: Minifloat

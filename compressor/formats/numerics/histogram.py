@@ -27,7 +27,7 @@ def bins(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """What calibration saw of an input."""
+    """Histogram of the magnitudes of an input in calibration."""
 
     counts_IB: Tensor  # int64
 

@@ -107,13 +107,13 @@ class IntGrid:
 
 @dataclass(frozen=True)
 class IntFit:
-    """What is to be fitted.
+    """The settings of a fit.
 
     Args:
         bits: Width of a code.
         group_size: Adjacent input channels that share a scale; -1 for the whole row.
         symmetric: Zero points are 2**(bits - 1), scales may be negative.
-        scale_dtype: In which scales are stored: bf16 or fp16.
+        scale_dtype: Dtype that scales are stored in: bf16 or fp16.
     """
 
     bits: int
@@ -146,7 +146,9 @@ class IntFit:
         return self._range(w_OGE, share, sign)
 
     def _least(self, w_OGE: Tensor, importance_GE: Tensor, shares: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-        """Of K shares of the range and signs, [K, O, G] or one for all groups, the first with the least error, [O, G]."""
+        """Return the first of K shares of the range, and its sign, with the least error, [O, G]; shares and signs are [K, O,
+        G], or one for all groups.
+        """
         least = torch.full(w_OGE.shape[:2], torch.inf, device=w_OGE.device)
         share, sign = torch.ones_like(least), torch.ones_like(least)
         together = max(1, AT_ONCE // w_OGE.numel())

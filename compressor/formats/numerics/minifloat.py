@@ -43,7 +43,7 @@ class Minifloat:
 
     @staticmethod
     def parse(name: str) -> "Minifloat":
-        """That of a name such as e2m1. Raises ValueError."""
+        """Return the numbers of a name such as e2m1. Raises ValueError."""
         found = re.fullmatch(r"e(\d)m(\d)", name)
         if found is None:
             raise ValueError(f"`{name}` is no kind of number; write e2m1 for 2 bits of exponent and 1 of mantissa")
@@ -70,7 +70,7 @@ class Minifloat:
 
     @property
     def magnitudes(self) -> tuple[float, ...]:
-        """Of the codes 0, 1, 2 …, in rising order."""
+        """Return the magnitudes of the codes 0, 1, 2 …, in rising order."""
         return _magnitudes(self)
 
     @property
@@ -85,7 +85,7 @@ class Minifloat:
         return code.add_(torch.signbit(x), alpha=self.sign).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """What codes stand for, fp32; those of reserved magnitudes are no numbers."""
+        """Return the values of codes, fp32. Those of reserved magnitudes are NaN."""
         half = [*self.magnitudes, *[float("nan")] * self.reserved]
         table = torch.tensor([*half, *(-value for value in half)], device=codes.device)
         return table[codes.int()]

@@ -105,7 +105,7 @@ def _group(config: Mapping[str, Any]) -> int:
 
 
 def _channels(block: Mapping[str, Mapping[str, Any]], alike: int, hidden: int) -> int:
-    """Of the MLP of a block whose attention is as the config says."""
+    """Return the number of channels in the MLP of a block whose attention is as the config says."""
     attention, ffn = block["attention"], block["ffn"]
     if attention["n_heads_in_group"] != alike or any(_peculiar(part) for part in (attention, ffn)):
         raise ValueError("blocks differ in more than the width of their MLPs, or do without parts, which is not read")

@@ -150,7 +150,7 @@ def turned_layers(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
     """The layers whose activations are turned, by full name, with the size of the blocks.
 
     Args:
-        config: Of the model.
+        config: Config of the model.
         shapes: (O, I) of every linear layer, by full name.
         where: For errors.
 
@@ -290,7 +290,7 @@ def _says(given: Mapping[str, Any], known: Mapping[str, Any], keys: Iterable[str
 
 
 def _activations(group: Mapping[str, Any], ways: Iterable[str | None], where: str) -> str | None:
-    """Which of some ways a group of layers rounds what it multiplies by."""
+    """Return the way, out of some, in which a group of layers rounds its inputs."""
     if group.get("output_activations"):
         raise SourceError(f"{where}: the outputs of layers are quantized, which is not computed here; use another checkpoint")
     given = group.get("input_activations")

@@ -31,7 +31,7 @@ Change = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]  # attention mod
 
 @dataclass(frozen=True)
 class CacheRounding:
-    """What the cache of a block holds: an option of a plan.
+    """The numbers that the cache of a block holds: an option of a plan.
 
     Args:
         kv_cache: fp8 (E4M3) or int8.
@@ -71,12 +71,12 @@ class CacheScales:
 
     @staticmethod
     def read(rounding: CacheRounding, modules: Iterable[str], stored: Callable[[str], Tensor]) -> "CacheScales":
-        """Those of some attention modules, `stored` giving what `tensors` has under a name."""
+        """Read the scales of some attention modules; `stored` returns the tensor of a name in `tensors`."""
         scales = {name: (stored(f"{name}.{KEYS}"), stored(f"{name}.{VALUES}")) for name in modules}
         return CacheScales(rounding, scales)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored, by name inside the block."""
+        """Return the stored tensors, by name inside the block."""
         keys = {f"{module}.{KEYS}": pair[0] for module, pair in self.scales.items()}
         return keys | {f"{module}.{VALUES}": pair[1] for module, pair in self.scales.items()}
 
@@ -98,7 +98,7 @@ def attentions(module: nn.Module) -> list[str]:
 
 
 def read_scheme(scheme: Mapping[str, Any]) -> CacheRounding:
-    """What a `kv_cache_scheme` means. Raises ValueError for another than those above."""
+    """Return the meaning of a `kv_cache_scheme`. Raises ValueError for another than those above."""
     for found in (CacheRounding(kv_cache="fp8"), CacheRounding(kv_cache="int8")):
         if all(scheme.get(key) == value for key, value in found.scheme().items()):
             return found
@@ -114,7 +114,7 @@ class Entrance:
         self._change, self._cache = change, cache
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As of transformers' `Cache`: all keys and values so far."""
+        """Append keys and values, and return all so far, as transformers' `Cache` does."""
         keys, values = self._change(keys, values)
         return (keys, values) if self._cache is None else self._cache.update(keys, values, *args, **kwargs)
 

@@ -28,7 +28,7 @@ def narrow(model: nn.Module, widths: Mapping[str, int], where: str) -> None:
     """Make linear layers as narrow as they are stored, on the meta device.
 
     Args:
-        model: Of transformers.
+        model: Model of transformers.
         widths: Heads of keys and values, or channels, by full name of the attention or MLP.
         where: For errors.
 

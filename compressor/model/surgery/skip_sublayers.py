@@ -40,7 +40,7 @@ class NoMLP(nn.Module):
 
 
 def substitutes(block: nn.Module) -> dict[str, nn.Module]:
-    """What can stand in the place of each sub-layer that a block has and may do without."""
+    """Return a substitute for each sub-layer that a block has and can do without."""
     found: dict[str, nn.Module] = {}
     attention, mlp = (getattr(block, name, None) for name in SUBLAYERS)
     if hasattr(attention, "o_proj") and isinstance(index := getattr(attention, "layer_idx", None), int):

@@ -233,7 +233,7 @@ class VectorRounding(Rounding):
 
     @property
     def step(self) -> float:
-        """Return the step of a uniform grid of as many bits that holds nine in ten of the weights for which entries are made."""
+        """Return the step of a uniform grid of as many bits that holds nine in ten of the weights that entries stand for."""
         return 4 * float(self.latent_OI.std()) / 2**self.bits
 
     def moved(self, steps: int) -> "VectorRounding":

@@ -42,13 +42,13 @@ def figures(plots: Mapping[str, Any]) -> dict[str, Figure]:
 
 
 def quality_panels(plots: Mapping[str, Any]) -> list[str]:
-    """Which measures of quality are plotted against size."""
+    """Return the measures of quality that are plotted against size."""
     models = [point for point in plots["quality_size"]["points"] if not point["original"]]
     return [key for key in ("perplexity", "kl") if any(point[key] is not None for point in models)]
 
 
 def position_panels(plots: Mapping[str, Any]) -> list[str]:
-    """Which measures are plotted against the place in the sample: losses if there is nothing else."""
+    """Return the measures that are plotted against the place in the sample: losses if there is nothing else."""
     present = [
         key for key in ("kl", "delta_nll") if any(value is not None for one in plots["positions"] for value in one[key])
     ]

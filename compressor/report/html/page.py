@@ -79,7 +79,7 @@ def _title(reports: Reports) -> str:
 
 
 def _notes(models: list[Model], plots: Mapping[str, Any]) -> list[str]:
-    """What keeps figures from being compared."""
+    """Return notes on why figures cannot be compared."""
     found = []
     others = [one.label for one in models if not one.comparable]
     if others:

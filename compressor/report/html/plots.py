@@ -1,4 +1,4 @@
-"""What the plots show, as small plain data: it can be told again from the reports alone."""
+"""Collect what the plots show, as small plain data: it can be computed again from the reports alone."""
 
 import re
 from collections import Counter
@@ -76,7 +76,9 @@ def quality_size(reports: Reports, names: Sequence[str]) -> dict[str, Any]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Which points (size, loss) no other point beats: is at most as large in both and smaller in one."""
+    """Return the points (size, loss) that no other point beats. A point beats another if it is at most as large in both and
+    smaller in one.
+    """
     return {
         i
         for i, (size, loss) in enumerate(points)
@@ -85,7 +87,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
 
 
 def judged_text(report: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """What tells one text to be judged on from another; None where the report does not say."""
+    """Return what distinguishes one evaluation text from another; None where the report does not say."""
     texts = (report.get("quality") or {}).get("texts")
     return tuple(sorted(text["sha256"] for text in texts)) if texts else None
 

@@ -1,4 +1,4 @@
-"""What a report.json has to hold for a page and a card to be made of it, as pydantic models.
+"""Check that a report.json holds what a page and a card are made of, by pydantic models.
 
 Whole parts may be missing or null: they were not measured. Keys that no page shows are not looked at.
 """

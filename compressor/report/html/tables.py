@@ -189,7 +189,7 @@ def speed(models: Sequence[Model]) -> Table | None:
 
 
 def plan(models: Sequence[Model]) -> Table | None:
-    """Which option how many layers of which kind got."""
+    """Tabulate how many layers of which kind got which option."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         by_option: dict[str, list[Mapping[str, Any]]] = {}
@@ -228,7 +228,7 @@ def worst_layers(models: Sequence[Model]) -> Table | None:
 
 
 def verification(models: Sequence[Model]) -> Table | None:
-    """What was checked and found."""
+    """Tabulate what was checked and found."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         for check in model.report["verification"] or ():
@@ -261,7 +261,7 @@ def calibration(models: Sequence[Model]) -> Table | None:
 
 
 def run(models: Sequence[Model]) -> Table:
-    """What ran, with what, and what it took; a column for each model."""
+    """Tabulate what ran, with which settings, and its cost; a column for each model."""
     columns = [_facts(model) for model in models]
     names = list(dict.fromkeys(name for column in columns for name in column))
     header = ("", *(model.label for model in models)) if len(models) > 1 else ("", "")

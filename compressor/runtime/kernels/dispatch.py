@@ -1,4 +1,5 @@
-"""Which kernel multiplies: tensor cores by themselves, the CUDA kernels, the CPU kernels, or the reference, in this order.
+"""Choose the kernel that multiplies: tensor cores by themselves, the CUDA kernels, the CPU kernels, or the reference, in this
+order.
 
 A kernel is asked for by name, "auto" for the first that can. "cuda:DIRECTORY" are CUDA kernels whose sources are those of a
 directory instead of the package's: whoever says so trusts them.
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why."""
+    """The chosen kernel, and why."""
 
     kernel: str
     reason: str
@@ -42,7 +43,7 @@ def choose(layout: str, device: torch.device, dtype: torch.dtype, wanted: str = 
     Args:
         layout: Name of the weight's layout.
         device: Where the activations are.
-        dtype: Of the activations.
+        dtype: Dtype of the activations.
         wanted: "auto", or the kernel that it has to be.
 
     Raises:

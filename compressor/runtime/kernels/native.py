@@ -30,7 +30,7 @@ def obstacle(layout: Layout, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 def lacking(device: torch.device) -> str | None:
-    """What a device lacks for it, or None."""
+    """Return what a device lacks for it, or None."""
     if device.type != "cuda":
         return f"the activations are on {device}"
     if torch.version.cuda is None:
@@ -51,7 +51,7 @@ def layout(codes: Codes, rounding: InputRounding | None, device: torch.device) -
 
 
 def about(device: torch.device) -> str:
-    """What multiplies, in a few words."""
+    """Describe the kernel in a few words."""
     return f"{torch.cuda.get_device_name(device)}, FP8 tensor cores"
 
 
@@ -60,7 +60,7 @@ def product(x_MK: Tensor, parts: Sequence[Tensor], layout: Layout, rows: int, bi
 
     Args:
         x_MK: bf16, its columns padded to the layout's.
-        parts: Of the layout.
+        parts: Tensors of the layout.
         layout: An `Fp8Rows`.
         rows: N.
         bias: [N], or None.

@@ -54,7 +54,7 @@ class Library:
         return Library(functions, tuple(name for number, name in enumerate(ISAS) if bits >> number & 1))
 
     def number(self, isa: str | None, few: bool) -> int:
-        """Of an instruction set, or of the fastest: for few tokens that is not AMX.
+        """Return the number of an instruction set, or of the fastest: for few tokens that is not AMX.
 
         Raises:
             KernelError: the machine does not have it.
@@ -85,7 +85,7 @@ def obstacle(layout: Layout, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 def about(device: torch.device) -> str:
-    """What multiplies, in a few words."""
+    """Describe the kernel in a few words."""
     return f"{_built().isas[-1]}, activations rounded to 8 bits"
 
 
@@ -102,7 +102,7 @@ def linear(
 
     Args:
         x_MK: Activations, bf16, fp32, or fp16, for which fp32 stands in.
-        parts: Of the layout.
+        parts: Tensors of the layout.
         layout: An `IntGroups`.
         rows: N.
         bias: [N], or None.
@@ -165,7 +165,7 @@ def _built() -> Library:
 
 
 def _weight(parts: Sequence[Tensor], layout: Layout, rows: int, columns: int) -> tuple[int | None, ...]:
-    """What the C functions want to know of a weight."""
+    """Return the description of a weight that the C functions take."""
     assert isinstance(layout, IntGroups)
     has_high = layout.bits == 3
     return (

@@ -38,7 +38,7 @@ def obstacle(layout: Layout, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 def about(device: torch.device) -> str:
-    """What multiplies, in a few words."""
+    """Describe the kernel in a few words."""
     return torch.cuda.get_device_name(device)
 
 
@@ -64,10 +64,10 @@ def linear(
     Args:
         x_MK: bf16, contiguous, its columns those of whole chunks, in the order in which they are stored.
         parts: As the layout's `arrange` made them. Must have been written before the kernel that runs before this one began.
-        layout: Of the parts.
+        layout: Layout of the parts.
         rows: N.
         bias: [N], or None.
-        directory: Of the CUDA sources.
+        directory: Directory of the CUDA sources.
     """
     tokens, columns = x_MK.shape
     if tokens > FUSED_ROWS:

@@ -40,7 +40,7 @@ def key_of(*parts: object) -> str:
 
 
 def read(directory: Path, key: str) -> Cubin | None:
-    """What was kept, or None if it is not there or not whole."""
+    """Return a kept compilation; None if it is missing or damaged."""
     try:
         data = (directory / key).read_bytes()
     except OSError:

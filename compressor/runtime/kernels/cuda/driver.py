@@ -104,8 +104,8 @@ class Module:
 
         Args:
             name: As it is in the machine code.
-            parameters: Of the kernel, each a struct format: "P", "i", "4P4i".
-            threads: Of a block.
+            parameters: Parameters of the kernel, each a struct format: "P", "i", "4P4i".
+            threads: Number of threads of a block.
             shared_bytes: Dynamic shared memory of a block.
             overlapping: May start while the kernel before it still runs (sm_90 and later); it waits where it has to.
         """
@@ -135,7 +135,7 @@ class _Launch(threading.local):
 
 
 def _alignment(parameter: str) -> str:
-    """What ends a struct format with the padding that this parameter needs before it."""
+    """Return the end of a struct format with the padding that this parameter needs before it."""
     return "0P" if "P" in parameter else "0i"
 
 

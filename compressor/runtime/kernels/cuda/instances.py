@@ -1,4 +1,4 @@
-"""Which instances of the kernel templates a layout has, and which of them takes a product.
+"""List the instances of the kernel templates that a layout has, and choose the one for a product.
 
 What the numbers of a tile mean, and how many registers they cost, is at the top of linear.cuh. The choices below follow from
 registers and bytes on their way; `scripts/gpu/bench` measures them.
@@ -65,7 +65,7 @@ def linear_name(layout: Layout, tile: Tile) -> str:
 
 
 def dequantize_name(layout: Layout) -> str:
-    """That of the kernel that dequantises."""
+    """Return the name of the kernel that dequantizes."""
     return f"dequantize<{decoder(layout)}>"
 
 

@@ -123,7 +123,7 @@ def compiled(source: str, names: Sequence[str], architecture: str, directory: Pa
         source: All of the CUDA C++.
         names: Name expressions of the kernels, `linear<IntGroups<4, 0, 0>, 1, 1, 8, 4>`.
         architecture: "sm_80", "sm_90a", …
-        directory: Of the cache; None for the user's.
+        directory: Directory of the cache; None for the user's.
 
     Raises:
         KernelError: there is no compiler, or it fails.

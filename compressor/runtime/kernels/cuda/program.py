@@ -81,11 +81,11 @@ def load(
     """Compiles and loads a layout's kernels, once.
 
     Args:
-        name: Of the layout.
+        name: Name of the layout.
         device: torch's number of the GPU.
         tiles: Instances of `linear`; None for those that `instances.choose` chooses from.
         overlapping: May kernels start while the one before still runs? Only some devices can do that.
-        directory: Of the sources.
+        directory: Directory of the sources.
 
     Raises:
         KernelError: they cannot be compiled or loaded, or a CUDA graph is being captured, which forbids it.

@@ -47,7 +47,7 @@ def read(name: str, directory: Path = HERE) -> str:
 
 
 def text(layout: Layout, directory: Path = HERE) -> str:
-    """What is compiled for a layout."""
+    """Return the source text that is compiled for a layout."""
     return "\n".join(read(name, directory) for name in files(layout))
 
 
@@ -57,12 +57,12 @@ def digests(layout: Layout) -> dict[str, str]:
 
 
 def sha256(name: str, directory: Path = HERE) -> str:
-    """Of one file."""
+    """Return the hash of one file."""
     return hashlib.sha256(read(name, directory).encode()).hexdigest()
 
 
 def foreign(brought: Mapping[str, str]) -> list[str]:
-    """Of the sources that a checkpoint brings, by their sha256, those that are not this package's."""
+    """Return the sources of a checkpoint, given with their sha256, that are not this package's."""
     own = {name for name in brought if (HERE / name).is_file()}
     return [name for name, digest in brought.items() if name not in own or sha256(name) != digest]
 

@@ -81,12 +81,12 @@ class Around:
         return replace(inner, norm=parts.get("norm"), dense_ON=parts.get("dense"), channels_N=parts.get("channels"))
 
     def entering(self, x_MK: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-        """What the kernel multiplies by."""
+        """Return the vectors that the kernel multiplies by."""
         x_MK = x_MK[:, parts["order"]] if self.ordered else x_MK
         return x_MK * parts["norm"].to(x_MK.dtype) if self.normed else x_MK
 
     def beside(self, x_MK: Tensor, parts: Mapping[str, Tensor]) -> Tensor | None:
-        """What is added to the kernel's product, [M, N]."""
+        """Return what is added to the kernel's product, [M, N]."""
         return linear(x_MK[:, parts["channels"]], parts["dense"].to(x_MK.dtype)) if self.ordered else None
 
 

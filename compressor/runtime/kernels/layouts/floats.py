@@ -55,7 +55,7 @@ class Floats:
 
     @property
     def bits(self) -> int:
-        """That a code takes: 4 or 8."""
+        """Return the bits of a code: 4 or 8."""
         return 4 if self.element.bits <= 4 else 8
 
     @property

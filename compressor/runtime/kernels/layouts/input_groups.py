@@ -84,5 +84,5 @@ class InputGroups:
 
     @property
     def _bias(self) -> int:
-        """What the stored zero points are raised by: the number that decoding adds to a code."""
+        """Return the number that stored zero points are raised by, which decoding adds to a code."""
         return 0 if self.bits == 8 else 128

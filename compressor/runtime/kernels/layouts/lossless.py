@@ -100,7 +100,7 @@ def _differences(exponents_NK: Tensor, bases_N: Tensor) -> Tensor:
 
 
 def _bases(exponents_NK: Tensor) -> Tensor:
-    """Of each row the base that leaves the fewest escapes, uint8 [N]."""
+    """Return the base of each row that leaves the fewest escapes, uint8 [N]."""
     return torch.cat([_bases_of_block(block) for block in exponents_NK.split(max(1, _BLOCK // exponents_NK.shape[1]))])
 
 

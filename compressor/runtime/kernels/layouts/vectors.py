@@ -102,7 +102,7 @@ class Vectors:
 
 
 def _bits(codebook: Tensor) -> int:
-    """What an index needs, 1 at least."""
+    """Return the bits of an index, at least 1."""
     return max(1, (codebook.shape[0] - 1).bit_length())
 
 
