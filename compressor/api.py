@@ -49,7 +49,7 @@ LIBRARIES_BYTES = 540 * 2**20  # of the process before it reads a weight, and of
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would do: `--dry-run`."""
+    """The forecast of a run: `--dry-run`."""
 
     out: Path
     plan: Plan
@@ -172,9 +172,9 @@ def quantize(
     Args:
         model: Hugging Face model directory.
         out: Directory to create; None appends what was done to the model's name.
-        bits: Of a weight; None takes 4, or what the numbers have.
+        bits: Bits of a weight; None takes 4, or the bits of the numbers.
         tell: Called with progress.
-        options: Of `quantize_recipe`, and resume, overwrite, verify, device, dtype of `run`.
+        options: Options of `quantize_recipe`, and resume, overwrite, verify, device, dtype of `run`.
     """
     of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
     return run(quantize_recipe(bits, **options), model, out, required=given_patterns(options), tell=tell, **of_run)
@@ -187,7 +187,7 @@ def fit(model: str | Path = ".", out: str | Path | None = None, *, tell: Tell = 
         model: Hugging Face model directory.
         out: Directory to create; None appends the target to the model's name.
         tell: Called with progress.
-        options: Of `fit_recipe`, and levels, resume, overwrite, verify, device, dtype of `run`.
+        options: Options of `fit_recipe`, and levels, resume, overwrite, verify, device, dtype of `run`.
     """
     keys = ("levels", "resume", "overwrite", "verify", "device", "dtype")
     of_run = {key: options.pop(key) for key in keys if key in options}
@@ -204,7 +204,7 @@ def prune(
         out: Directory to create; None appends what was done to the model's name.
         ratio: Share of the parameters that goes.
         tell: Called with progress.
-        options: Of `prune_recipe`, and resume, overwrite, verify, device, dtype of `run`.
+        options: Options of `prune_recipe`, and resume, overwrite, verify, device, dtype of `run`.
     """
     of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
     return run(prune_recipe(ratio, **options), model, out, required=given_patterns(options), tell=tell, **of_run)
@@ -232,7 +232,7 @@ def forecast(
     dtype: str | None = None,
     required: Sequence[str] = (),
 ) -> Forecast:
-    """What `run` would do and how large the result would be, from the headers alone; arguments as of `run`.
+    """Return what `run` would do and how large the result would be, from the headers alone; arguments as of `run`.
 
     Raises:
         RecipeError: (among others) the recipe has a target, so that the plan is known only after a search.
@@ -348,7 +348,7 @@ def judge_result(model: Path, source: ModelSource, text: Judged, generate: int, 
 
 
 def write_reports(workspace: Workspace, report: Report) -> None:
-    """What the run did: for programs, for a browser, and for those who come upon the model."""
+    """Write the report for programs and for a browser, and the model card."""
     whole = completed(report.to_dict())
     report.plots = whole["plots"]
     for name, text in {**written(whole), CARD: model_card(whole)}.items():

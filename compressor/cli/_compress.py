@@ -1,4 +1,4 @@
-"""What `run` and the shorthands have in common once there is a recipe."""
+"""Run a recipe: the shared part of `run` and the shorthands."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""What a person sees: progress with the time left while it runs, a table at the end.
+"""Show progress, with the time left, while something runs, and a table at the end.
 
 On a terminal the progress is one live line; elsewhere plain lines, at least one in ten seconds. Both go to stderr.
 """
@@ -240,7 +240,7 @@ def print_report(report: "Report", out: str) -> None:
 
 
 def pruned(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """What went, and how many parameters are left."""
+    """Return rows on what was dropped, and how many parameters are left."""
     done = [step for step in steps if step["parameters"][0] > step["parameters"][1]]
     if not done:
         return []
@@ -264,7 +264,7 @@ def kept(keep: Mapping[str, int]) -> str:
 
 
 def searched(search: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Whose choice was taken, beside the others."""
+    """Return rows on the choice that was taken, next to the others."""
     if search is None:
         return []
     losses = sorted((one["kl"], one["name"]) for one in search["contestants"])
@@ -285,7 +285,7 @@ def worst_layer(report: "Report") -> str:
 
 
 def verified(checks: Sequence[Mapping[str, Any]]) -> str:
-    """What was looked at after writing."""
+    """Return what was checked after writing."""
     if not checks:
         return "no (--no-verify)"
     names = {o: ", ".join(c["check"] for c in checks if c["outcome"] == o) for o in ("passed", "skipped")}

@@ -1,4 +1,4 @@
-"""What the verbs that search for a plan have in common."""
+"""Define the options of the verbs that search for a plan."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,7 +38,7 @@ Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to lea
 
 
 def print_found(found: "Found") -> None:
-    """What the choices lose that the search came to, the best at the end."""
+    """Print the loss of the choices that the search found, the best at the end."""
     rows = [
         (one.name, f"{one.bits_per_weight:.3f}", f"{one.kl:.4f}", f"{one.seconds:.0f} s" if one.seconds else "")
         for one in sorted(found.contestants, key=lambda one: -one.kl)

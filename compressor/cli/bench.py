@@ -70,7 +70,7 @@ def bench(
 
 
 def print_speed(speed: Mapping[str, Any]) -> None:
-    """What was measured: by phase and batch, then by model."""
+    """Print the measurements: by phase and batch, then by model."""
     rows, models = speed["rows"], list(speed["runtime"])
     compared = len(models) > 1
     table = []

@@ -1,1 +1,1 @@
-"""What compression cost: comparisons of a model with its original on text that neither saw."""
+"""Evaluate the cost of compression: compare a model with its original on text that neither saw."""

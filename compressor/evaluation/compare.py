@@ -45,7 +45,7 @@ def compare(
         models: Model directories.
         reference: The original of all of them.
         tell: Called with progress.
-        options: Of `evaluate_all`.
+        options: Options of `evaluate_all`.
     """
     paths = [Path(path) for path in models]
     contents = [inspect_model(path) for path in paths]

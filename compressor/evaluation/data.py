@@ -19,14 +19,14 @@ from compressor.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model is judged on."""
+    """The text that models are evaluated on."""
 
     texts: tuple[Text, ...]
     protocol: Protocol
 
     @property
     def tokens(self) -> int:
-        """That go through the models."""
+        """Return the number of tokens that go through the models."""
         return sum(passage.tokens.numel() for text in self.texts for passage in text.passages)
 
 

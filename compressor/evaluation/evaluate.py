@@ -43,7 +43,7 @@ def evaluate(
         model: Model directory, dense or packed.
         reference: The original.
         tell: Called with progress.
-        options: Of `evaluate_all`.
+        options: Options of `evaluate_all`.
     """
     return evaluate_all([model], reference, tell=tell, **options)[0]
 
@@ -77,10 +77,10 @@ def evaluate_all(
         stride: New tokens of a sample; None for no overlap.
         bos: Begin each sample with the begin token; None does as the tokenizer does with a text.
         documents: Each document is a sample of its own.
-        seed: Of the order of documents.
+        seed: Seed of the order of documents.
         resident: Hold the models in memory instead of streaming them block by block.
         device: `cpu` or `cuda`; None takes a GPU if there is one.
-        dtype: Of the computation; None takes float32.
+        dtype: Dtype of the computation; None takes float32.
         tell: Called with progress.
     """
     if samples < 1:
@@ -136,13 +136,13 @@ def answer_tasks(
 
     Args:
         model: Model directory, dense or packed.
-        names: Of tasks: of lm-evaluation-harness, of our own suites, or of files (see compressor.evaluation.tasks).
+        names: Names of tasks: of lm-evaluation-harness, of our own suites, or of files (see compressor.evaluation.tasks).
         reference: The original.
         limit: Questions of each task, at most.
-        seed: Of which questions are taken.
+        seed: Seed of the choice of questions.
         resident: Hold one model at a time in memory instead of streaming it block by block.
         device: `cpu` or `cuda`; None takes a GPU if there is one.
-        dtype: Of the computation; None takes float32.
+        dtype: Dtype of the computation; None takes float32.
         announce: Called once, before it starts, with the work and the seconds expected.
         tell: Called with progress.
     """
@@ -191,7 +191,7 @@ def continuations(model: Path, reference: Path, text: Judged, count: int, templa
     Args:
         model: The compressed model.
         reference: The original.
-        text: Whose samples to take.
+        text: Text whose samples are taken.
         count: How many.
         template: Says device and dtype.
 

@@ -81,9 +81,9 @@ def measure(
     Args:
         models: To be judged.
         texts: With different names.
-        protocol: By which the texts were cut, for the record.
+        protocol: Protocol by which the texts were cut, for the record.
         reference: The original; None leaves out what needs one.
-        dtype: Of the computation, for the record.
+        dtype: Dtype of the computation, for the record.
         tell: Called with steps done and steps in total.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What models make of given tokens: log-likelihood, the most likely token, divergence from a reference, per prediction.
+"""Score models on given tokens: log-likelihood, the most likely token, divergence from a reference, per prediction.
 
 All models see the same batches in the same order and their logits are compared as they come, so that no logits are kept.
 
@@ -59,9 +59,9 @@ def score(
 
     Args:
         models: To be judged.
-        passages: Of any lengths.
-        reference: That the others are compared with; None leaves out the divergence.
-        tokens_at_once: That go through a model together, padding included.
+        passages: Passages of any length.
+        reference: Model that the others are compared with; None leaves out the divergence.
+        tokens_at_once: Number of tokens that go through a model together, padding included.
         tell: Called with steps done and steps in total.
 
     Raises:

@@ -98,8 +98,8 @@ def load_text(
         tokenizer: The model's.
         protocol: How to cut it.
         samples: At most so many.
-        seed: Of the order of documents.
-        split: Which documents.
+        seed: Seed of the order of documents.
+        split: Split to take documents from.
 
     Raises:
         CalibrationError: the source cannot be read, or holds too little text.

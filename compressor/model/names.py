@@ -1,4 +1,4 @@
-"""Map a model's parameters to their names in its checkpoint: the only place that relies on transformers' renaming rules (5.x)."""
+"""Map the parameters of a model to their names in its checkpoint, which relies on the renaming rules of transformers 5."""
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping

@@ -98,7 +98,7 @@ def open_stream(job: Job, calibration: Samples, keep_hidden: Keep, tell: Tell) -
 
 
 def part_name(index: int) -> str:
-    """What a block goes by in the workspace."""
+    """Return the name of a block in the workspace."""
     return f"block-{index:05d}"
 
 
@@ -108,7 +108,7 @@ def keep(workspace: Workspace, part: str, tensors: Mapping[str, Tensor], **recor
 
 
 def finish_probe(probe: Probe, report: Report) -> Record | None:
-    """What the model computes; a warning if that cannot be told."""
+    """Return what the model computes. Add a warning to the report if that cannot be recorded."""
     record = probe.record()
     if probe.obstacle is not None:
         report.warnings.append(f"no logits were recorded for `compress verify` to compare with: {probe.obstacle}")
@@ -195,7 +195,7 @@ def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream |
 
 
 def block_tensors(source: ModelSource, block: Block) -> dict[str, Tensor]:
-    """What is written of a block, by name on disk: packed parts, and the other tensors exactly as they were."""
+    """Return the tensors that are written for a block, by name on disk: packed parts, and the other tensors unchanged."""
     tensors: dict[str, Tensor] = {}
     for name, stored in block_names(source, block).items():
         layer = name.removesuffix(".weight")
@@ -221,7 +221,7 @@ def _stored_cache(job: Job, block: Block, tensors: Mapping[str, Tensor]) -> Cach
 
 
 def stored_layers(source: ModelSource, block: Block, workspace: Workspace, part: str) -> dict[str, Stored]:
-    """What a finished part holds, as it was installed."""
+    """Return the layers in a finished part, as they were installed."""
     tensors, bases = workspace.read(part), block_names(source, block)
     formats = {f.removeprefix(f"{block.prefix}."): fmt for f, fmt in stored_formats({part: workspace.finished[part]}).items()}
     stored: dict[str, Stored] = {}

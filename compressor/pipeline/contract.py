@@ -1,4 +1,4 @@
-"""What an algorithm is to the engine: a pass, the statistics it gets, and what it returns.
+"""The contract between the engine and an algorithm: a pass, the statistics it gets, and what it returns.
 
 Shape suffixes: O out_features, I in_features, T tokens, B samples of a batch, S sequence, D hidden.
 """
@@ -70,7 +70,7 @@ class NoNotes:
 
 
 class Stats(Protocol):
-    """What the calibration stream collected on one block."""
+    """The statistics that the calibration stream collected on one block."""
 
     @property
     def inputs(self) -> Sequence[Tensor]: ...  # [B, S, D] that enter the block after the compressed ones, of this rank
@@ -89,7 +89,7 @@ class Stats(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a pass did to (a part of) a block."""
+    """The result of a pass on (a part of) a block."""
 
     edits: Edits
     errors: Mapping[str, float]  # by layer: error relative to the layer's output (or to its weight, without data)
@@ -172,12 +172,12 @@ class Schedule:
     """Fields of every pass that trains.
 
     Args:
-        steps: Of training.
+        steps: Number of training steps.
         batch: Samples in a step.
         lr: First learning rate of the latents, in steps of the grid (their mean, of floating-point numbers), times the bits
             of a code: fine grids need small moves.
         scale_lr: First learning rate of the scales, or of the entries of codebooks, as a fraction of their mean size.
-        seed: Of the order of samples.
+        seed: Seed of the order of samples.
     """
 
     steps: int = 200
@@ -200,7 +200,7 @@ class Rewrites(Protocol):
     """A pass that changes the model before any block is read."""
 
     def rewriting(self, source: ModelSource, tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
-        """What is different.
+        """Return the change.
 
         Args:
             source: The model; headers are read, and whatever else is needed.
@@ -211,11 +211,11 @@ class Rewrites(Protocol):
 
 @dataclass(frozen=True)
 class Pruned:
-    """What a pass that prunes leaves.
+    """The result of a pass that prunes.
 
     Args:
         rewriting: The change; None if there is none.
-        report: What was done, plain data.
+        report: Report of the pass, plain data.
     """
 
     rewriting: Rewriting | None
@@ -245,7 +245,7 @@ class Prunes(Protocol):
     def label(self) -> str: ...  # file-name safe; empty if nothing goes
 
     def sketch(self, source: ModelSource) -> Sketch:
-        """What will be left."""
+        """Predict the shapes of the result."""
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
         """Return the peak of its work in bytes, as compressor/pipeline/memory_estimate.py counts it.
@@ -257,4 +257,4 @@ class Prunes(Protocol):
         """
 
     def prune(self, work: "Work") -> Pruned:
-        """What becomes of the model."""
+        """Prune the model."""

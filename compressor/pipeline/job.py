@@ -29,7 +29,7 @@ def silent(event: Event) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be done, and by whom."""
+    """The work of a run, and the ranks that do it."""
 
     source: ModelSource
     passes: Sequence[Pass]

@@ -42,7 +42,7 @@ def _inside(name: str) -> str:
 
 
 class _Entry(BaseModel, strict=True):
-    """What manifest.json says of a tensor."""
+    """The entry of a tensor in manifest.json."""
 
     dtype: str
     shape: list[NonNegativeInt]
@@ -50,7 +50,7 @@ class _Entry(BaseModel, strict=True):
 
 
 class _File(BaseModel, strict=True):
-    """What manifest.json holds, the probe as plain data."""
+    """The content of manifest.json, the probe as plain data."""
 
     version: Literal[1]
     config_sha256: Hash
@@ -61,7 +61,7 @@ class _File(BaseModel, strict=True):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a directory is to be compared with."""
+    """The hashes and the probe that a directory is compared with."""
 
     config_sha256: str
     files: Mapping[str, str]  # by name, the hashes of those that were copied: tokenizer, chat template, …

@@ -25,11 +25,11 @@ def expected_memory(
 
     Args:
         source: The model, pruned if it is to be.
-        passes: Of the recipe.
-        tokens: That calibration sends through; 0 without.
+        passes: Passes of the recipe.
+        tokens: Number of calibration tokens; 0 without calibration.
         on_disk: Their hidden states are not in memory.
-        judged: That the result is compared on; 0 without.
-        batch: That go through a block together.
+        judged: Number of tokens that the result is evaluated on; 0 without evaluation.
+        batch: Number of tokens that go through a block together.
     """
     return max(_compressing(source, passes, tokens, batch, on_disk), _judging(source, judged, batch) if judged else 0)
 

@@ -1,4 +1,4 @@
-"""What will be done, as data, before a weight is read: every unit's option, every output tensor, the memory it takes."""
+"""Plan a run, as data, before a weight is read: every unit's option, every output tensor, the memory it takes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = 
 
     Args:
         source: The model.
-        passes: Of the recipe.
+        passes: Passes of the recipe.
         given: Says which option units get of several; each pass then works on the units whose option it offers.
 
     Raises:
@@ -73,7 +73,7 @@ def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = 
 
 
 def _given(step: Pass, unit: str, given: Plan) -> Option | None:
-    """What a pass is to make of a unit; None if another pass is to work on it."""
+    """Return the option that a given plan has a pass apply to a unit; None if another pass works on the unit."""
     if unit in given:
         return next((option for option in step.options if option == given[unit]), None)
     if len(step.options) == 1 and not isinstance(step.options[0], Format):
@@ -93,7 +93,7 @@ def _check_given(given: Plan, plan: Plan) -> None:
 
 
 def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
-    """What a pass may make of a unit: its one option, or those of several that can hold all of its layers."""
+    """Return the option of a unit: the only one, or those of several that can hold all of its layers."""
     fitting = able(step, block, layers)
     suited = [option for option in step.options if not isinstance(step, Suits) or step.suits(option, block, layers)]
     if not suited:
@@ -214,7 +214,7 @@ def output_headers(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> d
 
 
 def cache_roundings(plan: Plan, block: Block) -> dict[str, CacheRounding]:
-    """What keys and values are rounded with, by the name of the attention module inside a block."""
+    """Return how keys and values are rounded, by the name of the attention module inside a block."""
     planned = {name: plan.get(f"{block.prefix}.{name}") for name in attentions(block.module)}
     return {name: option for name, option in planned.items() if isinstance(option, CacheRounding)}
 

@@ -1,4 +1,4 @@
-"""What a run needs before it can start: the opened model, the plan, the tokens. What can fail early, fails here."""
+"""Prepare a run: open the model and load the calibration text. What can fail early, fails here."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -34,7 +34,7 @@ class Record:
 
     @classmethod
     def of(cls, tokens_1S: Tensor, dtype: torch.dtype, logits_SV: Tensor) -> "Record":
-        """What is to be remembered of logits."""
+        """Return the record of logits."""
         log_probs = logits_SV.double().log_softmax(-1)
         top = log_probs.topk(min(KEPT, log_probs.shape[-1]))
         return cls(tuple(tokens_1S[0].tolist()), str(dtype).removeprefix("torch."), top.indices.cpu(), top.values.cpu())
@@ -93,7 +93,7 @@ class Probe:
             self._stop(f"{block.prefix}: its output is not finite in {self.source.dtype}")
 
     def record(self) -> Record | None:
-        """What the model makes of the tokens, once every block was passed; None if something was in the way."""
+        """Return the record of the model's output, once every block was passed; None if that was not possible."""
         if self._hidden_1SD is None:
             return None
         try:

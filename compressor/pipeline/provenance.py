@@ -1,4 +1,4 @@
-"""Which run made a result: fingerprints of recipe, model, data and arithmetic, and the report that carries them.
+"""Identify the run that made a result: fingerprints of recipe, model, data and arithmetic, and the report that carries them.
 
 `--resume` goes on only from a run with the same ones. On the same kind of machine, with as many threads, they give equal
 weights, byte for byte.
@@ -28,7 +28,7 @@ from compressor.report.record import Report, Row
 
 
 def fingerprint(recipe: Recipe, source: ModelSource, calibration: Samples | None) -> dict[str, str]:
-    """What must be equal for two runs to be the same run."""
+    """Return the properties that must be equal for two runs to be the same run."""
     return {
         "recipe": hashlib.sha256(to_yaml(recipe).encode()).hexdigest(),
         "model": fingerprint_model(source),
@@ -92,7 +92,7 @@ def new_report(
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a result depends on."""
+    """Return the versions of the packages that a result depends on."""
     packages = ("torch", "transformers", "tokenizers", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 

@@ -35,16 +35,16 @@ ANEW = "give --overwrite to start again, or choose another --out"
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass that prunes has to work with.
+    """The context of a pass that prunes.
 
     Args:
         recipe: All of it.
         original: The model before anything was taken away.
         source: The model as the passes before have left it.
         calibration: Text to make widths on.
-        ranks: Who else works.
+        ranks: The ranks that share the work.
         place: Directory for what is made; it has to stay until the model is written.
-        known: What has to be equal for that to be used again.
+        known: Properties that must be equal for earlier results to be used again.
         tell: Called with progress.
     """
 
@@ -59,7 +59,7 @@ class Work:
 
     @property
     def job(self) -> Job:
-        """Of the model alone."""
+        """Return a job of the model alone."""
         return Job(self.source, (), {}, self.ranks)
 
     def stream(self) -> CalibrationStream:
@@ -70,8 +70,8 @@ class Work:
         """A file of tensors that is made unless an interrupted run has left it.
 
         Args:
-            name: What is in it.
-            settings: Of the pass, by which one of other settings is not taken for it.
+            name: Name of the content.
+            settings: Settings of the pass. A file that was made with other settings is not used.
             make: Called on all ranks with a place for what it wants to put down on the way; the first rank's is kept.
         """
         known = hashlib.sha256(repr((sorted(self.known.items()), settings)).encode()).hexdigest()[:12]
@@ -117,7 +117,7 @@ def _read(file: Path, name: str, old: Tensor) -> Tensor:
 
 @node
 class PruningPass:
-    """What passes have in common that work in this stage: nothing is left for them to do on single blocks."""
+    """Base class of passes of this stage. They have nothing left to do on single blocks."""
 
     needs: ClassVar[tuple[type[Accumulator], ...]] = ()
     options: ClassVar[tuple[Format, ...]] = ()
@@ -131,7 +131,7 @@ class PruningPass:
     rebases: ClassVar[bool] = False  # it leaves another hidden state between blocks than the original's
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """That of the calibration stream."""
+        """Return the peak memory of the calibration stream, in bytes."""
         return collecting(source, tokens, batch)
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:

@@ -66,15 +66,15 @@ def fit_recipe(
 
     Args:
         model: Hugging Face model directory; its headers say what options are near the target.
-        size: Of the weight files.
-        bits: Of a weight of the compressed layers.
+        size: Size of the weight files.
+        bits: Bits of a weight of the compressed layers.
         ratio: Share of the original's size to save.
         using: Numbers to mix: `int`, `fp4`, `vq`; with `prune` attentions and MLPs may go altogether.
-        time: That everything may take: 90s, 30m, 2h.
+        time: Time limit for the whole run: 90s, 30m, 2h.
         calibration: Where the text comes from.
-        samples: Of calibration.
+        samples: Number of calibration samples.
         seq_len: Tokens of each; None takes what the model was made for, at most 2048.
-        seed: Of the order of documents and of the search.
+        seed: Seed of the order of documents and of the search.
         ignore: Patterns of layers to leave as they are.
         evaluate: Compare the result with the original.
         changes: `KEY=VALUE` changes to the recipe, as with --set.
@@ -199,7 +199,7 @@ def find_plan(
         recipe: With a target, and passes with options to choose among.
         source: The model.
         calibration: The text that levels are made on.
-        ranks: Who else works.
+        ranks: The ranks that share the work.
         place: Directory for measured levels and the steps of the search.
         tell: Called after each step.
         started: When the time began of which the recipe allows some, of `time.monotonic`.

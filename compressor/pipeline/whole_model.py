@@ -38,7 +38,7 @@ def tune(
 
     Args:
         job: The model and the passes.
-        number: Of the pass.
+        number: Number of the pass.
         batches: This rank's tokens.
         keep_hidden: Puts hidden states where they are to lie.
         workspace: With all blocks finished; None on all ranks but the first.
@@ -90,7 +90,7 @@ def tune(
 
 
 def tuned(workspace: Workspace, report: Report) -> Record | None:
-    """What an interrupted run has left of a training that it had finished."""
+    """Return the record of a training that an interrupted run had finished."""
     line = workspace.finished[TUNED]
     report.warnings += line["warnings"]
     return None if line["probe"] is None else Record.from_dict(line["probe"])
@@ -98,7 +98,7 @@ def tuned(workspace: Workspace, report: Report) -> Record | None:
 
 @torch.no_grad()
 def _dense(job: Job, inputs: Hidden, keep_hidden: Keep) -> tuple[Hidden, dict[str, Tensor]]:
-    """What leaves the last block of the dense model, and the weights of all its layers by full name."""
+    """Return the output of the dense model's last block, and the weights of all its layers by full name."""
     hidden = inputs
     weights: dict[str, Tensor] = {}
     for block in job.source.blocks():

@@ -81,7 +81,7 @@ def write_model(
 
 
 def layouts_of(formats: Mapping[str, Format], source: ModelSource) -> list[Layout]:
-    """What the kernels will make of packed layers, one entry for each layout."""
+    """Return the layouts that the kernels will arrange packed layers in, each once."""
     model, kinds = source.model, linear_layers(source.model)
     shapes = {layer: kinds[layer].weight(model.get_submodule(layer)).shape for layer in formats}
     found = {}

@@ -21,7 +21,7 @@ BATCH = 4  # rows at a time: faster on a CPU than the peers' default of 1
 
 @dataclass(frozen=True)
 class Job:
-    """What to do; the keys of the job file."""
+    """The task of a peer; the keys of the job file."""
 
     action: str  # quantize or score
     tool: str  # a key of ADAPTERS to quantize, of READERS to score
@@ -91,7 +91,7 @@ class LlmCompressor(Adapter):
         self.model = self.job.dense(self.job.dtype)
 
     def numbers(self) -> dict[str, Any]:
-        """What the weights are to be stored as."""
+        """Return the numbers that weights are stored as."""
         if "format" in self.job.options:
             scheme = self.SCHEMES[self.job.options["format"], self.job.options["activations"]]
             return {"scheme": scheme, "targets": "Linear"}
@@ -175,7 +175,7 @@ class AutoRound(Adapter):
         )
 
     def numbers(self) -> dict[str, Any]:
-        """What weights and activations are to be stored as."""
+        """Return the numbers that weights and activations are stored as."""
         if "format" not in self.job.options:
             return {"bits": self.job.bits, "group_size": self.job.group_size, "sym": True}
         scheme = {"scheme": self.job.options["format"].upper()}
@@ -215,7 +215,7 @@ class Hqq(Adapter):
 
 
 def read_stock(out: str) -> Any:
-    """What stock transformers, with compressed-tensors beside it, makes of a directory, in fp32.
+    """Load a directory with stock transformers and compressed-tensors, in fp32.
 
     Of 4-bit floating-point numbers it makes bf16 ones, which hold them exactly, at the first forward.
     """

@@ -38,7 +38,7 @@ NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Package:
-    """What pip installs for a peer, and what it does unless asked for something else."""
+    """A peer's package, and its defaults."""
 
     method: str
     requirements: tuple[str, ...]
@@ -56,7 +56,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all contestants are given."""
+    """The settings that are the same for all contestants."""
 
     model: Path
     calibration: Path

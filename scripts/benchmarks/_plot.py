@@ -18,8 +18,8 @@ def scatter(series: Mapping[str, Sequence[Point]], title: str, across: str, up: 
     Args:
         series: Points by the name of what they have in common.
         title: Above the plot.
-        across: What a size is.
-        up: What a loss is.
+        across: Meaning of a size.
+        up: Meaning of a loss.
     """
     points = [point for some in series.values() for point in some]
     low, high = min(x for x, _, _ in points), max(x for x, _, _ in points)

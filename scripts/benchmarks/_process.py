@@ -1,4 +1,4 @@
-"""What benchmarks that start other programs share: running one to its end and reporting what it took, and the machine."""
+"""Run another program to its end and report what it took, and on which machine: shared by several benchmarks."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process took."""
+    """The resources that a process used."""
 
     seconds: float
     cpu_seconds: float
@@ -82,7 +82,7 @@ def last_line(log: Path) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on; contestants tell their library versions themselves."""
+    """Describe the machine; contestants report their library versions themselves."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""What each option of GPTQ is worth on one model, alone and together: `scripts/bench ablation MODEL …`.
+"""Measure the worth of each option of GPTQ on one model, alone and together: `scripts/bench ablation MODEL …`.
 
 Each variant is written by the product, from the same calibration text, and judged on other text; the figures are ratios of KL
 divergences for the same seed, so what the choice of calibration text does to all of them alike cancels.

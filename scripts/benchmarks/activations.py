@@ -1,4 +1,4 @@
-"""What rounding activations costs, in floating-point numbers of 4 and 8 bits: `scripts/bench activations MODEL …`.
+"""Measure the cost of rounding activations to floating-point numbers of 4 and 8 bits: `scripts/bench activations MODEL …`.
 
 Weights have 4 bits in all rows. Each chain of passes is run on the model as it is and, where one scale serves all
 activations, on one that computes the same but has outliers in them: in every norm a few gains are multiplied by a power of
@@ -83,7 +83,7 @@ def measure(
 
 
 def recovered(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Which share of what one scale for E2M1 activations loses, a chain does not lose; by model and chain."""
+    """Return the share of the loss of one scale for E2M1 activations that a chain avoids; by model and chain."""
     kl = {(r["model"], r["chain"]): r["kl"] for r in results}
     return {
         f"{model}: {name}": (kl[model, ONE] - kl[model, name]) / (kl[model, ONE] - kl[model, ALL])

@@ -33,7 +33,7 @@ ONE_BILLION = Shape("1B", 16, 2048, 8192, 32, 2048)
 
 
 def held_bytes(path: Path) -> int:
-    """Of all tensors of the loaded model."""
+    """Return the bytes of all tensors of the loaded model."""
     model = compressor.load(path, dtype=torch.bfloat16)
     tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -59,7 +59,7 @@ FORECAST_ERROR = 0.30
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama with as many key and value heads as query heads."""
+    """The shape of a Llama with as many key and value heads as query heads."""
 
     name: str
     layers: int
@@ -69,7 +69,7 @@ class Shape:
     vocab: int
 
     def config(self) -> LlamaConfig:
-        """What transformers builds it from."""
+        """Return the config that transformers builds it from."""
         return LlamaConfig(
             architectures=["LlamaForCausalLM"],
             num_hidden_layers=self.layers,
@@ -136,7 +136,7 @@ CASES_7B = (
 
 @dataclass
 class Result:
-    """What was measured of a case."""
+    """The measurements of a case."""
 
     case: str
     expected_bytes: int | None  # there is no forecast for `eval`
@@ -148,7 +148,7 @@ class Result:
 
     @property
     def forecast_error(self) -> float | None:
-        """Of the dry run: +0.1 if it says 10 % more than was taken."""
+        """Return the error of the dry run: +0.1 if it says 10 % more than was taken."""
         return self.expected_bytes / self.peak_bytes - 1 if self.expected_bytes else None
 
 
@@ -303,7 +303,7 @@ def gib(count: int) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Return what the figures depend on besides the code."""
     libraries = {name: version(name) for name in ("compressor", "torch", "transformers", "safetensors")}
     return {"python": platform.python_version(), **libraries, "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
 

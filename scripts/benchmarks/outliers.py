@@ -1,4 +1,4 @@
-"""What outlier input channels cost with groups along either axis: `scripts/bench outliers MODEL …`.
+"""Measure the cost of outlier input channels with groups along either axis: `scripts/bench outliers MODEL …`.
 
 A Llama is changed so that it computes the same as before, but some input channels of its layers have large weights: in every
 norm a few gains are divided by a power of two, and the columns that read them multiplied by it. It is then quantized with

@@ -1,4 +1,4 @@
-"""What structured pruning loses beside what others do, on text held out: `scripts/bench pruning MODEL …`.
+"""Compare the loss of structured pruning with that of other methods, on held-out text: `scripts/bench pruning MODEL …`.
 
 Everybody takes at least the same share of the blocks' parameters away and sees the same calibration text. Ours are written as
 models by `compress prune` and read back; the others are tried in memory with the widths that their papers give each block:
@@ -69,7 +69,7 @@ OURS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Observed:
-    """What the scores of others look at, from the dense model."""
+    """The statistics of the dense model that the scores of others use."""
 
     parts: Sequence[Sequence[Part]]  # by block
     scores: Sequence[Mapping[str, Mapping[str, Tensor]]]  # by block, part, name of a score
@@ -254,7 +254,7 @@ def ours(
 
 
 def row(ratio: float, name: str, kl: Mapping[str, float], seconds: float | None = None) -> dict[str, Any]:
-    """What is kept of a contestant."""
+    """Return the record of a contestant."""
     return {"ratio": ratio, "name": name, "kl": dict(kl), "mean": sum(kl.values()) / len(kl), "seconds": seconds}
 
 

@@ -1,4 +1,5 @@
-"""What is lost, by us and by other tools, on one model: KL divergence, perplexity and seconds at equal bits, in one table.
+"""Measure the loss of our formats and of other tools on one model: KL divergence, perplexity and seconds at equal bits, in
+one table.
 
     scripts/bench quality MODEL --calibration FILE.jsonl --eval FILE.jsonl [--eval FILE2.jsonl] [--bits 4 3 2]
         [--group-size 128 64] [--format int|nvfp4|mxfp4] [--samples 128] [--seq-len 256] [--threads 1]
@@ -44,7 +45,7 @@ Key = tuple[str, int, int]  # contestant, bits, group size
 
 @dataclass(frozen=True)
 class Entry:
-    """Who takes part, and how it is asked."""
+    """An entry of the comparison, and how it is run."""
 
     method: str
     tool: str = ""  # empty: ours
@@ -156,7 +157,7 @@ def verdicts(results: Mapping[Key, Result]) -> list[Result]:
 
 
 def complaint(verdict: Result) -> str | None:
-    """What is wrong with a verdict, in words."""
+    """Return what is wrong with a verdict, in words."""
     if verdict["error"] is not None:
         return f"ours failed in {verdict['error']}"
     found = []

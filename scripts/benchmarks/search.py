@@ -1,4 +1,5 @@
-"""What a search over levels gains on one option for all, at equal bytes, on text held out: `scripts/bench search MODEL …`.
+"""Measure the gain of a search over levels on one option for all, at equal bytes, on held-out text: `scripts/bench search
+MODEL …`.
 
 Levels are measured once and serve all targets. Every choice is judged on texts that neither the levels nor the search saw:
 
@@ -200,7 +201,7 @@ def sizes(options: argparse.Namespace, place: Path) -> list[dict[str, Any]]:
 
 
 def depth(options: argparse.Namespace) -> dict[str, Any]:
-    """What is lost without a share of the attentions and MLPs, on text held out."""
+    """Return the loss without a share of the attentions and MLPs, on held-out text."""
     source, ranks, tokenizer = ModelSource(options.model, torch.device("cpu")), Ranks(), load_tokenizer(options.model)
     data = {"source": str(options.calibration), "samples": options.samples, "seq_len": options.seq_len}
     recipe = make_recipe({"passes": [{"pass": "prune_depth", "ratio": 0.25, "parts": "sublayers"}], "calibration": data})
@@ -279,7 +280,7 @@ def shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def wrong(rows: Sequence[Mapping[str, Any]], near: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What does not hold of what is promised."""
+    """Return the promises that do not hold."""
     found = []
     kl = {(row["target"], row["name"]): row["kl"] for row in rows}
     for target, share in shares(rows).items():

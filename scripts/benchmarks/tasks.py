@@ -42,7 +42,7 @@ class Scorer:
         self.positions = int(self.model.config.max_position_embeddings)
 
     def right(self, rows: list[dict[str, Any]], limit: int, seed: int) -> list[bool]:
-        """Of the same questions that the product draws."""
+        """Return whether each answer is right, for the same questions that the product draws."""
         worked = "answer" in rows[0]
         shots = rows[:SHOTS] if worked else []
         asked = rows[len(shots) :]
@@ -98,7 +98,7 @@ class Scorer:
 
 
 def by_harness(options: argparse.Namespace, file: Path, resident: bool, positions: int) -> list[bool]:
-    """Which questions the product finds to be answered right."""
+    """Return which questions are answered right by the product's count."""
     encoder = Encoder(load_tokenizer(options.model), positions)
     subject = Subject(options.model, Place(torch.device("cpu"), torch.float32, resident, available_memory))
     with quiet_harness():

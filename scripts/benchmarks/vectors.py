@@ -1,4 +1,4 @@
-"""What vectors out of codebooks lose beside integers, from 2 to 3 bits: `scripts/bench vectors MODEL …`.
+"""Compare the loss of vectors out of codebooks with that of integers, from 2 to 3 bits: `scripts/bench vectors MODEL …`.
 
 Two sizes stand in each row: that of the model at hand, whose codebooks weigh much if its layers are small and do not share
 them, and that of layers of 4096 x 4096, where they weigh little. A chain is compared with the best integers by each of them:

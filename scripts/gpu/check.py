@@ -48,7 +48,7 @@ def fitting(form: Format, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def compile_formats(cases: Sequence[Case], device: torch.device) -> None:
-    """What all checks need, in parallel."""
+    """Compile what all checks need, in parallel."""
     start = time.perf_counter()
     architecture = program.architecture(torch.cuda.get_device_capability(device))
     compile_all([(case.layout, instances.tiles(case.layout)) for case in cases], architecture)
@@ -61,7 +61,9 @@ def load_on(device: torch.device, layout: Layout, overlapping: bool) -> program.
 
 
 def through_the_entry(case: Case) -> Iterator[Finding]:
-    """What the rest of the package calls: it chooses the instance, and dequantises where there are many tokens."""
+    """Check the function that the rest of the package calls: it chooses the instance, and dequantizes where there are many
+    tokens.
+    """
     for tokens in (1, cuda.FUSED_ROWS, cuda.FUSED_ROWS + 1, 200):
         x_MK, bias_N, expected = case.problem(tokens, bias=True)
         found = cuda.linear(x_MK, case.parts, case.layout, case.rows, bias_N)

@@ -1,4 +1,4 @@
-"""What is compared of one kernel at a time: products and dequantised weights. Nothing but the kernels needs a GPU here."""
+"""Compare one kernel at a time: products and dequantized weights. Nothing but the kernels needs a GPU here."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

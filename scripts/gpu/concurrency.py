@@ -1,4 +1,4 @@
-"""What is compared of many kernels at once: chains in a CUDA graph, and two streams that two threads launch on.
+"""Compare many kernels at once: chains in a CUDA graph, and two streams that two threads launch on.
 
 Sums are added in one order, so results have to be the same bit for bit.
 """
@@ -20,7 +20,7 @@ Product = Callable[[Case, Tensor], Tensor]
 
 
 def chain(layers: Sequence[Case], x_MK: Tensor, product: Product) -> list[Tensor]:
-    """What all layers give out, each taking what the one before it gave."""
+    """Return the outputs of all layers, each fed by the one before it."""
     outputs = []
     for layer in layers:
         x_MK = product(layer, in_stored_order(x_MK, layer.codes, layer.layout.chunk))

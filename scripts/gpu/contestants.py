@@ -1,4 +1,4 @@
-"""What is timed against what: the ways to multiply by a weight of a format, the product in bf16, and other libraries."""
+"""List what is timed: the ways to multiply by a weight of a format, the product in bf16, and other libraries."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -36,7 +36,7 @@ LLAMA_3_8B = {
 
 
 def config(blocks: int) -> LlamaConfig:
-    """What transformers builds the model from."""
+    """Return the config that transformers builds the model from."""
     return LlamaConfig(num_hidden_layers=blocks, dtype="bfloat16", **LLAMA_3_8B)
 
 

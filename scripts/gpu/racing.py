@@ -90,7 +90,7 @@ class Bench:
         return able
 
     def figures(self, one: Contestant, times: Sequence[float], of_first: Sequence[float]) -> Row:
-        """What times of some rounds come to."""
+        """Return the summary of the times of some rounds."""
         rate = one.nbytes / median(times)
         return {
             "format": one.format,

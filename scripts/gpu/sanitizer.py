@@ -40,7 +40,7 @@ def watched(tool: str, command: Sequence[str]) -> Outcome:
 
 
 def judged(status: int, lines: Sequence[str]) -> Outcome:
-    """What an exit status means: errors that it found, a check that failed, or a sanitizer that does not run here."""
+    """Interpret an exit status: errors that it found, a check that failed, or a sanitizer that does not run here."""
     if status == 0:
         return Outcome("passed", "")
     if status in (1, ERRORS) and not any("not supported" in line for line in lines):

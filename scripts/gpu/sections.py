@@ -1,4 +1,4 @@
-"""What scripts/gpu/bench measures, section by section."""
+"""Define the measurements of scripts/gpu/bench, section by section."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +53,7 @@ class Plan:
     rivals: Mapping[str, Callable[[int, int, int], Rival]] = field(default_factory=lambda: RIVALS)
 
     def sections(self, kinds: Sequence[str]) -> dict[str, Section]:
-        """Those of some kinds by their names, in the order in which they are measured."""
+        """Return the sections of some kinds by their names, in the order in which they are measured."""
         every: dict[str, Section] = {
             **{f"products {n}x{k}": functools.partial(self.measure_products, (n, k)) for n, k in self.shapes},
             "step": self.measure_step,

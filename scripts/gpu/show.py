@@ -39,7 +39,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def in_a_line(error: Exception) -> str:
-    """What went wrong, without the rest of the story."""
+    """Return what went wrong, without the rest of the story."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 

@@ -63,7 +63,7 @@ class Gpu:
         self.stream = torch.cuda.Stream()  # that graphs are captured on
 
     def facts(self) -> dict[str, Any]:
-        """What a reader has to know of the machine."""
+        """Return the facts on the machine that a reader has to know."""
         try:
             compiler = ".".join(map(str, nvrtc.library().version))
         except CompressorError as error:
@@ -103,7 +103,7 @@ class Gpu:
         return seconds
 
     def compile(self, wanted: Sequence[Wanted]) -> None:
-        """What `kernels` will need, in parallel."""
+        """Compile what `kernels` will need, in parallel."""
         compile_all(wanted, architecture(torch.cuda.get_device_capability()))
 
     def kernels(self, layout: str, tiles: tuple[Tile, ...] | None = None, overlapping: bool = True) -> Program:
@@ -124,7 +124,7 @@ class Gpu:
 
 
 def in_turns(timers: Mapping[str, Timer], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """What each takes in each round, of which a first is not counted; every other round goes backwards."""
+    """Time each timer in each round, the first of which is not counted; every other round goes backwards."""
     taken: dict[str, list[float]] = {name: [] for name in timers}
     for number in range(rounds + 1):
         for name in list(timers)[:: -1 if number % 2 else 1]:

@@ -20,7 +20,7 @@ LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_token
 
 
 def passages(encoder: Encoder, requests: Sequence[Any]) -> list[Passage]:
-    """What requests of any kind but generation have a model predict."""
+    """Return the passages that a model has to predict for requests of any kind but generation."""
     found: list[Passage] = []
     for request in requests:
         found += [encoder.pair(*request.args)] if request.request_type == "loglikelihood" else encoder.rolling(*request.args)
@@ -28,7 +28,7 @@ def passages(encoder: Encoder, requests: Sequence[Any]) -> list[Passage]:
 
 
 def expected(encoder: Encoder, requests: Sequence[Any], questions: int) -> Work:
-    """What it takes to answer requests. Finds what cannot be answered.
+    """Return the work that answering requests takes. Find requests that cannot be answered.
 
     Raises:
         RecipeError: a request that does not suit the model, or that is not for greedy decoding.
@@ -49,7 +49,7 @@ class Adapter(LM):  # type: ignore[misc]
         self.subject, self.encoder, self.tell = subject, encoder, tell
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Of each continuation after its context, and whether greedy decoding writes it."""
+        """Return the log-likelihood of each continuation after its context, and whether greedy decoding writes it."""
         asked = passages(self.encoder, requests)
         return [
             (-float(scores.nll.sum()), torch.equal(scores.best, passage.tokens[passage.start :]))
@@ -57,7 +57,7 @@ class Adapter(LM):  # type: ignore[misc]
         ]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        """Of whole texts."""
+        """Return the log-likelihood of texts as a whole."""
         windows = [self.encoder.rolling(*request.args) for request in requests]
         scores = iter(self._score([window for of_text in windows for window in of_text]))
         return [-sum(float(next(scores).nll.sum()) for _ in of_text) for of_text in windows]

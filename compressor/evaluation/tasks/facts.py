@@ -114,10 +114,10 @@ def in_long_context(name: str, encoder: Encoder, seed: int, share: float) -> Que
     """Some facts, each after a long text that it stands in at some depth.
 
     Args:
-        name: Of the task.
+        name: Name of the task.
         encoder: Counts tokens and says how many the model takes.
-        seed: Of the choice of facts and of the text.
-        share: Of the tokens that the model takes, at most LONGEST, that text and question have.
+        seed: Seed of the choice of facts and of the text.
+        share: Share of the tokens that the model takes, at most LONGEST, that text and question fill.
     """
     draw = random.Random(seed)
     room = int(share * min(encoder.max_length, LONGEST))
@@ -161,5 +161,5 @@ def _after(sentences: list[str], fact: Fact) -> str:
 
 
 def _tokens(encoder: Encoder, context: str, answer: str) -> int:
-    """Of a question with its answer, the begin token included even where there is none."""
+    """Return the number of tokens of a question with its answer, the begin token included even where there is none."""
     return len(encoder.ids(f"{context} {answer}")) + 1

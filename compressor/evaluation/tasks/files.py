@@ -128,7 +128,7 @@ def _choice(row: Row) -> Row:
 
 
 def _index(label: Any, choices: list[str]) -> int:
-    """Which choice a label means."""
+    """Return the index of the choice that a label names."""
     if label in choices:
         return choices.index(label)
     if isinstance(label, str) and re.fullmatch("[A-Z]", label):

@@ -23,7 +23,7 @@ def continuations(
     stops: Sequence[str],
     max_tokens: int,
 ) -> list[str]:
-    """What a model writes after each prompt, up to the first stop text or the end token.
+    """Return a model's continuation of each prompt, up to the first stop text or the end token.
 
     Args:
         model: The whole of it, in memory.

@@ -42,11 +42,11 @@ def run_tasks(
 
     Args:
         model: Model directory.
-        names: Of tasks.
+        names: Names of tasks.
         place: Where and how to run.
         reference: The original.
         limit: Questions of each task, at most: of those of the hub the first ones, of others drawn over all.
-        seed: Of what is drawn.
+        seed: Seed of all random draws.
         announce: Called once before it starts, with the work for one model and the seconds expected for all.
         tell: Called with steps done and in total, from the beginning for each model and kind of request.
 
@@ -84,7 +84,7 @@ def load_tasks(model: Path, names: Sequence[str], limit: int | None = None, seed
 
 
 def expected_work(tasks: Tasks, encoder: Encoder, limit: int | None = None) -> Work:
-    """What tasks are for one model, found without it."""
+    """Return the work of tasks on one model, found without the model."""
     from compressor.evaluation.tasks.adapter import expected
 
     requests: list[Any] = []

@@ -1,4 +1,4 @@
-"""What came of tasks: a row for each task and metric, and what changed from the reference to the model."""
+"""Collect the results of tasks: a row for each task and metric, and what changed from the reference to the model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +32,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Answers:
-    """What the harness makes of a model's answers, for each of its tasks."""
+    """The harness's scores of a model's answers, for each of its tasks."""
 
     each: Mapping[str, Mapping[str, list[Any]]]  # task -> metric -> for each question; numbers where the metric is a mean
     overall: Mapping[str, Mapping[str, Any]]  # task -> metric -> what the harness makes of them

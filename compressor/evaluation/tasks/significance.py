@@ -11,7 +11,7 @@ from math import comb
 
 @dataclass(frozen=True)
 class Paired:
-    """What changed from the reference to a model."""
+    """The changes from the reference to a model."""
 
     lost: int  # right before, wrong now
     won: int  # wrong before, right now

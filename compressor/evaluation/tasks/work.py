@@ -24,7 +24,7 @@ class Work:
     cut: int = 0  # prompts that are too long for the model and lose their beginning
 
     def sentence(self, seconds: float) -> str:
-        """What is going to be done, in words."""
+        """Describe the work in words."""
         writing = f" and at most {self.written:,} to write" if self.written else ""
         time = (
             f"{seconds:.0f} s"
@@ -50,7 +50,7 @@ class Work:
 
 
 def _seconds_per_row(source: ModelSource, rows: int) -> float:
-    """Of a product [rows, D] x [D, WEIGHTS / D], on the device and in the dtype of the model."""
+    """Return the seconds per row of a product [rows, D] x [D, WEIGHTS / D], on the device and in the dtype of the model."""
     width = 4096
     x = torch.ones(rows, width, device=source.device, dtype=source.dtype)
     w = torch.ones(width, WEIGHTS // width, device=source.device, dtype=source.dtype)

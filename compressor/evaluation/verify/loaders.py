@@ -130,7 +130,7 @@ def _check_memory(source: ModelSource) -> None:
 
 
 def _ask(directory: Path, tokens_1S: Tensor, *, trusted: bool = False) -> dict[str, Any]:
-    """What transformers answers in a process that cannot import this package, on the CPU; `trusted`: it may run code."""
+    """Ask transformers, in a process that cannot import this package, on the CPU. With `trusted` it may run code."""
     with tempfile.TemporaryDirectory() as place:
         answer, modules = Path(place) / "answer.pt", {"HF_MODULES_CACHE": place} if trusted else {}
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1", **modules}

@@ -37,7 +37,7 @@ def check_values(source: ModelSource, progress: Progress) -> str:
 
 
 def check_reference(source: ModelSource, reference: Path, progress: Progress) -> str:
-    """What was not compressed is the original's, byte for byte; what was, resembles it.
+    """Check that tensors that were not compressed equal the original's, byte for byte, and that the others resemble it.
 
     Where the recipe rotated the model, that is compared with; what it may have scaled has only to resemble the original.
     """
@@ -78,7 +78,7 @@ def check_reference(source: ModelSource, reference: Path, progress: Progress) ->
 
 
 def _passes(directory: Path) -> tuple[Any, ...]:
-    """What was done to the original, if the directory tells."""
+    """Return the passes that were applied to the original, if the directory says."""
     recipe = directory / "recipe.yaml"
     return load_recipe(recipe).passes if recipe.is_file() else ()
 

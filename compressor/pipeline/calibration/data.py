@@ -70,7 +70,7 @@ def load_samples(
         tokenizer: The model's.
         samples: How many.
         seq_len: Tokens of each.
-        seed: Of the order of the documents.
+        seed: Seed of the order of the documents.
 
     Raises:
         CalibrationError: the source cannot be read or holds too little text.
@@ -233,7 +233,7 @@ def content(row: Any, column: str | None, where: str) -> Document:
 
 
 def _value(value: Any, column: str, row: dict[str, Any], where: str) -> Document:
-    """What a column holds."""
+    """Return the document in a column."""
     if isinstance(value, str) and column not in TEXT_COLUMNS and TURNS.match(value):
         value = parse_json(value, f"{where}: `{column}`", CalibrationError, "correct it")
     if isinstance(value, str):

@@ -20,7 +20,7 @@ class OnDisk(Sequence[Tensor]):
     Only the batch that is asked for is in memory, and a change to it does not reach the file.
 
     Args:
-        directory: Of the file.
+        directory: Directory of the file.
         batches: On the CPU.
 
     Raises:
@@ -40,7 +40,7 @@ class OnDisk(Sequence[Tensor]):
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Of the batches."""
+        """Return the shapes of the batches."""
         return [shape for _, shape, _ in self._places]
 
     def __len__(self) -> int:
@@ -82,10 +82,10 @@ Hidden = list[Tensor] | OnDisk
 
 
 def shapes(hidden: Hidden) -> list[torch.Size]:
-    """Of the batches, none of which is read."""
+    """Return the shapes of the batches without reading any."""
     return hidden.shapes if isinstance(hidden, OnDisk) else [batch.shape for batch in hidden]
 
 
 def keeping(directory: str | None) -> Keep:
-    """What keeps hidden states in a directory, or in memory if there is none."""
+    """Return a function that keeps hidden states in a directory, or in memory if there is none."""
     return list if directory is None else lambda batches: OnDisk(Path(directory), batches)

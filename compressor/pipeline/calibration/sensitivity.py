@@ -1,4 +1,5 @@
-"""What an error in a block's output costs the model's predictions: the Fisher information of the output channels.
+"""Estimate the cost of an error in a block's output for the model's predictions: the Fisher information of the output
+channels.
 
 For a small error e of a token's hidden state after a block, KL(dense || perturbed) is about eᵀ F e / 2 with F = E[g gᵀ], g
 being the gradient of log p(y) by that state, and y drawn from the model's own predictions. F averaged over tokens is [D, D];

@@ -110,7 +110,7 @@ class Spread:
 
     @property
     def value(self) -> Magnitudes:
-        """Of all tokens."""
+        """Return the histogram over all tokens."""
         return Magnitudes(self.counts_IB)
 
 

@@ -55,8 +55,8 @@ class CalibrationStream:
     With two streams, `dense[i]` is the same in the dense model, and `targets[i]` what the dense block makes of it.
 
     Args:
-        hidden: What the first block receives; the stream overwrites it.
-        ranks: Who else has batches.
+        hidden: Hidden states that the first block receives; the stream overwrites them.
+        ranks: The ranks that share the batches.
         device: To compute on.
         two_streams: Some pass compares with the dense model.
         metrics: [D, D] of each block, if some pass weighs errors of its output: see
@@ -154,7 +154,7 @@ class CalibrationStream:
 def read_inputs(
     block: Block, layers: Iterable[str], forward: Callable[[Tensor], Tensor], hidden_BSD: Tensor
 ) -> dict[str, Tensor]:
-    """What each of some layers reads, in the order of reading; the same object where two read the same tensor."""
+    """Return the input of each of some layers, in the order of reading; the same object where two read the same tensor."""
     inputs: dict[str, Tensor] = {}
     waiting = set(layers)
 

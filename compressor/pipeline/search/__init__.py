@@ -1,1 +1,1 @@
-"""Which option every unit takes: measure what each loses, choose under a budget, improve the choice as a whole."""
+"""Choose an option for every unit: measure what each loses, choose under a budget, improve the choice as a whole."""

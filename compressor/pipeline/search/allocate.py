@@ -33,7 +33,7 @@ class BudgetError(RecipeError):
 
 @dataclass(frozen=True)
 class Budget:
-    """What a choice may cost, of several resources.
+    """The budget of a choice, of several resources.
 
     Args:
         costs: By resource, by unit, by level.
@@ -49,7 +49,7 @@ class Budget:
         return [len(levels) for levels in next(iter(self.costs.values()))]
 
     def used(self, choice: Choice) -> dict[str, int]:
-        """What a choice costs."""
+        """Return the cost of a choice."""
         return {name: sum(c[j] for c, j in zip(costs, choice, strict=True)) for name, costs in self.costs.items()}
 
     def fits(self, choice: Choice) -> bool:
@@ -145,7 +145,7 @@ def _taken(x: "np.ndarray[Any, Any]", at: Sequence[tuple[int, int]]) -> Choice:
 
 
 def _better(x: "np.ndarray[Any, Any] | None", at: Sequence[tuple[int, int]], scores: Table, budget: Budget) -> Choice:
-    """Of a solution that may not be the best and a greedy one, the better that fits."""
+    """Return the better one that fits, of a solution that may not be the best and a greedy one."""
     found = [greedy(scores, budget)]
     if x is not None and budget.fits(choice := _taken(x, at)):
         found.append(choice)
@@ -188,9 +188,9 @@ def by_order(order: Sequence[int], ladder: Sequence[Sequence[int | None]], budge
     """One rung for all units, the highest that does not fit, lowered to the next unit by unit until it fits.
 
     Args:
-        order: Of the units, the one to be lowered first in front.
+        order: Units, the first one to be lowered in front.
         ladder: Rungs from the smallest up: the level of each unit; None where it lacks that option and keeps the rung below.
-        budget: What it may cost.
+        budget: Limit of the cost.
 
     Raises:
         BudgetError: not even the lowest rung fits.

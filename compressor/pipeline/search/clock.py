@@ -15,12 +15,12 @@ TRAINED = 0.4  # of what is left for search and training, at most, goes into tra
 
 @dataclass(frozen=True)
 class Clock:
-    """What is left until a deadline, the same on all ranks.
+    """The time left until a deadline, the same on all ranks.
 
     Args:
-        deadline: Of `time.monotonic`, on the first rank.
+        deadline: Deadline on the clock of `time.monotonic` of the first rank.
         reserve: Seconds before it that are for what comes after.
-        ranks: Who else asks.
+        ranks: The ranks that share the clock.
     """
 
     deadline: float

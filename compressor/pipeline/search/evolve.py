@@ -49,11 +49,11 @@ def evolve(
     Args:
         settings: How.
         start: The first parent; it fits.
-        budget: That no offspring exceeds.
+        budget: Limit that no offspring exceeds.
         score: Fitness.
         samples: How many there are to draw from.
         seq_len: Tokens of each.
-        seed: Of everything that is drawn.
+        seed: Seed of all random draws.
         done: The last generation of a search that was broken off.
     """
     parent, idle = (start, 0) if done is None else (done.parent, done.idle)

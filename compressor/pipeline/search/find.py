@@ -57,7 +57,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to."""
+    """The result of a search."""
 
     plan: Plan
     best: Contestant
@@ -136,7 +136,7 @@ def _short(thing: object) -> str:
 
 @dataclass(frozen=True)
 class Ground:
-    """What a search knows besides its levels; arguments as of `find`."""
+    """The context of a search besides its levels; arguments as of `find`."""
 
     job: Job
     text_NS: Tensor
@@ -226,9 +226,9 @@ def improve(
 
     Args:
         ways: Choices to begin with, by name.
-        weights: That `bits` of the budget are for.
-        budget: That no choice exceeds.
-        fitness: Of a choice.
+        weights: Number of weights that `bits` of the budget are for.
+        budget: Limit that no choice exceeds.
+        fitness: Loss of a choice.
         settings: How to search.
         trail: The steps so far; gets the others.
         clock: Says when to end.
@@ -313,7 +313,7 @@ def _generations(
 
 
 def allocations(units: Sequence[Unit], budget: Budget) -> dict[str, Choice]:
-    """What each allocator comes to, without those that find nothing because they give all units the same option."""
+    """Return the choice of each allocator, except of those that find nothing because they give all units the same option."""
     found = {}
     for name, allocate in ALLOCATORS.items():
         with suppress(BudgetError):

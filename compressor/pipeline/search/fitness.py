@@ -31,7 +31,7 @@ STATES = 2**30  # bytes of hidden states that wait between two blocks, at most
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """What the dense model predicts for one batch."""
+    """The dense model's predictions for one batch."""
 
     top_NSK: Tensor  # log-probabilities, fp32
     at_NSK: Tensor  # of which tokens
@@ -46,11 +46,11 @@ class Teacher:
 
     @classmethod
     def joined(cls, parts: Sequence["Teacher"]) -> "Teacher":
-        """Of several batches."""
+        """Join the predictions for several batches."""
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__slots__))
 
     def of_samples(self, samples: Sequence[int]) -> "Teacher":
-        """Of some samples."""
+        """Select the predictions for some samples."""
         chosen = list(samples)
         return Teacher(self.top_NSK[chosen], self.at_NSK[chosen], self.rest_NS[chosen])
 
@@ -90,9 +90,9 @@ class Fitness:
     Args:
         source: The dense model.
         model: Its blocks and its head, as `opened`.
-        levels: What a choice is of.
+        levels: Levels that a choice is made among.
         samples_NS: Tokens, the same on every rank; sample i is computed on rank i mod world.
-        ranks: Who else computes.
+        ranks: The ranks that share the work.
         kept: Bytes of dequantised levels that are kept for later calls.
     """
 
@@ -165,7 +165,7 @@ class Fitness:
 
     @torch.no_grad()
     def _predicted(self) -> Teacher | None:
-        """What the dense model predicts for all samples of this rank; None if it has none."""
+        """Return the dense model's predictions for all samples of this rank; None if it has none."""
         states = list(self._inputs)
         for block in self.blocks():
             states = [block.forward(x.to(self.source.device)).to(x.device) for x in states]

@@ -80,7 +80,7 @@ def _nearest(unit: Unit, stays: float) -> int:
 
 
 def errors(units: Sequence[Unit]) -> Table:
-    """What each level of each unit does to the output of its block."""
+    """Return the effect of each level of each unit on the output of its block."""
     return [{j: level.error for j, level in enumerate(unit.levels)} for unit in units]
 
 

@@ -73,7 +73,9 @@ def _joined(part: Unit, members: Sequence[Unit], kept_plan: Plan) -> tuple[Unit,
 
 
 def _best(levels: Iterable[tuple[Level, Choice | None]], kept: Plan) -> Iterable[tuple[Level, Choice | None]]:
-    """Of levels by size, those that lose less than every smaller one, those of one option for all, and those of a plan."""
+    """Yield the useful levels, by size: those that lose less than every smaller one, those of one option for all, those of a
+    plan.
+    """
     least = float("inf")
     for level, choice in levels:
         option = level.option

@@ -46,7 +46,7 @@ class Together:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What an option makes of a unit."""
+    """The result of an option on a unit."""
 
     option: Format | Kept | Together
     bits: int  # stored, counted from its tensors
@@ -77,7 +77,7 @@ class Unit:
         }
 
     def chosen(self, level: int) -> Mapping[str, Option]:
-        """What a level says of every unit that it is about, by full name."""
+        """Return the option that a level gives each unit that it covers, by full name."""
         option = self.levels[level].option
         return dict(option.options) if isinstance(option, Together) else {self.name: option}
 
@@ -89,7 +89,7 @@ class Unit:
 
 
 class Levels(Protocol):
-    """What a choice is made among."""
+    """The units and their levels, among which a choice is made."""
 
     @property
     def units(self) -> Sequence[Unit]: ...  # in the order of the model
@@ -100,9 +100,9 @@ class LevelDB:
     """Levels on disk.
 
     Args:
-        path: Of the directory.
-        fingerprint: What must be equal for what is there to be used.
-        remedy: What to do if it is not, or if another run is writing there.
+        path: Path of the directory.
+        fingerprint: Properties that must be equal for stored levels to be used.
+        remedy: Advice if they are not, or if another run is writing there.
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, str], remedy: str = NAMED) -> None:

@@ -34,7 +34,7 @@ JUDGED = 8192  # tokens that errors of a block's output are taken from
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What leaves a block, on the tokens that errors are taken from."""
+    """The output of a block, on the tokens that errors are measured on."""
 
     inputs: Sequence[Tensor]  # [B, S, D] of this rank
     outputs: Sequence[Tensor]
@@ -157,9 +157,9 @@ def affordable(
 
     Args:
         units: As planned.
-        seconds: That each option took for a block.
+        seconds: Time that each option took for a block, in seconds.
         fixed: Seconds that a block takes besides.
-        blocks: That are to come.
+        blocks: Number of blocks to come.
         left: Seconds for measuring, choosing and writing.
         wanted: Bits of a weight.
 
@@ -310,7 +310,7 @@ def _dropped(job: Job, block: Block, seen: _Seen, shift: float, part: str) -> Un
 
 @torch.no_grad()
 def _level(job: Job, block: Block, seen: _Seen, option: Format, edits: Mapping[str, QuantizedTensor]) -> Level:
-    """What an option made of a unit, judged by the block's output."""
+    """Return the level of an option on a unit, measured by the block's output."""
     missed = _missed(job, seen, block.trying(Trial.of(edits, job.source.device, job.source.dtype)))
     distance = sum(float((dense(new) - block.weight(name).float()).square().sum()) for name, new in edits.items())
     return Level(option, sum(map(stored_bits, edits.values())), missed, distance)

@@ -41,7 +41,7 @@ def successive(
 
     Args:
         start: The first point; it fits.
-        budget: That no point exceeds.
+        budget: Limit that no point exceeds.
         score: Fitness.
         table: Samples that losses are taken on.
         judge: Samples that proposals are judged on.
@@ -77,5 +77,5 @@ def losses_around(
 
 
 def _within(losses: Table, point: Choice, radius: int) -> Table:
-    """Of a table, what is not further from a point than a radius."""
+    """Return the entries of a table that are within a radius of a point."""
     return [{j: loss for j, loss in row.items() if abs(j - at) <= radius} for row, at in zip(losses, point, strict=True)]

@@ -18,8 +18,8 @@ def search_text(recipe: Recipe, tokens: int, source: ModelSource, calibration: S
         recipe: Says where from.
         tokens: At least so many.
         source: The model.
-        calibration: What is not read again.
-        key: What in the recipe asks for them, for the message.
+        calibration: Text that must not be used again.
+        key: Key of the recipe that asks for the tokens, for the message.
 
     Raises:
         CalibrationError: there are too few.

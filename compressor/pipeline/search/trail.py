@@ -16,7 +16,7 @@ class Trail:
     """Steps of a search, each on disk as soon as it is there.
 
     Args:
-        path: Of a file of JSON lines; None keeps them in memory.
+        path: Path of a file of JSON lines; None keeps them in memory.
     """
 
     def __init__(self, path: Path | None) -> None:
