@@ -1,5 +1,6 @@
 """Small floating-point numbers: every code and every tie, against torch's own types, Python's arithmetic and the papers."""
 
+import bisect
 from fractions import Fraction
 
 import pytest
@@ -73,10 +74,13 @@ class TestRounding:
         numbers = torch.tensor(kind.magnitudes)
         random = torch.rand(500, generator=torch.Generator().manual_seed(0)) * min(kind.largest * 1.1, 1e30)
         x = near(torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2, random]))
+        values = [Fraction(value) for value in kind.magnitudes]  # in rising order, so the nearest are beside the place of x
         for given, code in zip(x.tolist(), kind.encode(x).tolist(), strict=True):
             size = abs(Fraction(given))
-            least = min(abs(size - Fraction(value)) for value in kind.magnitudes)
-            nearest = [c for c, value in enumerate(kind.magnitudes) if abs(size - Fraction(value)) == least]
+            place = bisect.bisect(values, size)
+            around = range(max(place - 1, 0), min(place + 1, len(values)))
+            least = min(abs(size - values[c]) for c in around)
+            nearest = [c for c in around if abs(size - values[c]) == least]
             even = [c for c in nearest if c % 2 == 0] if kind.mantissa or 0 in nearest else nearest[-1:]
             assert code % kind.sign == (nearest if len(nearest) == 1 else even)[0], given
 

@@ -16,7 +16,7 @@ import torch
 import compressor
 from compressor.recipe.schema import make_recipe
 
-ROUNDED = [{"pass": "gptq", "options": [{"format": "int_group", "bits": 4, "group_size": 32}]}]
+ROUNDED = [{"pass": "gptq", "refine": 1, "options": [{"format": "int_group", "bits": 4, "group_size": 32}]}]
 TRAINED = [
     {"pass": "prune_width", "ratio": 0.2, "multiple": 32, "score": "magnitude"},
     {"pass": "recover", "steps": 2, "batch": 2, "rank": 4},

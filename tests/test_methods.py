@@ -16,7 +16,7 @@ from compressor.recipe.presets import METHODS
 from compressor.recipe.registry import describe
 from compressor.report.record import Report
 
-FAST = ("steps", "learn")  # what takes long
+FAST = {"steps": 2, "learn": 2, "refine": 1}  # settings that take long, and what they are set to
 
 
 def run(method: str, model: Path, text: Path, place: Path, **options: Any) -> Report:
@@ -30,7 +30,7 @@ def run(method: str, model: Path, text: Path, place: Path, **options: Any) -> Re
         evaluate=False,
         **options,
     )
-    quick = [replace(step, **{key: 2 for key in FAST if hasattr(step, key)}) for step in recipe.passes]  # type: ignore[type-var]
+    quick = [replace(step, **{key: few for key, few in FAST.items() if getattr(step, key, 0)}) for step in recipe.passes]  # type: ignore[type-var]
     recipe = replace(recipe, passes=tuple(quick))
     return api.run(recipe, model, place / "out", verify=False, device="cpu")
 

@@ -52,16 +52,22 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [{"pass": "gptq", "asymmetric_calibration": 0.5}, {"pass": "gptq"}], ids=str)
-def test_a_run_gives_the_same_weights(step: dict[str, object], tmp_path: Path) -> None:
+def test_a_run_gives_the_same_weights(
+    step: dict[str, object], tiny: Callable[..., Path], text_file: Path, tmp_path: Path
+) -> None:
+    """Of two batches of calibration text."""
     results = []
     for place in (None, str(tmp_path)):
         data = {
-            "passes": [{**step, "options": [{"format": "int_group", "bits": 3}]}, {"pass": "learned", "steps": 3}],
-            "calibration": {"samples": 20, "seq_len": 256, "on_disk": place},
+            "passes": [
+                {**step, "refine": 1, "options": [{"format": "int_group", "bits": 3, "group_size": 32}]},
+                {"pass": "learned", "steps": 3},
+            ],
+            "calibration": {"source": str(text_file), "samples": 20, "seq_len": 256, "on_disk": place},
             "evaluation": None,
         }
         out = tmp_path / f"out-{place is None}"
-        api.run(make_recipe(data), DEMO_MODEL, out, device="cpu", verify=False)
+        api.run(make_recipe(data), tiny("llama", max_position_embeddings=256), out, device="cpu", verify=False)
         results.append(tensors(out))
     assert results[0].keys() == results[1].keys()
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

@@ -31,7 +31,7 @@ OFFLINE = ["facts-choice", "facts-cloze", "facts-long-50", "grammar-pairs", "ari
 @pytest.fixture(scope="module")
 def coarse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("coarse") / "int2"
-    api.quantize(DEMO_MODEL, out, bits=2, method="rtn", evaluate=False, device="cpu")
+    api.quantize(DEMO_MODEL, out, bits=2, method="rtn", evaluate=False, verify=False, device="cpu")
     return out
 
 

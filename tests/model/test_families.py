@@ -29,6 +29,8 @@ CASES = {family: {} for family in FAMILIES} | {
 }
 TIED_FAMILIES = {"llama_tied", "qwen2", "gemma2", "gemma3", "gemma3_vision", "opt", "opt_projected", "gpt2"}
 TIED = [case for case in CASES if case.split()[0] in TIED_FAMILIES]
+# Families that differ in what GPTQ works on: biases, tied and transposed weights, norms behind layers, sliding windows.
+UNLIKE = ["llama in bfloat16", "llama_tied", "qwen2", "gemma2", "gpt2", "opt"]
 TRANSPOSED = [case for case in CASES if case.startswith("gpt2")]
 WEIGHT_IN_A_BLOCK = re.compile(r"(?<!encoder\.)(layers|h)\.\d+\..*\.weight$")  # of the decoder, not of a vision tower
 
@@ -145,9 +147,10 @@ def test_a_tied_head_stays_tied_and_is_stored_once(case, rounded):
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
+@pytest.mark.parametrize("case", UNLIKE, indirect=True)
 def test_gptq_misses_less_of_the_first_blocks_outputs_than_rounding(case, family, rounded, text_file, tmp_path):
     data = {"calibration": str(text_file), "samples": 8, "seq_len": 32, "evaluate": False}
-    recipe = quantize_recipe(BITS, group_size=GROUP_SIZE, **data, changes=["passes.1.steps=10"])  # of training
+    recipe = quantize_recipe(BITS, group_size=GROUP_SIZE, **data, changes=["passes.0.refine=1", "passes.1.steps=10"])
     report = api.run(recipe, family(case), tmp_path / "out", device="cpu", dtype="float32", verify=False)
     rounding = rounded(case)
     assert [row.layer for row in report.rows] == [row.layer for row in rounding.report.rows]

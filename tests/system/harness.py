@@ -30,8 +30,8 @@ TEXT = "\n\n".join(
 )
 
 
-def build_model(path: Path, *, vocab_size: int = 300, seed: int = 0) -> Path:
-    """A random Llama of 4 blocks with its tokenizer, and other files such as a model directory has."""
+def build_model(path: Path, *, vocab_size: int = 300, seed: int = 0, blocks: int = 4) -> Path:
+    """A random Llama with its tokenizer, and other files such as a model directory has."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -40,7 +40,7 @@ def build_model(path: Path, *, vocab_size: int = 300, seed: int = 0) -> Path:
     config = LlamaConfig(
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=4,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
