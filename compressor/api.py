@@ -24,7 +24,7 @@ from compressor.model.writer import Workspace, check_space, check_target
 from compressor.pipeline import blocks, whole_model
 from compressor.pipeline.calibration.data import TOKENS_AT_ONCE, Samples
 from compressor.pipeline.calibration.hidden import Keep, keeping
-from compressor.pipeline.contract import Plan, Prunes, Tunes
+from compressor.pipeline.contract import Plan
 from compressor.pipeline.job import Event, Job, Tell, silent
 from compressor.pipeline.memory_estimate import expected_memory, generating
 from compressor.pipeline.patterns import check_patterns
@@ -126,7 +126,7 @@ def run(
         return finished(out, report, ranks)
     if recipe.target is None:
         check_space(out, shards.total_bytes(shards.layout(output_headers(small, recipe.passes, expected))))
-    prunes = ranks.first and any(isinstance(step, Prunes) for step in recipe.passes)
+    prunes = ranks.first and any(step.prunes for step in recipe.passes)
     with held(out, report.warnings.append, resume=resume, overwrite=overwrite) if prunes else nullcontext():
         source, report.pruning = pruned(recipe, source, calibration, ranks, place, made_by, tell)
         report.seconds = time.monotonic() - started if report.pruning else 0.0
@@ -293,7 +293,7 @@ def compress_blocks(
         stream = blocks.open_stream(job, calibration, keep, tell)
     probe = blocks.compress(job, stream, workspace, finished, report, tell)
     for number, step in enumerate(job.passes):
-        if isinstance(step, Tunes):
+        if step.trains_model:
             if whole_model.TUNED in finished:
                 probe = whole_model.tuned(workspace, report) if workspace is not None else None
             else:

@@ -27,7 +27,7 @@ def test_every_shipped_recipe_runs(path, tiny, tmp_path):
             changes.append(f"passes.{i}.sparsity=[0.5, 0.9]")
     report = api.run(load_recipe(path, changes), tiny("llama", max_position_embeddings=256), tmp_path / "out", device="cpu")
     blocks = json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"]
-    assert len(report.rows) == (7 * blocks if any(step.options for step in recipe.passes) else 0)
+    assert len(report.rows) == (7 * blocks if any(step.offers for step in recipe.passes) else 0)
     assert blocks == 2 or report.pruning
     assert report.quality["kl"] > 0
     assert bool(report.samples) == (path.stem == CONTINUED)

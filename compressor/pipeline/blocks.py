@@ -90,7 +90,7 @@ def open_stream(job: Job, calibration: Samples, keep_hidden: Keep, tell: Tell) -
     source, ranks = job.source, job.ranks
     batches = ranks.mine(calibration.batches(TOKENS_AT_ONCE))
     metrics: Sequence[Tensor] = ()
-    if any(step.sensitivity for step in job.passes):
+    if any(step.reads_metric for step in job.passes):
         metrics = sensitivities(source, batches, ranks, lambda done, total: tell(Event("sensitivity", done, total)))
     two_streams = any(step.two_streams for step in job.passes)
     hidden = source.kept_inputs(batches, keep_hidden)
@@ -173,7 +173,7 @@ def replay(
 def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream | None, tell: Tell, notes: Notes) -> Outcome:
     """Run a pass on this rank's share of the units, unless it shares its work out itself; return every rank's results."""
     units, choice = step.units(block), choose(step, block, job.plan)
-    if step.options:
+    if step.offers:
         if not choice:  # the plan has other passes work on this block
             return Outcome({}, {})
         units = {unit: units[unit] for unit in choice}

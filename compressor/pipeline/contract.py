@@ -101,30 +101,6 @@ OptionT = TypeVar("OptionT", bound=Option)
 Plan = Mapping[str, Option]  # by full unit name, "model.layers.3.mlp.down_proj"
 
 
-@runtime_checkable
-class Picks(Protocol):
-    """A pass that tells from the shapes of layers which of several options they get."""
-
-    def pick(self, options: Sequence[Any], block: Block, layers: Sequence[str]) -> Any:
-        """The option for layers of a block that are stored alike; raises ValueError if none will do."""
-
-
-@runtime_checkable
-class Suits(Protocol):
-    """A pass some of whose options are for layers of other checkpoints."""
-
-    def suits(self, option: Any, block: Block, layers: Sequence[str]) -> bool:
-        """Whether an option is for layers of a block that are stored alike."""
-
-
-@runtime_checkable
-class Shares(Protocol):
-    """A pass that has layers of a block share what is stored."""
-
-    def shared(self, block: Block, formats: Mapping[str, Format]) -> Mapping[str, Format]:
-        """The formats of layers once they share, from those that the plan has."""
-
-
 @dataclass(frozen=True, slots=True)
 class Whole:
     """A compressed model in memory, and what the dense one makes of the same text."""
@@ -138,75 +114,6 @@ class Whole:
     dtype: torch.dtype  # of the computation
     ranks: Group
     progress: Callable[[int, int], None]
-
-
-@runtime_checkable
-class Tunes(Protocol):
-    """A pass that trains the whole model once all blocks are compressed."""
-
-    def tune(self, whole: Whole) -> tuple[Mapping[str, QuantizedTensor], tuple[str, ...]]:
-        """New layers by full name, in the formats that they had, and warnings."""
-
-
-class Pass(Protocol):
-    """One algorithm, one file: a frozen dataclass whose fields are its recipe keys. Holds no state."""
-
-    chooses: ClassVar[bool]  # among its options, layer by layer: `apply` then gets a OneOf for each unit
-
-    @property
-    def together(self) -> bool: ...  # all ranks work on all units at once, through `stats.ranks`, and come to the same result
-    @property
-    def needs(self) -> tuple[type[Accumulator | PairedAccumulator], ...]: ...
-    @property
-    def two_streams(self) -> bool: ...  # compares with the dense model: `stats.inputs`, `stats.targets`, paired statistics
-    @property
-    def sensitivity(self) -> bool: ...  # reads `stats.metric`
-    @property
-    def options(self) -> tuple[Any, ...]: ...  # one entry means there is nothing to allocate
-    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]: ...  # unit -> the layers it rewrites
-    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Any]) -> Outcome: ...  # pure
-
-
-@node
-class Schedule:
-    """Fields of every pass that trains.
-
-    Args:
-        steps: Number of training steps.
-        batch: Samples in a step.
-        lr: First learning rate of the latents, in steps of the grid (their mean, of floating-point numbers), times the bits
-            of a code: fine grids need small moves.
-        scale_lr: First learning rate of the scales, or of the entries of codebooks, as a fraction of their mean size.
-        seed: Seed of the order of samples.
-    """
-
-    steps: int = 200
-    batch: int = 8
-    lr: float = 0.01
-    scale_lr: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("batch", self.batch)):
-            if value < 1:
-                raise ValueError(f"{name}: {value} is not a positive number")
-        for name, rate in (("lr", self.lr), ("scale_lr", self.scale_lr)):
-            if not 0 <= rate <= 1:
-                raise ValueError(f"{name}: {rate} is not in 0 … 1")
-
-
-@runtime_checkable
-class Rewrites(Protocol):
-    """A pass that changes the model before any block is read."""
-
-    def rewriting(self, source: ModelSource, tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
-        """Return the change.
-
-        Args:
-            source: The model; headers are read, and whatever else is needed.
-            tell: Called with progress.
-            sizes_only: Only names, dtypes and shapes matter; what takes long may be left out.
-        """
 
 
 @dataclass(frozen=True)
@@ -237,24 +144,134 @@ class Sketch:
     more: int = 0
 
 
-@runtime_checkable
-class Prunes(Protocol):
-    """A pass that makes the model smaller before any block is compressed, for which it reads text."""
+@node
+class Pass:
+    """Base class of algorithms: one algorithm, one file, one subclass whose fields are its recipe keys. It holds no state.
+
+    A subclass overrides what it needs to. Properties say what the engine has to provide, methods do the work. A pass works at
+    one of four moments, in the order of a run:
+
+    1. `rewriting` changes the checkpoint before any block is read (`rewrites`).
+    2. `prune` makes the model smaller, for which it reads text (`prunes`; see PruningPass in prune_stage.py).
+    3. `apply` compresses one resident block.
+    4. `tune` trains the compressed model (`trains_model`).
+    """
 
     @property
-    def label(self) -> str: ...  # file-name safe; empty if nothing goes
+    def needs(self) -> tuple[type[Accumulator | PairedAccumulator], ...]:
+        """Statistics of layers' inputs that `apply` reads from `stats`."""
+        return ()
+
+    @property
+    def offers(self) -> tuple[Any, ...]:
+        """Options that the plan chooses among. With one there is nothing to choose, with none nothing to plan."""
+        return ()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether `apply` chooses among the options by itself: it then gets a OneOf for each unit."""
+        return False
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether `apply` compares with the dense model, by `stats.inputs`, `stats.targets` or paired statistics."""
+        return False
+
+    @property
+    def together(self) -> bool:
+        """Whether all ranks work on all units at once, through `stats.ranks`, and come to the same result."""
+        return False
+
+    @property
+    def reads_metric(self) -> bool:
+        """Whether `apply` reads `stats.metric`, which takes a sweep over the model before the first block."""
+        return False
+
+    @property
+    def rescales_weights(self) -> bool:
+        """Whether weights and norms that stay dense are multiplied by factors, so that they differ from the original's."""
+        return False
+
+    @property
+    def training_samples(self) -> int:
+        """Number of samples, over all steps, that a training under a time limit reads for one layer; 0 for other passes."""
+        return 0
+
+    def shortened(self, share: float) -> "Pass | None":
+        """Return the pass with a share of its training under a time limit; None if hardly any would be left."""
+        return self
+
+    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
+        """Return the units of a block, each with the layers that it rewrites."""
+        return {}
+
+    def suits(self, option: Any, block: Block, layers: Sequence[str]) -> bool:
+        """Return whether an option is for layers of a block that are stored alike, not for layers of other checkpoints."""
+        return True
+
+    def pick(self, options: Sequence[Any], block: Block, layers: Sequence[str]) -> Any:
+        """Return the option, of several, for layers of a block that are stored alike, from their shapes alone.
+
+        Returns: None if the pass leaves the choice to the plan.
+
+        Raises:
+            ValueError: none of them will do.
+        """
+        return None
+
+    def shared(self, block: Block, formats: Mapping[str, Format]) -> Mapping[str, Format]:
+        """Return the formats of a block's layers once they share what is stored, from those that the plan has."""
+        return formats
+
+    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Any]) -> Outcome:
+        """Compress (a part of) a block. Pure: nothing given is changed, and the same input gives the same result.
+
+        Args:
+            block: The resident block.
+            stats: Statistics from calibration.
+            choice: Option of each unit to work on.
+        """
+        return Outcome({}, {})
+
+    rewrites: ClassVar[bool] = False
+
+    def rewriting(self, source: ModelSource, tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
+        """Return the change to the checkpoint.
+
+        Args:
+            source: The model; headers are read, and whatever else is needed.
+            tell: Called with progress.
+            sizes_only: Only names, dtypes and shapes matter; what takes long may be left out.
+        """
+        return Rewriting({})
+
+    prunes: ClassVar[bool] = False
+
+    @property
+    def label(self) -> str:
+        """File-name safe description of what `prune` drops; empty if nothing is dropped."""
+        return ""
 
     def sketch(self, source: ModelSource) -> Sketch:
-        """Predict the shapes of the result."""
+        """Predict the shapes of the result of `prune`."""
+        return Sketch(None)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Return the peak of its work in bytes, as compressor/pipeline/memory_estimate.py counts it.
+        """Return the peak of `prune` in bytes, as compressor/pipeline/memory_estimate.py counts it.
 
         Args:
             source: The model.
             tokens: Number of calibration tokens of this rank.
             batch: Number of tokens in a batch.
         """
+        return 0
 
     def prune(self, work: "Work") -> Pruned:
         """Prune the model."""
+        return Pruned(None, {})
+
+    trains_model: ClassVar[bool] = False
+
+    def tune(self, whole: Whole) -> tuple[Mapping[str, QuantizedTensor], tuple[str, ...]]:
+        """Return new layers by full name, in the formats that they had, and warnings."""
+        return {}, ()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from compressor.model.block import Block
 from compressor.model.memory import available_memory, dense_bytes
 from compressor.model.source import ModelSource
-from compressor.pipeline.contract import PairedAccumulator, Pass, Tunes
+from compressor.pipeline.contract import PairedAccumulator, Pass
 from compressor.pipeline.plan import rest_names
 
 SHARE = 0.5  # of the available memory, at most, for a model that only writes samples: nothing may end a long run for them
@@ -50,7 +50,7 @@ def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch
     weights = sum(rows * columns for rows, columns in shapes.values())
     unrounded = weights if two_streams else 0
     trained = weights if any(step.two_streams and step.together for step in passes) else 0
-    if any(step.sensitivity for step in passes):
+    if any(step.reads_metric for step in passes):
         hidden += 4 * len(source.layers) * hidden_size(source) ** 2  # a metric for each block
     kept = (block_parameters(block) + unrounded) * size + 8 * sum(hessians) * (2 if paired else 1)
     return hidden + max(
@@ -66,7 +66,7 @@ def _compressing(source: ModelSource, passes: Sequence[Pass], tokens: int, batch
 
 def _tuning(source: ModelSource, passes: Sequence[Pass], beside: int) -> int:
     """Peak while a pass trains the whole model: every block, its weights as they were, and what training needs."""
-    if not any(isinstance(step, Tunes) for step in passes):
+    if not any(step.trains_model for step in passes):
         return 0
     weights = sum(
         math.prod(block.shape(name))

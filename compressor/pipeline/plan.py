@@ -12,23 +12,23 @@ from compressor.model.checkpoint import Header
 from compressor.model.edited import Progress, silent
 from compressor.model.source import ModelSource
 from compressor.model.surgery.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attentions
-from compressor.pipeline.contract import Pass, Picks, Plan, Prunes, Rewrites, Shares, Suits, Tunes
+from compressor.pipeline.contract import Pass, Plan
 from compressor.recipe import registry
 
 
 def rewritten(
     source: ModelSource, passes: Sequence[Pass], tell: Progress = silent, *, sizes_only: bool = False
 ) -> ModelSource:
-    """The model as it is once passes that change the whole of it have done so; arguments as of `Rewrites.rewriting`.
+    """The model as it is once passes that change the whole of it have done so; arguments as of `Pass.rewriting`.
 
     Raises:
         RecipeError: such a pass is not the first, or cannot do it; or one that trains the whole of it is not the last.
     """
     for number, step in enumerate(passes[:-1]):
-        if isinstance(step, Tunes):
+        if step.trains_model:
             raise RecipeError(f"passes.{number}: it trains the whole model once all blocks are compressed; put it last")
     for number, step in enumerate(passes):
-        if isinstance(step, Rewrites):
+        if step.rewrites:
             if number:
                 raise RecipeError(f"passes.{number}: it changes the whole model before any block is read; put it first")
             rewriting = step.rewriting(source, tell, sizes_only=sizes_only)
@@ -49,7 +49,7 @@ def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = 
             plan does not suit the passes or the model.
     """
     plan: dict[str, Option] = {}
-    for step in (step for step in passes if step.options):
+    for step in (step for step in passes if step.offers):
         for index in range(len(source.layers)):
             block = source.block(index, load=False)
             for unit, layers in step.units(block).items():
@@ -64,7 +64,7 @@ def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = 
                     raise RecipeError(f"passes: two of them work on {full}; keep them apart with `layers`")
     if given is not None:
         _check_given(given, plan)
-    if not plan and not any(isinstance(step, Prunes) for step in passes):
+    if not plan and not any(step.prunes for step in passes):
         known = ", ".join(source.block(0, load=False).layers)
         raise RecipeError(f"passes: their `layers` and `ignore` leave no layer to work on; a block has {known}")
     if plan and all(isinstance(option, CacheRounding) for option in plan.values()):
@@ -75,9 +75,9 @@ def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = 
 def _given(step: Pass, unit: str, given: Plan) -> Option | None:
     """Return the option that a given plan has a pass apply to a unit; None if another pass works on the unit."""
     if unit in given:
-        return next((option for option in step.options if option == given[unit]), None)
-    if len(step.options) == 1 and not isinstance(step.options[0], Format):
-        only: Option = step.options[0]
+        return next((option for option in step.offers if option == given[unit]), None)
+    if len(step.offers) == 1 and not isinstance(step.offers[0], Format):
+        only: Option = step.offers[0]
         return only
     raise RecipeError(f"plan: has no entry for {unit}; it was made for another model or other passes")
 
@@ -95,37 +95,42 @@ def _check_given(given: Plan, plan: Plan) -> None:
 def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
     """Return the option of a unit: the only one, or those of several that can hold all of its layers."""
     fitting = able(step, block, layers)
-    suited = [option for option in step.options if not isinstance(step, Suits) or step.suits(option, block, layers)]
+    suited = [option for option in step.offers if step.suits(option, block, layers)]
     if not suited:
         found = sorted({str(block.dtypes[f"{name}.weight"]).removeprefix("torch.") for name in layers})
         raise RecipeError(
             f"{block.prefix}.{layers[0]}: stored as {' and '.join(found)}, for which the pass has no option among "
-            f"{', '.join(option.label for option in step.options)}"
+            f"{', '.join(option.label for option in step.offers)}"
         )
     if not fitting:
         for name in layers:
             _check_fit(suited[0], block, name)
-    if len(suited) > 1 and not step.chooses and not isinstance(step, Picks):
+    picked = _picked(step, fitting, block, layers) if len(step.offers) > 1 else None
+    if picked is not None:
+        return picked
+    if len(suited) > 1 and not step.chooses:
         raise RecipeError(
             f"passes: {len(suited)} options ({', '.join(option.label for option in suited)}) and nothing that chooses among "
             "them; name one, give a `target` (compress fit), or --plan"
         )
-    if isinstance(step, Picks) and len(step.options) > 1:
-        try:
-            picked: Option = step.pick(fitting, block, layers)
-        except ValueError as error:
-            raise RecipeError(f"{block.prefix}.{layers[0]}: {error}") from error
-        return picked
     return OneOf(fitting) if step.chooses else suited[0]
+
+
+def _picked(step: Pass, fitting: Sequence[Any], block: Block, layers: Sequence[str]) -> Option | None:
+    """Return the option that a pass picks by itself for a unit; None if it leaves the choice to the plan."""
+    try:
+        picked: Option | None = step.pick(fitting, block, layers)
+    except ValueError as error:
+        raise RecipeError(f"{block.prefix}.{layers[0]}: {error}") from error
+    return picked
 
 
 def able(step: Pass, block: Block, layers: Sequence[str]) -> tuple[Any, ...]:
     """The options of a pass that can hold all layers of a unit."""
     return tuple(
         option
-        for option in step.options
-        if all(fits(option, block, name) for name in layers)
-        and (not isinstance(step, Suits) or step.suits(option, block, layers))
+        for option in step.offers
+        if all(fits(option, block, name) for name in layers) and step.suits(option, block, layers)
     )
 
 
@@ -151,10 +156,10 @@ def _check_fit(option: Option, block: Block, name: str) -> None:
 
 def choose(step: Pass, block: Block, plan: Plan) -> Mapping[str, Any]:
     """The plan's option for each unit of a block that a pass is to work on; none if it has none to offer."""
-    if not step.options:
+    if not step.offers:
         return {}
     planned = {unit: plan[f"{block.prefix}.{unit}"] for unit in step.units(block) if f"{block.prefix}.{unit}" in plan}
-    return {unit: option for unit, option in planned.items() if isinstance(option, OneOf) or option in step.options}
+    return {unit: option for unit, option in planned.items() if isinstance(option, OneOf) or option in step.offers}
 
 
 def layer_formats(passes: Sequence[Pass], block: Block, plan: Plan) -> dict[str, Format]:
@@ -167,9 +172,8 @@ def layer_formats(passes: Sequence[Pass], block: Block, plan: Plan) -> dict[str,
                 formats |= {name: option.largest(block.shape(name)) for name in units[unit]}
             elif isinstance(option, Format):
                 formats |= dict.fromkeys(units[unit], option)
-        if isinstance(step, Shares):
-            chosen = choose(step, block, plan)
-            formats |= step.shared(block, {name: formats[name] for unit in chosen for name in units[unit]})
+        chosen = [name for unit in choose(step, block, plan) for name in units[unit] if name in formats]
+        formats |= step.shared(block, {name: formats[name] for name in chosen})
     return formats
 
 

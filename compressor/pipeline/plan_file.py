@@ -56,14 +56,14 @@ def offering(recipe: Recipe, plan: Plan) -> Recipe:
     What no pass offers, goes to the first that may take any format.
     """
     recipe = replace(recipe, target=None)
-    offered = {option for step in recipe.passes for option in step.options}
+    offered = {option for step in recipe.passes for option in step.offers}
     missing = [option for option in dict.fromkeys(plan.values()) if isinstance(option, Format) and option not in offered]
     if not missing:
         return recipe
     place = next((number for number, step in enumerate(recipe.passes) if _takes(step)), None)
     if place is None:
         raise RecipeError(f"plan: {missing[0].label} is offered by no pass of the recipe; add it to the `options` of one")
-    used = [option for option in recipe.passes[place].options if option in set(plan.values())]
+    used = [option for option in recipe.passes[place].offers if option in set(plan.values())]
     passes: Sequence[Pass] = [
         replace(step, options=(*used, *missing)) if number == place else step for number, step in enumerate(recipe.passes)
     ]
@@ -72,5 +72,5 @@ def offering(recipe: Recipe, plan: Plan) -> Recipe:
 
 def _takes(step: Pass) -> bool:
     """Whether a pass has `options` to add to."""
-    free = any(field.name == "options" for field in fields(step))  # type: ignore[arg-type]  # every pass is a dataclass
-    return free and bool(step.options) and not step.chooses and all(isinstance(option, Format) for option in step.options)
+    free = any(field.name == "options" for field in fields(step))
+    return free and bool(step.offers) and not step.chooses and all(isinstance(option, Format) for option in step.offers)

@@ -12,7 +12,7 @@ from compressor.model.source import ModelSource
 from compressor.model.tokenizer import load_tokenizer
 from compressor.model.writer import other_files
 from compressor.pipeline.calibration.data import TOKENS_AT_ONCE, Samples, check_vocabulary, load_samples
-from compressor.pipeline.contract import Pass, Prunes
+from compressor.pipeline.contract import Pass
 from compressor.pipeline.plan import rewritten
 from compressor.pipeline.ranks import Ranks
 from compressor.recipe.schema import Recipe
@@ -40,7 +40,7 @@ def open_model(
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether a pass of the recipe reads text."""
-    return streams(recipe.passes) or any(isinstance(step, Prunes) for step in recipe.passes)
+    return streams(recipe.passes) or any(step.prunes for step in recipe.passes)
 
 
 def streams(passes: Sequence[Pass]) -> bool:

@@ -13,8 +13,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from compressor.errors import CalibrationError, OutputError, RecipeError
-from compressor.formats.base import Format
-from compressor.model.block import Block
 from compressor.model.edited import Rewriting
 from compressor.model.journal import LOCK, Journal, load_tensors, remove_leftovers, save, sound, writing
 from compressor.model.source import ModelSource
@@ -22,7 +20,7 @@ from compressor.pipeline.blocks import open_stream
 from compressor.pipeline.calibration.data import Samples
 from compressor.pipeline.calibration.hidden import keeping
 from compressor.pipeline.calibration.stream import CalibrationStream
-from compressor.pipeline.contract import Accumulator, Outcome, Pass, Prunes, Rewrites, Stats
+from compressor.pipeline.contract import Pass
 from compressor.pipeline.job import Job, Tell
 from compressor.pipeline.memory_estimate import collecting
 from compressor.pipeline.ranks import Ranks
@@ -116,15 +114,10 @@ def _read(file: Path, name: str, old: Tensor) -> Tensor:
 
 
 @node
-class PruningPass:
+class PruningPass(Pass):
     """Base class of passes of this stage. They have nothing left to do on single blocks."""
 
-    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
-    options: ClassVar[tuple[Format, ...]] = ()
-    chooses: ClassVar[bool] = False
-    two_streams: ClassVar[bool] = False
-    together: ClassVar[bool] = False
-    sensitivity: ClassVar[bool] = False
+    prunes: ClassVar[bool] = True
     closes: ClassVar[bool] = False  # what it learns is of no use once a pass of this stage changes the model again
     mends: ClassVar[bool] = False  # it makes good for what was taken away
     pairs: ClassVar[bool] = False  # it compares blocks with the original's, one by one
@@ -134,14 +127,6 @@ class PruningPass:
         """Return the peak memory of the calibration stream, in bytes."""
         return collecting(source, tokens, batch)
 
-    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """None: the block is read as this stage has left it."""
-        return {}
-
-    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        """Nothing."""
-        return Outcome({}, {})
-
 
 def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
     """Refuse a pass that prunes behind one that changes blocks, or where layers are given turned activations.
@@ -149,17 +134,17 @@ def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
     Raises:
         RecipeError: there is one.
     """
-    if source.hadamard and any(isinstance(step, Prunes) for step in passes):
+    if source.hadamard and any(step.prunes for step in passes):
         raise RecipeError(
             f"passes: activations of {len(source.hadamard)} layers are turned (rotate: online), which pruning does not take "
             "into account; leave out online: true, or prune without rotating"
         )
     for number, step in enumerate(passes):
-        if isinstance(step, Prunes) and not all(isinstance(before, Prunes | Rewrites) for before in passes[:number]):
+        if step.prunes and not all(before.prunes or before.rewrites for before in passes[:number]):
             raise RecipeError(
                 f"passes.{number}: takes parts of the model away before any block is compressed; put it before the others"
             )
-        if isinstance(step, Prunes) and any(isinstance(before, PruningPass) and before.closes for before in passes[:number]):
+        if step.prunes and any(isinstance(before, PruningPass) and before.closes for before in passes[:number]):
             raise RecipeError(
                 f"passes.{number}: changes the model that a prompt was learned for; put `soft_prompt` behind it"
             )
@@ -172,7 +157,7 @@ def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
                     )
 
 
-def check_pruned(step: Prunes, original: ModelSource, source: ModelSource) -> None:
+def check_pruned(step: Pass, original: ModelSource, source: ModelSource) -> None:
     """Refuse a pass that makes good for what was taken away.
 
     Raises:
@@ -193,7 +178,7 @@ def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, 
     """The model with the shapes that it will have, whether these are certain, and how many parameters it may have besides."""
     check_order(source, passes)
     original, certain, more = source, True, 0
-    for step in (step for step in passes if isinstance(step, Prunes)):
+    for step in (step for step in passes if step.prunes):
         check_pruned(step, original, source)
         found = step.sketch(source)
         source = source if found.rewriting is None else source.rewritten(found.rewriting)
@@ -202,9 +187,9 @@ def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, 
 
 
 def expected_peak(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int) -> int:
-    """Bytes that the pass takes which takes the most; arguments as of `Prunes.expected_memory`."""
+    """Bytes that the pass takes which takes the most; arguments as of `Pass.expected_memory`."""
     most = 0
-    for step in (step for step in passes if isinstance(step, Prunes)):
+    for step in (step for step in passes if step.prunes):
         most = max(most, step.expected_memory(source, tokens, batch))
         rewriting = step.sketch(source).rewriting
         source = source if rewriting is None else source.rewritten(rewriting)
@@ -228,7 +213,7 @@ def pruned(
     check_order(source, recipe.passes)
     original, done = source, []
     for number, step in enumerate(recipe.passes):
-        if not isinstance(step, Prunes):
+        if not step.prunes:
             continue
         if calibration is None:
             raise CalibrationError(f"passes.{number}: needs calibration text")

@@ -23,7 +23,7 @@ from compressor.model.surgery.skip_sublayers import substitutes
 from compressor.pipeline.blocks import open_stream
 from compressor.pipeline.calibration.data import Samples
 from compressor.pipeline.calibration.hidden import keeping
-from compressor.pipeline.contract import Pass, Plan, Prunes, Rewrites, Schedule
+from compressor.pipeline.contract import Pass, Plan
 from compressor.pipeline.job import Event, Job, Tell, silent
 from compressor.pipeline.patterns import check_patterns
 from compressor.pipeline.plan import make_plan, output_headers
@@ -42,7 +42,6 @@ from compressor.recipe.schema import Recipe, Search, Target, load_recipe, make_r
 OFFSETS = 8  # bytes by which a tensor's offsets in a file's header may be longer than at another size
 PADDING = 64  # bytes of a file
 DROP = "prune"  # what lets attentions and MLPs go, among numbers to mix
-FEWEST = 20  # steps of training that are worth while
 
 
 @known_state()
@@ -157,7 +156,7 @@ def search_plan(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
     if recipe.target is None:
         raise RecipeError("target: none given; a search needs the size or the bits that the result may take")
-    if any(isinstance(step, Prunes) for step in recipe.passes):
+    if any(step.prunes for step in recipe.passes):
         raise RecipeError(
             "passes: a plan is for a model of the shape that it has, and the recipe prunes it; let `compress run` do both, "
             "or prune first and search for the result"
@@ -217,7 +216,7 @@ def find_plan(
             "search.drop: activations are turned (rotate: online), which needs every layer; leave out one of the two"
         )
     job = Job(source, choosable(recipe.passes), {}, ranks)
-    before = [step for step in recipe.passes if isinstance(step, Rewrites | Prunes)]
+    before = [step for step in recipe.passes if step.rewrites or step.prunes]
     measured = repr((before, job.passes, recipe.calibration))
     known = {**fingerprint(recipe, source, calibration), "recipe": hashlib.sha256(measured.encode()).hexdigest()}
     return find(
@@ -230,7 +229,7 @@ def find_plan(
         limit=Limit(recipe.target, source, recipe.passes),
         clock=Clock.of(settings.minutes, started, ranks),
         judged=judged or 0,
-        training=0 if judged is None else sum(p.steps * p.batch for p in recipe.passes if isinstance(p, Schedule)),
+        training=0 if judged is None else sum(step.training_samples for step in recipe.passes),
         tell=tell,
     )
 
@@ -252,8 +251,8 @@ def settle(source: ModelSource, plan: Plan | None) -> tuple[ModelSource, Plan | 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:
     """With only a share of the steps of each training; without what would be left with hardly any."""
-    passes = [replace(p, steps=int(share * p.steps)) if isinstance(p, Schedule) else p for p in recipe.passes]
-    return replace(recipe, passes=tuple(p for p in passes if not isinstance(p, Schedule) or p.steps >= FEWEST))
+    shorter = (step.shortened(share) for step in recipe.passes)
+    return replace(recipe, passes=tuple(step for step in shorter if step is not None))
 
 
 def choosable(passes: Sequence[Pass]) -> tuple[Pass, ...]:
@@ -262,11 +261,11 @@ def choosable(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     Raises:
         RecipeError: there is nothing to choose, or a pass changes blocks in a way that levels cannot be tried in.
     """
-    found = [(number, step) for number, step in enumerate(passes) if any(isinstance(o, Format) for o in step.options)]
-    if sum(len(step.options) for _, step in found) < 2:
+    found = [(number, step) for number, step in enumerate(passes) if any(isinstance(o, Format) for o in step.offers)]
+    if sum(len(step.offers) for _, step in found) < 2:
         raise RecipeError("target: the passes offer one option, so there is nothing to choose; name more `options`")
     for number, step in enumerate(passes[: found[-1][0]]):
-        if not step.options and not isinstance(step, Rewrites | Prunes):
+        if not step.offers and not step.rewrites and not step.prunes:
             raise RecipeError(
                 f"passes.{number}: changes dense weights of blocks, in which levels cannot be tried one by one; leave it "
                 "out, or search without it and apply the plan with it"

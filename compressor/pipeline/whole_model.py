@@ -16,7 +16,7 @@ from compressor.model.source import return_freed_memory
 from compressor.model.writer import Workspace
 from compressor.pipeline.blocks import finish_probe, keep, part_name, stored_layers
 from compressor.pipeline.calibration.hidden import Hidden, Keep
-from compressor.pipeline.contract import Tunes, Whole
+from compressor.pipeline.contract import Whole
 from compressor.pipeline.job import Event, Job, Tell
 from compressor.pipeline.plan import block_names
 from compressor.pipeline.probe import Probe, Record
@@ -48,7 +48,6 @@ def tune(
     Returns: what the model now computes, as `pipeline.compress`.
     """
     source, step = job.source, job.passes[number]
-    assert isinstance(step, Tunes)
     inputs = source.kept_inputs(batches, keep_hidden)
     targets, weights = _dense(job, inputs, keep_hidden)
     blocks = [source.block(index) for index in range(len(source.layers))]

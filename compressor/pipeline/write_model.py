@@ -18,7 +18,7 @@ from compressor.model.journal import writing
 from compressor.model.source import ModelSource
 from compressor.model.surgery.kv_cache import CacheRounding
 from compressor.model.writer import Workspace, copy_other_files
-from compressor.pipeline.contract import Pass, Plan, Prunes
+from compressor.pipeline.contract import Pass, Plan
 from compressor.pipeline.manifest import MANIFEST, Manifest
 from compressor.pipeline.plan import settled, stored_formats, total_bits
 from compressor.pipeline.plan_file import to_text
@@ -112,7 +112,7 @@ def write_kernels(workspace: Workspace, layouts: Iterable[Layout]) -> dict[str, 
 def default_out(model: Path, passes: Sequence[Pass], plan: Plan, target: Target | None = None) -> Path:
     """The model's name with what is done appended, beside it."""
     model = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the place of a link
-    pruned = "".join(f"-{step.label}" for step in passes if isinstance(step, Prunes) and step.label)
+    pruned = "".join(f"-{step.label}" for step in passes if step.label)
     model = model.with_name(f"{model.name}{pruned}")
     if target is not None:
         return model.with_name(f"{model.name}-{target.label}")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from compressor.model.architecture import fused_groups
 from compressor.runtime.kernels.dispatch import prepare
 from compressor.runtime.kernels.layouts import Layout
-from compressor.runtime.kernels.layouts._tiles import ROWS
 from compressor.runtime.kernels.layouts.around import Around
+from compressor.runtime.kernels.layouts.tile_order import ROWS
 from compressor.runtime.packed_linear import PackedLinear, PackedWeight, StoredLinear, link
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from compressor.formats.numerics.codes import Codes, FloatCodes, IntCodes
 from compressor.runtime.kernels import native
 from compressor.runtime.kernels.dispatch import AUTO
 from compressor.runtime.kernels.layouts import Layout, layout_for
-from compressor.runtime.kernels.layouts._tiles import ROWS
+from compressor.runtime.kernels.layouts.tile_order import ROWS
 from compressor.runtime.kernels.op import packed_linear
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # what floating-point parts are kept as, by their size

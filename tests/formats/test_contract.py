@@ -15,7 +15,7 @@ from compressor.recipe.schema import load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-OPTIONS = {o for path in RECIPES for step in load_recipe(path).passes for o in step.options if isinstance(o, Format)}
+OPTIONS = {o for path in RECIPES for step in load_recipe(path).passes for o in step.offers if isinstance(o, Format)}
 # Norms are chosen by the pass `vptq`: the contract is of what a format fits by itself.
 FITTING = {replace(o, norm="none") if isinstance(o, VQ) else o for o in OPTIONS}
 FORMATS = sorted(FITTING, key=lambda o: o.label)

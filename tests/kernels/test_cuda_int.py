@@ -108,7 +108,7 @@ def test_the_order_in_which_threads_run_changes_nothing(groups: simt.Library, la
 
 @pytest.mark.parametrize("bits", BITS)
 def test_every_bit_pattern_decodes_to_the_code_at_its_place(libraries: Path, bits: int) -> None:
-    """All 2^16 halfwords in all places of a lane's bytes, against the places that `_tiles` names and a subtraction."""
+    """All 2^16 halfwords in all places of a lane's bytes, against the places that `tile_order` names and a subtraction."""
     steps = RUN[bits] // 4
     entry = f"""
 extern "C" void fragments(u32 zero, u32* out) {{

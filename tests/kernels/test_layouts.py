@@ -1,4 +1,4 @@
-"""The layouts of the kernels: what is arranged comes back, and every code is at the bits that `_tiles` names."""
+"""The layouts of the kernels: what is arranged comes back, and every code is at the bits that `tile_order` names."""
 
 import dataclasses
 

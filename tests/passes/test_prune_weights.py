@@ -176,5 +176,5 @@ def test_what_makes_no_sense_is_refused(given: dict[str, Any], said: str) -> Non
 
 def test_the_plan_says_how_many_stay_where_zeros_are_stored() -> None:
     steps = [PruneWeights(stored="dense", **amount) for amount in ({"sparsity": 0.7}, {"pattern": "2:4"})]
-    assert [step.options[0].label for step in steps] == ["keep3of10", "keep2of4"]
-    assert isinstance(PruneWeights(sparsity=0.7).options[0], SparseBitmask)
+    assert [step.offers[0].label for step in steps] == ["keep3of10", "keep2of4"]
+    assert isinstance(PruneWeights(sparsity=0.7).offers[0], SparseBitmask)

@@ -46,6 +46,12 @@ def compress(capsys: pytest.CaptureFixture[str], text: Path) -> Callable[..., Re
     return run
 
 
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The levels that the first of several targets measures for `tiny` and `INTS`, and the others use."""
+    return tmp_path_factory.mktemp("shared") / "levels"
+
+
 def weight_bytes(model: Path) -> int:
     return sum(file.stat().st_size for file in model.glob("*.safetensors*"))
 
@@ -59,11 +65,13 @@ def test_bits_are_met_from_below(tiny: Path, out: Path, compress: Callable[..., 
 
 
 @pytest.mark.parametrize(("flag", "share"), [("--size", 0.2), ("--ratio", 0.78)])
-def test_sizes_are_met_from_below(tiny: Path, out: Path, compress: Callable[..., Result], flag: str, share: float) -> None:
+def test_sizes_are_met_from_below(
+    tiny: Path, levels: Path, out: Path, compress: Callable[..., Result], flag: str, share: float
+) -> None:
     whole = weight_bytes(tiny)
     wanted = int(share * whole) if flag == "--size" else int((1 - share) * whole)
     given = wanted if flag == "--size" else share
-    result = compress("fit", tiny, flag, given, "--out", out, *QUICK, *UNTRAINED, "--set", INTS)
+    result = compress("fit", tiny, flag, given, "--out", out, *QUICK, *UNTRAINED, "--set", INTS, "--levels", levels)
     assert result.code == 0, result.err
     assert 0.99 * wanted < weight_bytes(out) <= wanted
 
@@ -236,9 +244,12 @@ class TestBadInput:
         assert "the smallest options (int2g32) take 2.506; allow bits 2.507, or offer smaller options" in error
         assert not out.exists()
 
-    def test_the_smallest_size_that_is_named_can_be_had(self, tiny: Path, out: Path, compress: Callable[..., Result]) -> None:
+    def test_the_smallest_size_that_is_named_can_be_had(
+        self, tiny: Path, levels: Path, out: Path, compress: Callable[..., Result]
+    ) -> None:
         def fit(size: object) -> Result:
-            return compress("fit", tiny, "--size", size, "--out", out, *QUICK, *UNTRAINED, "--set", INTS)
+            options = (*QUICK, *UNTRAINED, "--set", INTS, "--levels", levels)
+            return compress("fit", tiny, "--size", size, "--out", out, *options)
 
         named = re.search(r"allow size (\d+), or", fit(1000).error)
         assert named is not None

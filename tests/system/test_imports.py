@@ -24,8 +24,6 @@ FLOORS = (
     ("cli", "__main__"),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-# Imports that go up and are still to be turned round.
-UPWARD = {("evaluation", "passes")}
 MODULES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for file in sorted(ROOT.rglob("*.py"))
@@ -65,7 +63,17 @@ def test_no_package_imports_from_its_own_floor_or_from_one_above(name: str) -> N
         for there in imported(file)
         if package(there) != name and FLOOR[package(there)] >= FLOOR[name] > 0 and name != "__main__"
     }
-    assert found == {arrow for arrow in UPWARD if arrow[0] == name}
+    assert found == set()
+
+
+def test_what_begins_with_an_underscore_stays_in_its_package() -> None:
+    private = {
+        (module, there)
+        for module, file in MODULES.items()
+        for there in imported(file)
+        if there.rpartition(".")[2].startswith("_") and not file.is_relative_to(MODULES[there].parent)
+    }
+    assert private == set()
 
 
 @pytest.mark.parametrize("statement", ["import compressor", "import compressor.cli", "import compressor.errors"])

@@ -31,7 +31,7 @@ from compressor.pipeline.job import Event
 from compressor.recipe.build import quantize_recipe
 
 # Both passes send two streams through what is done.
-CHANGES = ("passes.0.asymmetric_calibration=0.5", "passes.1.steps=3", "evaluation.samples=1")
+CHANGES = ("passes.0.asymmetric_calibration=0.5", "passes.0.refine=1", "passes.1.steps=3", "evaluation.samples=1")
 REPORTS = ("report.json", "report.html", "README.md")  # name the place and the time
 
 # Where a run is killed before OUT is there. The tensors outside the blocks are parts of their own.

@@ -14,7 +14,6 @@ from compressor.evaluation.verify.check import Progress, refuse
 from compressor.evaluation.verify.loaders import streamed_logits
 from compressor.model.architecture import linear_layers
 from compressor.model.source import ModelSource
-from compressor.passes.transform.scaling import Scaling
 from compressor.pipeline.plan import rewritten
 from compressor.pipeline.probe import probe_tokens
 from compressor.recipe.schema import load_recipe
@@ -45,7 +44,7 @@ def check_reference(source: ModelSource, reference: Path, progress: Progress) ->
     original = rewritten(
         ModelSource(reference, source.device), passes, lambda done, total: progress(done, total, "rotating the original")
     )
-    scaled = _blocks_tensors(source) if any(isinstance(step, Scaling) for step in passes) else set()
+    scaled = _blocks_tensors(source) if any(step.rescales_weights for step in passes) else set()
     packed = source.packed()
     problems = []
     aside = source.cache_tensors() | scaled

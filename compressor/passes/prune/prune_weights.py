@@ -21,7 +21,7 @@ Shape suffixes: O out_features, I in_features.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,12 +35,12 @@ from compressor.passes.prune.masks import SCORES, damped, least_squares
 from compressor.passes.quantize.gptq import MAX_DAMP, Factors, factors_of, gptq, output_energy
 from compressor.passes.quantize.rounding import relative, units
 from compressor.pipeline.calibration.stats import Hessian
-from compressor.pipeline.contract import Accumulator, Outcome, Stats
+from compressor.pipeline.contract import Accumulator, Outcome, Pass, Stats
 from compressor.recipe.registry import node
 
 
 @node
-class PruneWeights:
+class PruneWeights(Pass):
     """Set single weights to zero.
 
     Args:
@@ -62,10 +62,6 @@ class PruneWeights:
     stored: Literal["bitmask", "dense"] = "bitmask"
     layers: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ("lm_head",)
-    chooses: ClassVar[bool] = False
-    two_streams: ClassVar[bool] = False
-    together: ClassVar[bool] = False
-    sensitivity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if len(self.formats) > len(NUMBERS) and self.stored == "dense":
@@ -86,7 +82,7 @@ class PruneWeights:
         )
 
     @property
-    def options(self) -> tuple[SparseBitmask, ...] | tuple[Kept, ...]:
+    def offers(self) -> tuple[SparseBitmask, ...] | tuple[Kept, ...]:
         """The formats, among which the checkpoint's dtype picks; stored dense, how many of how many weights stay."""
         if self.stored == "bitmask":
             return self.formats

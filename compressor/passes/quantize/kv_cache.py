@@ -13,25 +13,23 @@ from torch import Tensor
 from compressor.errors import CalibrationError, RecipeError
 from compressor.model.block import Block
 from compressor.model.surgery.kv_cache import CacheRounding, CacheScales, attentions, entering
-from compressor.pipeline.contract import Accumulator, Outcome, Stats
+from compressor.pipeline.contract import Outcome, Pass, Stats
 from compressor.recipe.registry import node
 
 
 @node
-class KVCache:
-    """Args:
-    dtype: Numbers of the cache: fp8 (E4M3), which vLLM stores, or int8.
+class KVCache(Pass):
+    """Round keys and values of the cache by scales from calibration.
+
+    Args:
+        dtype: Numbers of the cache: fp8 (E4M3), which vLLM stores, or int8.
     """
 
     dtype: Literal["fp8", "int8"] = "fp8"
-    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
-    two_streams: ClassVar[bool] = False
-    sensitivity: ClassVar[bool] = False
-    chooses: ClassVar[bool] = False
     together: ClassVar[bool] = True
 
     @property
-    def options(self) -> tuple[CacheRounding, ...]:
+    def offers(self) -> tuple[CacheRounding, ...]:
         """The one that `dtype` names."""
         return (CacheRounding(kv_cache=self.dtype),)
 
@@ -68,7 +66,7 @@ class KVCache:
                     f"{block.prefix}.{name}: its largest key is {pair[0]:g} and its largest value {pair[1]:g} on the "
                     "calibration text; calibrate on other text, or compute with --dtype float32"
                 )
-        rounding = self.options[0]
+        rounding = self.offers[0]
         scales = {name: (rounding.scale(pair[0]), rounding.scale(pair[1])) for name, pair in largest.items()}
         return Outcome({}, {}, cache=CacheScales(rounding, scales))
 

@@ -1,7 +1,7 @@
 """Base class of passes that round weights: the formats on offer and the layers they are for."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ from compressor.formats.numerics.activations import Seen
 from compressor.model.architecture import check_pattern, fused_groups, matches
 from compressor.model.block import Block
 from compressor.pipeline.calibration.stats import Spread
-from compressor.pipeline.contract import Accumulator, Outcome, Stats
+from compressor.pipeline.contract import Accumulator, Outcome, Pass, Stats
 from compressor.recipe.registry import named, node
 
 
 @node
-class WeightRounding:
+class WeightRounding(Pass):
     """Fields of every rounding pass.
 
     Args:
@@ -30,8 +30,6 @@ class WeightRounding:
     layers: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ("lm_head",)
     search: bool = True
-    chooses: ClassVar[bool] = False
-    sensitivity: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.options:
@@ -40,12 +38,8 @@ class WeightRounding:
             check_pattern(pattern)
 
     @property
-    def two_streams(self) -> bool:
-        return False
-
-    @property
-    def together(self) -> bool:
-        return False
+    def offers(self) -> tuple[Format, ...]:
+        return self.options
 
     @property
     def looks(self) -> tuple[type[Accumulator], ...]:

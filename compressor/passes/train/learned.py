@@ -24,15 +24,15 @@ from compressor.formats.numerics.codes import FloatCodes, IntCodes, VectorCodes
 from compressor.model.block import Block
 from compressor.passes.quantize.gptq import output_energy
 from compressor.passes.train.latents import FloatRounding, IntRounding, Rounding, VectorRounding
-from compressor.passes.train.loop import Text, Training
+from compressor.passes.train.loop import LatentTraining, Text, Training
 from compressor.pipeline.calibration.stats import Hessian
-from compressor.pipeline.contract import Accumulator, Outcome, Schedule, Stats
+from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node
 
 
 @node
-class Learned(Schedule):
-    """Train what earlier passes of the recipe rounded, codebooks too; the format stays. More fields: `Schedule`.
+class Learned(LatentTraining):
+    """Train what earlier passes of the recipe rounded, codebooks too; the format stays. More fields: `LatentTraining`.
 
     Args:
         sensitivity: Weigh errors by the Fisher information of the block's output; False takes the plain squared error.
@@ -42,7 +42,10 @@ class Learned(Schedule):
     needs: ClassVar[tuple[type[Accumulator], ...]] = (Hessian,)
     two_streams: ClassVar[bool] = True
     together: ClassVar[bool] = True
-    options: ClassVar[tuple[Format, ...]] = ()
+
+    @property
+    def reads_metric(self) -> bool:
+        return self.sensitivity
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
         """The layers that are packed already: nothing is left to plan."""

@@ -7,15 +7,54 @@ Shape suffixes: B samples, S sequence, D hidden.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compressor.passes.train.latents import Rounding
-from compressor.pipeline.contract import Group, Schedule
+from compressor.pipeline.contract import Group, Pass
+from compressor.recipe.registry import node
 
 PIECE = 1024  # tokens whose gradients are computed together; a sample at least
+FEWEST = 20  # steps that a training under a time limit has at least; with fewer it is left out
+
+
+@node
+class LatentTraining(Pass):
+    """Base class of passes that train latents, whose training a time limit may shorten.
+
+    Args:
+        steps: Number of training steps.
+        batch: Samples in a step.
+        lr: First learning rate of the latents, in steps of the grid (their mean, of floating-point numbers), times the bits
+            of a code: fine grids need small moves.
+        scale_lr: First learning rate of the scales, or of the entries of codebooks, as a fraction of their mean size.
+        seed: Seed of the order of samples.
+    """
+
+    steps: int = 200
+    batch: int = 8
+    lr: float = 0.01
+    scale_lr: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"{name}: {value} is not a positive number")
+        for name, rate in (("lr", self.lr), ("scale_lr", self.scale_lr)):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name}: {rate} is not in 0 … 1")
+
+    @property
+    def training_samples(self) -> int:
+        return self.steps * self.batch
+
+    def shortened(self, share: float) -> "LatentTraining | None":
+        """Return the pass with a share of its steps; None if fewer than `FEWEST` would be left."""
+        steps = int(share * self.steps)
+        return replace(self, steps=steps) if steps >= FEWEST else None
 
 
 @dataclass(frozen=True)
@@ -103,7 +142,7 @@ class Training:
         self.roundings, self.dtypes, self.text, self.missed, self.ranks = roundings, dtypes, text, missed, ranks
         self.moving = moving
 
-    def run(self, options: Schedule) -> Iterator[int]:
+    def run(self, options: LatentTraining) -> Iterator[int]:
         """Train; yields the number of steps done."""
         optimiser = self._optimiser(options)
         generator = torch.Generator().manual_seed(options.seed)
@@ -120,7 +159,7 @@ class Training:
             self.roundings = {name: r.moved(step + 1) for name, r in self.roundings.items()}
             yield step + 1
 
-    def _optimiser(self, options: Schedule) -> torch.optim.Optimizer:
+    def _optimiser(self, options: LatentTraining) -> torch.optim.Optimizer:
         """Adam over all latents and scales; the rate of a scale is relative to what scales of its weight are like."""
         groups = [{"params": [r.latent_OI], "first": options.lr * r.step / r.bits} for r in self.roundings.values()]
         scales = {id(r.scale): r.scale for r in self.roundings.values()}  # layers may share one

@@ -12,24 +12,23 @@ Shape suffixes: B samples, S sequence, D hidden, V vocabulary.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from compressor.errors import RecipeError
-from compressor.formats.base import Format, QuantizedTensor
-from compressor.model.block import Block
+from compressor.formats.base import QuantizedTensor
 from compressor.passes.train.learned import rounding, share_books
-from compressor.passes.train.loop import Text, Training
-from compressor.pipeline.contract import Outcome, Schedule, Stats, Whole
+from compressor.passes.train.loop import LatentTraining, Text, Training
+from compressor.pipeline.contract import Whole
 from compressor.recipe.registry import node
 
 
 @node
-class PVTune(Schedule):
+class PVTune(LatentTraining):
     """Train what earlier passes rounded, all blocks together; the format stays. Put it last.
 
-    It needs the model in memory, and for each weight about 50 bytes more. More fields: `Schedule`.
+    It needs the model in memory, and for each weight about 50 bytes more. More fields: `LatentTraining`.
 
     Args:
         moving: Share of the codes of a weight that a step may move: those with the largest gradients.
@@ -38,24 +37,13 @@ class PVTune(Schedule):
     lr: float = 0.005
     scale_lr: float = 5e-4
     moving: float = 1.0
-    needs: ClassVar[tuple[Any, ...]] = ()
-    two_streams: ClassVar[bool] = False
-    sensitivity: ClassVar[bool] = False
-    chooses: ClassVar[bool] = False
     together: ClassVar[bool] = True
-    options: ClassVar[tuple[Format, ...]] = ()
+    trains_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.moving <= 1:
             raise ValueError(f"moving: {self.moving:g} is not above 0 and at most 1")
-
-    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """None: nothing is done to single blocks."""
-        return {}
-
-    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        return Outcome({}, {})
 
     def tune(self, whole: Whole) -> tuple[Mapping[str, QuantizedTensor], tuple[str, ...]]:
         start = whole.packed

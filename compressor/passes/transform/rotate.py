@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from compressor.errors import RecipeError
-from compressor.formats.base import Format
 from compressor.model.block import Block
 from compressor.model.dataflow import Feed, gain_offset, products, run_norms, some_hidden
 from compressor.model.edited import Progress, Rewriting, silent
@@ -35,7 +34,7 @@ from compressor.model.source import ModelSource
 from compressor.model.surgery.online_hadamard import largest_block, turned
 from compressor.passes.transform.learned_rotation import Vectors, batch, learned, some_vectors
 from compressor.passes.transform.rotation import Rotation
-from compressor.pipeline.contract import Accumulator, Outcome, Stats
+from compressor.pipeline.contract import Pass
 from compressor.recipe.registry import node
 
 Change = Callable[[Tensor], Tensor]
@@ -44,7 +43,7 @@ SAME = 0.05  # relative difference of a block's output that rounding to the chec
 
 
 @node
-class Rotate:
+class Rotate(Pass):
     """Rotate the model before its blocks are compressed; to be the first pass.
 
     Args:
@@ -64,12 +63,7 @@ class Rotate:
     block: int = 0
     learn: int = 0
     seed: int = 0
-    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
-    options: ClassVar[tuple[Format, ...]] = ()
-    chooses: ClassVar[bool] = False
-    two_streams: ClassVar[bool] = False
-    together: ClassVar[bool] = False
-    sensitivity: ClassVar[bool] = False
+    rewrites: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.block < 0 or self.block & (self.block - 1):
@@ -77,15 +71,8 @@ class Rotate:
         if self.learn < 0:
             raise ValueError(f"learn: {self.learn} is no number of steps; give 0 for random rotations")
 
-    def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """None: a block is rotated already when it is read."""
-        return {}
-
-    def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        return Outcome({}, {})
-
     def rewriting(self, source: ModelSource, tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
-        """Return the change to the checkpoint; arguments as of `Rewrites`.
+        """Return the change to the checkpoint; arguments as of `Pass.rewriting`.
 
         Raises:
             RecipeError: the architecture does not allow it.

@@ -14,12 +14,12 @@ from compressor.formats.base import Format, Stored
 from compressor.model.architecture import check_pattern, matches
 from compressor.model.block import Block
 from compressor.model.dataflow import Feed, find_feeds, rescaled
-from compressor.pipeline.contract import Accumulator, Outcome, Stats
+from compressor.pipeline.contract import Outcome, Pass, Stats
 from compressor.recipe.registry import node
 
 
 @node
-class Scaling:
+class Scaling(Pass):
     """Fields of every scaling pass.
 
     Args:
@@ -29,12 +29,8 @@ class Scaling:
 
     layers: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
-    needs: ClassVar[tuple[type[Accumulator], ...]]
-    options: ClassVar[tuple[Format, ...]] = ()
-    chooses: ClassVar[bool] = False
-    two_streams: ClassVar[bool] = False
     together: ClassVar[bool] = True
-    sensitivity: ClassVar[bool] = False
+    rescales_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for pattern in (*self.layers, *self.ignore):

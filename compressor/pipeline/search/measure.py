@@ -117,7 +117,7 @@ def check_measurable(passes: Sequence[Pass]) -> None:
         RecipeError: there is one.
     """
     for number, step in enumerate(passes):
-        if step.options and (step.chooses or step.two_streams or step.together):
+        if step.offers and (step.chooses or step.two_streams or step.together):
             raise RecipeError(
                 f"passes.{number}: what it makes of a layer cannot be measured by itself (it chooses among options, compares "
                 "with the dense model, or has layers share codebooks); search with another pass"
@@ -128,7 +128,7 @@ def planned_units(job: Job) -> list[Unit]:
     """The units and the sizes of their levels as shapes tell them; nothing is measured."""
     found: dict[str, tuple[Block, tuple[str, ...], list[Level]]] = {}
     for block in (job.source.block(index, load=False) for index in range(len(job.source.layers))):
-        for step in (step for step in job.passes if step.options):
+        for step in (step for step in job.passes if step.offers):
             for unit, names in step.units(block).items():
                 options = able(step, block, names)
                 _, _, levels = found.setdefault(f"{block.prefix}.{unit}", (block, names, []))
@@ -214,7 +214,7 @@ def _measured(
     layers_of: dict[str, tuple[str, ...]] = {}
     traces: dict[str, float] = {}
     salience: dict[str, float] = {}
-    for step in (step for step in job.passes if step.options):
+    for step in (step for step in job.passes if step.offers):
         units = step.units(block)
         layers = [name for names in units.values() for name in names]
         stats = stream.collect(block, layers, step.needs)
@@ -227,7 +227,7 @@ def _measured(
             traces[unit] = 0.0 if squares is None else float(squares.mean())
             weights = [block.weight(name).float() for name in names]
             salience[unit] = 0.0 if squares is None else _outstanding(weights, squares)
-        for option in (option for option in step.options if any(option in some for some in offered.values())):
+        for option in (option for option in step.offers if any(option in some for some in offered.values())):
             started = time.monotonic()
             edits = _applied(
                 job, step, block, stats, option, {u: units[u] for u, options in offered.items() if option in options}

@@ -1,6 +1,6 @@
 /* What the files of the CPU kernels share.
  *
- * A weight lies in tiles of 16 rows, as compressor/runtime/kernels/layouts/_tiles.py describes. A product is made tile by tile, and
+ * A weight lies in tiles of 16 rows, as compressor/runtime/kernels/layouts/tile_order.py describes. A product is made tile by tile, and
  * of a tile segment by segment of its columns: `decode` turns the segment's codes into bytes, which stay in the first-level
  * cache while `multiply` takes one block of tokens after another through them. So a code is decoded once for all tokens.
  *

@@ -2,7 +2,7 @@
 // primitives.cuh, before the decoders.
 //
 // The weights are operand A of mma.m16n8k16 and the tokens operand B, so that one token costs as little as eight. Tiles lie
-// as layouts/_tiles.py says: a lane's 16-byte load gives it what it feeds to the tensor core. The warps of a block take the
+// as layouts/tile_order.py says: a lane's 16-byte load gives it what it feeds to the tensor core. The warps of a block take the
 // chunks of a row of tiles in turn, keep PF tiles on their way from memory, and meet once, at the end, to add up their sums.
 //
 // A decoder is what one lane holds of one tile:

@@ -39,7 +39,7 @@ DEVICE u32 float_to_bits(float f) { return __float_as_uint(f); }
 // Rounds to nearest even; `low` is the lower half.
 DEVICE u32 pack_bf16x2(float low, float high) { u32 r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
 
-// c += a b: a is 16 x 16 (weights), b 16 x 8 (tokens); see layouts/_tiles.py for which lane holds what.
+// c += a b: a is 16 x 16 (weights), b 16 x 8 (tokens); see layouts/tile_order.py for which lane holds what.
 DEVICE void multiply_accumulate(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); }
 
 // The launch's dynamic shared memory, and the address that ldmatrix wants.

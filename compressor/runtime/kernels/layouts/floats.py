@@ -1,7 +1,7 @@
 """Floating-point numbers of 3 to 8 bits with a scale per group of columns or per row.
 
-Parts, with R = ceil(N / 16) and C = ceil(K / chunk): the codes as in `_tiles`, in 4 bits or in 8 with the sign on top, chunks
-being 64 or 32 columns, and
+Parts, with R = ceil(N / 16) and C = ceil(K / chunk): the codes as in `tile_order`, in 4 bits or in 8 with the sign on top,
+chunks being 64 or 32 columns, and
 
     scales  of reals   bf16, fp16 or fp32 [R, G, 16]   of each row and group, though several rows shared one
             of bytes   uint8 [R, C, L, 2]              of each group of a chunk, the one of row g and that of row g + 8:
@@ -13,7 +13,7 @@ A group of reals is a multiple of the chunk, or, in bf16, divides it into parts 
 
 Bytes as scales of 4-bit codes are at most 2^9 in size: a bf16 that is 2^126 times too small has then room for the product.
 
-Shape suffixes as in `_tiles`; N and K are out_features and in_features, G groups.
+Shape suffixes as in `tile_order`; N and K are out_features and in_features, G groups.
 """
 
 import re
@@ -26,7 +26,7 @@ from torch.nn.functional import pad
 
 from compressor.formats.numerics.codes import FloatCodes
 from compressor.formats.numerics.minifloat import E2M1, Minifloat
-from compressor.runtime.kernels.layouts import _tiles
+from compressor.runtime.kernels.layouts import tile_order
 
 REALS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BYTES = {"e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}
@@ -61,7 +61,7 @@ class Floats:
     @property
     def chunk(self) -> int:
         """Columns of a tile."""
-        return _tiles.CHUNK[self.bits]
+        return tile_order.CHUNK[self.bits]
 
     @property
     def inner(self) -> bool:
@@ -104,12 +104,12 @@ class Floats:
         sign, magnitude = codes.codes_OI & self.element.sign, codes.codes_OI & self.element.sign - 1
         top = sign << (self.bits - self.element.bits) | magnitude
         scales = self._arrange_reals(codes) if self.scale in REALS else self._arrange_bytes(codes.scale)
-        parts = _tiles.pack_codes(top, self.bits) | {"scales": scales}
+        parts = tile_order.pack_codes(top, self.bits) | {"scales": scales}
         return parts if self.by_rows else parts | {"factor": torch.tensor([codes.factor], device=top.device)}
 
     def restore(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> FloatCodes:
         """The codes that were arranged, but for scales that rows shared, of which each row has one now."""
-        top = _tiles.unpack_codes(parts, self.bits, shape)
+        top = tile_order.unpack_codes(parts, self.bits, shape)
         sign, magnitude = top & 1 << self.bits - 1, top & self.element.sign - 1
         codes = sign >> (self.bits - self.element.bits) | magnitude
         groups = shape[1] // self.group if self.group else 1
@@ -124,14 +124,14 @@ class Floats:
     def _arrange_reals(self, codes: FloatCodes) -> Tensor:
         rows, columns = codes.codes_OI.shape
         of_rows = codes.scale.repeat_interleave(codes.rows, 0)[:rows]
-        groups = _tiles.round_up(columns, self.chunk) // self.group if self.group else 1
-        whole = pad(of_rows, (0, groups - of_rows.shape[1], 0, -rows % _tiles.ROWS))
-        tiles: Tensor = whole.unflatten(0, (-1, _tiles.ROWS))
+        groups = tile_order.round_up(columns, self.chunk) // self.group if self.group else 1
+        whole = pad(of_rows, (0, groups - of_rows.shape[1], 0, -rows % tile_order.ROWS))
+        tiles: Tensor = whole.unflatten(0, (-1, tile_order.ROWS))
         return tiles.transpose(1, 2).contiguous()
 
     def _arrange_bytes(self, scale_OG: Tensor) -> Tensor:
         groups = self.chunk // self.group
         rows = scale_OG.view(torch.uint8)
-        whole = pad(rows, (0, -rows.shape[1] % groups, 0, -rows.shape[0] % _tiles.ROWS))
+        whole = pad(rows, (0, -rows.shape[1] % groups, 0, -rows.shape[0] % tile_order.ROWS))
         of_rows = whole.view(-1, 2, 8, whole.shape[1] // groups, groups)  # R, half, g, C, group
         return of_rows.permute(0, 3, 2, 4, 1).flatten(2, 3).contiguous()

@@ -18,8 +18,8 @@ from torch.nn.functional import pad
 
 from compressor.formats.numerics.codes import FloatCodes
 from compressor.formats.numerics.minifloat import E4M3
-from compressor.runtime.kernels.layouts._tiles import ROWS
 from compressor.runtime.kernels.layouts.floats import NAMES, REALS
+from compressor.runtime.kernels.layouts.tile_order import ROWS
 
 
 @dataclass(frozen=True)

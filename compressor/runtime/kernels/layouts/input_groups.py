@@ -1,6 +1,6 @@
 """Integers of 2, 3, 4 or 8 bits (5 to 7 lie as 8) with, for each input channel, groups of output channels (AdaDim).
 
-Parts: the codes as in `_tiles`, and, with K padded to whole chunks,
+Parts: the codes as in `tile_order`, and, with K padded to whole chunks,
 
     scales  bf16 [N / a, K]
     zeros   bf16 [N / a, K]   128 + zero, at 8 bits zero
@@ -8,7 +8,7 @@ Parts: the codes as in `_tiles`, and, with K padded to whole chunks,
 The kernel multiplies an input channel's activation by its scale, rounds to bf16, and multiplies that by codes less zero. A
 tile's rows are all of one group: a, the rows that share a scale, is a multiple of 16, or all rows.
 
-Shape suffixes as in `_tiles`; N and K are out_features and in_features.
+Shape suffixes as in `tile_order`; N and K are out_features and in_features.
 """
 
 import re
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compressor.formats.numerics.codes import IntCodes
-from compressor.runtime.kernels.layouts import _tiles
+from compressor.runtime.kernels.layouts import tile_order
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class InputGroups:
     @property
     def chunk(self) -> int:
         """Columns of a tile."""
-        return _tiles.CHUNK[self.bits]
+        return tile_order.CHUNK[self.bits]
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the tensors, in the order in which the operator takes them."""
-        return (*_tiles.code_parts(self.bits), "scales", "zeros", *(["order"] if self.ordered else []))
+        return (*tile_order.code_parts(self.bits), "scales", "zeros", *(["order"] if self.ordered else []))
 
     @staticmethod
     def of(codes: IntCodes) -> "InputGroups | None":
@@ -60,7 +60,7 @@ class InputGroups:
         groups = codes.scale.shape[0]
         if codes.scale.shape[1] != columns or columns == 1 or codes.scale.dtype != torch.bfloat16:
             return None
-        if groups > 1 and rows // groups % _tiles.ROWS:
+        if groups > 1 and rows // groups % tile_order.ROWS:
             return None
         bits = codes.bits if codes.bits <= 4 else 8
         return InputGroups(bits, rows // groups if groups > 1 else 0, codes.order_I is not None)
@@ -68,7 +68,7 @@ class InputGroups:
     def arrange(self, codes: IntCodes) -> dict[str, Tensor]:
         """The parts."""
         missing = (0, -codes.codes_OI.shape[1] % self.chunk)
-        parts = _tiles.pack_codes(codes.codes_OI, self.bits)
+        parts = tile_order.pack_codes(codes.codes_OI, self.bits)
         parts["scales"] = pad(codes.scale, missing).contiguous()
         parts["zeros"] = pad((codes.zero.float() + self._bias).bfloat16(), missing)
         if codes.order_I is not None:
@@ -79,7 +79,7 @@ class InputGroups:
         """The codes that were arranged, but for widths of 5 to 7, which are 8 now."""
         scale, zero = (parts[name][:, : shape[1]] for name in ("scales", "zeros"))
         order = parts["order"].long() if self.ordered else None
-        codes = _tiles.unpack_codes(parts, self.bits, shape)
+        codes = tile_order.unpack_codes(parts, self.bits, shape)
         return IntCodes(self.bits, codes, scale, (zero.float() - self._bias).to(torch.uint8), order)
 
     @property

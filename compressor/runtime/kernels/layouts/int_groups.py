@@ -1,13 +1,13 @@
 """Integers of 2, 3, 4 or 8 bits (5 to 7 lie as 8) with groups along the input channels of an output channel.
 
-Parts, with R = ceil(N / 16): the codes as in `_tiles`, and
+Parts, with R = ceil(N / 16): the codes as in `tile_order`, and
 
     scales  int32 [R, G, 16]   of each row and group: the scale's 16 bits, above them bf16(128 + zero), at 8 bits bf16(zero)
 
 A group is a multiple of the chunk, or divides it into parts of which each lane's run lies in one: other group sizes are
 divided further, where possible, with equal scales. `order_I` of the codes becomes a part `order`, int32 [K].
 
-Shape suffixes as in `_tiles`; N and K are out_features and in_features, G groups.
+Shape suffixes as in `tile_order`; N and K are out_features and in_features, G groups.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compressor.formats.numerics.codes import IntCodes
-from compressor.runtime.kernels.layouts import _tiles
+from compressor.runtime.kernels.layouts import tile_order
 
 SCALES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -49,12 +49,12 @@ class IntGroups:
     @property
     def chunk(self) -> int:
         """Columns of a tile."""
-        return _tiles.CHUNK[self.bits]
+        return tile_order.CHUNK[self.bits]
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the tensors, in the order in which the operator takes them."""
-        return (*_tiles.code_parts(self.bits), "scales", *(["order"] if self.ordered else []))
+        return (*tile_order.code_parts(self.bits), "scales", *(["order"] if self.ordered else []))
 
     @staticmethod
     def of(codes: IntCodes) -> "IntGroups | None":
@@ -64,15 +64,15 @@ class IntGroups:
             return None
         bits = codes.bits if codes.bits <= 4 else 8
         size = columns // codes.scale.shape[1]
-        if codes.scale.shape[1] > 1 and size % _tiles.CHUNK[bits]:
-            size = math.gcd(size, _tiles.CHUNK[bits])
-            if size % (_tiles.CHUNK[bits] // 4):
+        if codes.scale.shape[1] > 1 and size % tile_order.CHUNK[bits]:
+            size = math.gcd(size, tile_order.CHUNK[bits])
+            if size % (tile_order.CHUNK[bits] // 4):
                 return None
         return IntGroups(bits, size if codes.scale.shape[1] > 1 else 0, SCALES[codes.scale.dtype], codes.order_I is not None)
 
     def arrange(self, codes: IntCodes) -> dict[str, Tensor]:
         """The parts."""
-        parts = _tiles.pack_codes(codes.codes_OI, self.bits) | {"scales": self._arrange_scales(codes)}
+        parts = tile_order.pack_codes(codes.codes_OI, self.bits) | {"scales": self._arrange_scales(codes)}
         if codes.order_I is not None:
             parts["order"] = codes.order_I.int()
         return parts
@@ -85,7 +85,7 @@ class IntGroups:
         scale = words.to(torch.int16).view(dtype)
         zero = (words >> 16).to(torch.int16).view(torch.bfloat16).float() - self._bias
         order = parts["order"].long() if self.ordered else None
-        return IntCodes(self.bits, _tiles.unpack_codes(parts, self.bits, shape), scale, zero.to(torch.uint8), order)
+        return IntCodes(self.bits, tile_order.unpack_codes(parts, self.bits, shape), scale, zero.to(torch.uint8), order)
 
     @property
     def _bias(self) -> int:
@@ -98,7 +98,7 @@ class IntGroups:
         repeats = size // self.group if self.group else 1
         zero = (codes.zero.float() + self._bias).bfloat16().view(torch.int16).int() << 16
         words: Tensor = (zero | codes.scale.view(torch.int16).int() & 0xFFFF).repeat_interleave(repeats, 1)
-        groups = _tiles.round_up(columns, self.chunk) // self.group if self.group else 1
-        words = pad(words, (0, groups - words.shape[1], 0, -words.shape[0] % _tiles.ROWS))
-        words = words.unflatten(0, (-1, _tiles.ROWS))
+        groups = tile_order.round_up(columns, self.chunk) // self.group if self.group else 1
+        words = pad(words, (0, groups - words.shape[1], 0, -words.shape[0] % tile_order.ROWS))
+        words = words.unflatten(0, (-1, tile_order.ROWS))
         return words.transpose(1, 2).contiguous()

@@ -13,10 +13,10 @@ Columns of a chunk: 64. Parts, with R = ceil(N / 16) and C = ceil(K / 64):
     starts    int32 [16 R + 1]          where a row's escapes begin, and the last one's end
     escapes   int32 [E, 2]              column and bf16, by rows and columns
 
-The bytes are little-endian words as in `_tiles`: signs and mantissas as codes of 8 bits are (step s, half h in word 2 s + h,
-column j in byte j, the sign in bit 7), exponents as those of 4 bits are.
+The bytes are little-endian words as in `tile_order`: signs and mantissas as codes of 8 bits are (step s, half h in word 2 s +
+h, column j in byte j, the sign in bit 7), exponents as those of 4 bits are.
 
-Shape suffixes as in `_tiles`; N and K are out_features and in_features.
+Shape suffixes as in `tile_order`; N and K are out_features and in_features.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compressor.formats.numerics.codes import DenseCodes
-from compressor.runtime.kernels.layouts import _tiles
+from compressor.runtime.kernels.layouts import tile_order
 
 CHUNK = 64
 WINDOW = 16  # exponents that 4 bits tell apart
@@ -66,7 +66,7 @@ class Lossless:
         bases_N = _bases(exponents_NK)
         differences_NK = _differences(exponents_NK, bases_N)
         escaped_NK = differences_NK >= WINDOW
-        rows_padded = _tiles.round_up(len(bases_N), _tiles.ROWS)
+        rows_padded = tile_order.round_up(len(bases_N), tile_order.ROWS)
         ends_N = escaped_NK.sum(1).cumsum(0).int()
         return {
             "tiles": _pack(
@@ -114,16 +114,16 @@ def _bases_of_block(exponents_NK: Tensor) -> Tensor:
 
 
 def _pack(bytes_NK: Tensor, differences_NK: Tensor) -> Tensor:
-    tiles = _tiles.split(bytes_NK, CHUNK).permute(0, 2, 3, 4, 5, 1, 6)  # R g C t, s h j
-    low = _tiles.lanes(tiles).unflatten(3, (2, 16)).transpose(2, 3)
-    tiles = _tiles.split(differences_NK, CHUNK)
-    high = _tiles.lanes((tiles[:, 0] | tiles[:, 1] << 4)[..., [0, 2, 1, 3]])
+    tiles = tile_order.split(bytes_NK, CHUNK).permute(0, 2, 3, 4, 5, 1, 6)  # R g C t, s h j
+    low = tile_order.lanes(tiles).unflatten(3, (2, 16)).transpose(2, 3)
+    tiles = tile_order.split(differences_NK, CHUNK)
+    high = tile_order.lanes((tiles[:, 0] | tiles[:, 1] << 4)[..., [0, 2, 1, 3]])
     return torch.cat([low, high[:, :, None]], 2)
 
 
 def _unpack(tiles: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Inverse of `_pack`."""
     low = tiles[:, :, :2].transpose(2, 3).flatten(3)
-    bytes_NK = _tiles.join(_tiles.unlanes(low, 4, 2, 4).permute(0, 5, 1, 2, 3, 4, 6), shape)
-    nibbles = _tiles.unlanes(tiles[:, :, 2].contiguous(), 4, 4)[..., [0, 2, 1, 3]]
-    return bytes_NK, _tiles.join(torch.stack([nibbles & 15, nibbles >> 4], 1), shape)
+    bytes_NK = tile_order.join(tile_order.unlanes(low, 4, 2, 4).permute(0, 5, 1, 2, 3, 4, 6), shape)
+    nibbles = tile_order.unlanes(tiles[:, :, 2].contiguous(), 4, 4)[..., [0, 2, 1, 3]]
+    return bytes_NK, tile_order.join(torch.stack([nibbles & 15, nibbles >> 4], 1), shape)

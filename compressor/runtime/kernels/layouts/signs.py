@@ -6,11 +6,12 @@ Columns of a chunk: 256. Parts, with P planes, R = ceil(N / 16), C = ceil(K / 25
     scales     int32 [R, G, P, 8]        of each group: the bf16 scale of row g, above it that of row g + 8
 
 The bytes of a lane are four little-endian words. Step s lies in word s // 4; with e the even or odd column of a pair and
-register i = half + 2 * (j // 2) as in `_tiles`, its bit is i + 4 (s % 4) + 16 e: one shift brings both columns of a register
-to where a bf16 has its sign. A scale with its sign flipped or not is a plane's part of the weight: scales cost nothing to
-apply, and a group need only hold a lane's run, 64 columns. Other sizes are divided further, if possible, with equal scales.
+register i = half + 2 * (j // 2) as in `tile_order`, its bit is i + 4 (s % 4) + 16 e: one shift brings both columns of a
+register to where a bf16 has its sign. A scale with its sign flipped or not is a plane's part of the weight: scales cost
+nothing to apply, and a group need only hold a lane's run, 64 columns. Other sizes are divided further, if possible, with
+equal scales.
 
-Shape suffixes as in `_tiles`; P planes, N and K are out_features and in_features.
+Shape suffixes as in `tile_order`; P planes, N and K are out_features and in_features.
 """
 
 import math
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compressor.formats.numerics.codes import SignCodes
-from compressor.runtime.kernels.layouts import _tiles
+from compressor.runtime.kernels.layouts import tile_order
 
 CHUNK = 256
 MOST_PLANES = 4  # with more, integers of as many bits are smaller and better
@@ -79,9 +80,9 @@ class Signs:
     def _arrange_scales(self, codes: SignCodes) -> Tensor:
         columns, given = codes.negative_POI.shape[2], codes.scale_POG.shape[2]
         repeats = columns // given // self.group if self.group else 1
-        groups = _tiles.round_up(columns, CHUNK) // self.group if self.group else 1
+        groups = tile_order.round_up(columns, CHUNK) // self.group if self.group else 1
         scale_PNG = codes.scale_POG.repeat_interleave(repeats, 2)
-        scale_PNG = pad(scale_PNG, (0, groups - scale_PNG.shape[2], 0, -scale_PNG.shape[1] % _tiles.ROWS))
+        scale_PNG = pad(scale_PNG, (0, groups - scale_PNG.shape[2], 0, -scale_PNG.shape[1] % tile_order.ROWS))
         bits = scale_PNG.view(torch.int16).int().unflatten(1, (-1, 2, 8)).permute(1, 4, 0, 2, 3)  # [R, G, P, h, g]
         words: Tensor = bits[..., 0, :] & 0xFFFF | bits[..., 1, :] << 16
         return words.contiguous()
@@ -89,7 +90,7 @@ class Signs:
 
 def _pack(negative_PNK: Tensor) -> Tensor:
     """Bits as bytes [R, C, P, 32, 16]."""
-    tiles = torch.stack([_tiles.split(plane, CHUNK) for plane in negative_PNK])  # [P, R, h, g, C, t, s, j]
+    tiles = torch.stack([tile_order.split(plane, CHUNK) for plane in negative_PNK])  # [P, R, h, g, C, t, s, j]
     fields = tiles.unflatten(6, (4, 4)).unflatten(8, (2, 2))  # s as word and step of it, j as register and e
     bits = fields.permute(1, 4, 0, 3, 5, 6, 9, 7, 8, 2)  # R C P, g t, word e, step register h
     chunks = bits.shape[:3]
@@ -102,4 +103,4 @@ def _unpack(negative: Tensor, shape: tuple[int, int]) -> Tensor:
     """Inverse of `_pack`, uint8 [P, N, K]."""
     bits = negative[..., None] >> torch.arange(8, dtype=torch.uint8, device=negative.device) & 1
     fields = bits.view(*negative.shape[:3], 8, 4, 4, 2, 4, 2, 2).permute(2, 0, 9, 3, 1, 4, 5, 7, 8, 6)
-    return torch.stack([_tiles.join(plane, shape) for plane in fields.flatten(6, 7).flatten(7, 8)])
+    return torch.stack([tile_order.join(plane, shape) for plane in fields.flatten(6, 7).flatten(7, 8)])

@@ -19,7 +19,7 @@ its memory's latency; and looked up in L2, each 8 weights fetch a sector of 32 b
 a cache that is not twice as fast as memory: such a kernel would lose to the dense weight. Nor have two indices a layout that
 take more than 16 bits together.
 
-Shape suffixes as in `_tiles`; V vectors of 8 output channels, N and K are out_features and in_features.
+Shape suffixes as in `tile_order`; V vectors of 8 output channels, N and K are out_features and in_features.
 """
 
 import re
