@@ -5,7 +5,7 @@ Shape suffixes: O out_features, I in_features, T tokens, B samples of a batch, S
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from compressor.model.edited import Progress, Rewriting, silent
 from compressor.model.source import ModelSource
 from compressor.model.surgery.kv_cache import CacheScales
 from compressor.recipe.registry import node
-
-if TYPE_CHECKING:
-    from compressor.pipeline.prune_stage import Work
 
 
 class Accumulator(Protocol):
@@ -114,34 +111,6 @@ class Whole:
     dtype: torch.dtype  # of the computation
     ranks: Group
     progress: Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """The result of a pass that prunes.
-
-    Args:
-        rewriting: The change; None if there is none.
-        report: Report of the pass, plain data.
-    """
-
-    rewriting: Rewriting | None
-    report: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """Names, dtypes and shapes as a pass that prunes will leave them, before any weight is read.
-
-    Args:
-        rewriting: The change; None if there is none.
-        certain: There is no other.
-        more: Parameters that there may be besides, if there is.
-    """
-
-    rewriting: Rewriting | None
-    certain: bool = True
-    more: int = 0
 
 
 @node
@@ -251,24 +220,6 @@ class Pass:
     def label(self) -> str:
         """File-name safe description of what `prune` drops; empty if nothing is dropped."""
         return ""
-
-    def sketch(self, source: ModelSource) -> Sketch:
-        """Predict the shapes of the result of `prune`."""
-        return Sketch(None)
-
-    def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Return the peak of `prune` in bytes, as compressor/pipeline/memory_estimate.py counts it.
-
-        Args:
-            source: The model.
-            tokens: Number of calibration tokens of this rank.
-            batch: Number of tokens in a batch.
-        """
-        return 0
-
-    def prune(self, work: "Work") -> Pruned:
-        """Prune the model."""
-        return Pruned(None, {})
 
     trains_model: ClassVar[bool] = False
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,34 @@ from compressor.recipe.registry import node
 from compressor.recipe.schema import Recipe
 
 ANEW = "give --overwrite to start again, or choose another --out"
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The result of a pass that prunes.
+
+    Args:
+        rewriting: The change; None if there is none.
+        report: Report of the pass, plain data.
+    """
+
+    rewriting: Rewriting | None
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Names, dtypes and shapes as a pass that prunes will leave them, before any weight is read.
+
+    Args:
+        rewriting: The change; None if there is none.
+        certain: There is no other.
+        more: Parameters that there may be besides, if there is.
+    """
+
+    rewriting: Rewriting | None
+    certain: bool = True
+    more: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,14 +147,33 @@ class PruningPass(Pass):
     """Base class of passes of this stage. They have nothing left to do on single blocks."""
 
     prunes: ClassVar[bool] = True
-    closes: ClassVar[bool] = False  # what it learns is of no use once a pass of this stage changes the model again
-    mends: ClassVar[bool] = False  # it makes good for what was taken away
-    pairs: ClassVar[bool] = False  # it compares blocks with the original's, one by one
-    rebases: ClassVar[bool] = False  # it leaves another hidden state between blocks than the original's
+    must_be_last: ClassVar[bool] = False  # what it learns is of no use once a pass of this stage changes the model again
+    requires_pruned_model: ClassVar[bool] = False  # it makes good for what was taken away
+    compares_with_original_blocks: ClassVar[bool] = False  # it compares blocks with the original's, one by one
+    changes_hidden_basis: ClassVar[bool] = False  # it leaves another hidden state between blocks than the original's
+
+    @abstractmethod
+    def sketch(self, source: ModelSource) -> Sketch:
+        """Predict the shapes of the result."""
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Return the peak memory of the calibration stream, in bytes."""
+        """Return the peak of `prune` in bytes, as compressor/pipeline/memory_estimate.py counts it: that of the stream.
+
+        Args:
+            source: The model.
+            tokens: Number of calibration tokens of this rank.
+            batch: Number of tokens in a batch.
+        """
         return collecting(source, tokens, batch)
+
+    @abstractmethod
+    def prune(self, work: Work) -> Pruned:
+        """Prune the model."""
+
+
+def pruning(passes: Sequence[Pass]) -> list[tuple[int, PruningPass]]:
+    """Return the passes of this stage, each with its number in the recipe."""
+    return [(number, step) for number, step in enumerate(passes) if isinstance(step, PruningPass)]
 
 
 def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
@@ -139,31 +187,35 @@ def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
             f"passes: activations of {len(source.hadamard)} layers are turned (rotate: online), which pruning does not take "
             "into account; leave out online: true, or prune without rotating"
         )
-    for number, step in enumerate(passes):
-        if step.prunes and not all(before.prunes or before.rewrites for before in passes[:number]):
+    for number, step in pruning(passes):
+        before = passes[:number]
+        if not all(other.prunes or other.rewrites for other in before):
             raise RecipeError(
                 f"passes.{number}: takes parts of the model away before any block is compressed; put it before the others"
             )
-        if step.prunes and any(isinstance(before, PruningPass) and before.closes for before in passes[:number]):
+        if any(other.must_be_last for _, other in pruning(before)):
             raise RecipeError(
                 f"passes.{number}: changes the model that a prompt was learned for; put `soft_prompt` behind it"
             )
-        if isinstance(step, PruningPass) and step.pairs:
-            for first, before in enumerate(passes[:number]):
-                if isinstance(before, PruningPass) and before.rebases:
-                    raise RecipeError(
-                        f"passes.{number}: {named(step)} compares every block with the original's, but {named(before)} "
-                        f"(passes.{first}) leaves other hidden channels between blocks; put it before that, or take `recover`"
-                    )
+        rebased = (
+            [(first, other) for first, other in pruning(before) if other.changes_hidden_basis]
+            if step.compares_with_original_blocks
+            else []
+        )
+        for first, other in rebased:
+            raise RecipeError(
+                f"passes.{number}: {named(step)} compares every block with the original's, but {named(other)} "
+                f"(passes.{first}) leaves other hidden channels between blocks; put it before that, or take `recover`"
+            )
 
 
-def check_pruned(step: Pass, original: ModelSource, source: ModelSource) -> None:
+def check_pruned(step: PruningPass, original: ModelSource, source: ModelSource) -> None:
     """Refuse a pass that makes good for what was taken away.
 
     Raises:
         RecipeError: nothing was.
     """
-    if isinstance(step, PruningPass) and step.mends and source is original:
+    if step.requires_pruned_model and source is original:
         raise RecipeError(
             f"{named(step)}: nothing was pruned, so nothing was lost; put `prune_width` or `prune_depth` before it"
         )
@@ -178,7 +230,7 @@ def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, 
     """The model with the shapes that it will have, whether these are certain, and how many parameters it may have besides."""
     check_order(source, passes)
     original, certain, more = source, True, 0
-    for step in (step for step in passes if step.prunes):
+    for _, step in pruning(passes):
         check_pruned(step, original, source)
         found = step.sketch(source)
         source = source if found.rewriting is None else source.rewritten(found.rewriting)
@@ -187,9 +239,9 @@ def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, 
 
 
 def expected_peak(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int) -> int:
-    """Bytes that the pass takes which takes the most; arguments as of `Pass.expected_memory`."""
+    """Bytes that the pass takes which takes the most; arguments as of `PruningPass.expected_memory`."""
     most = 0
-    for step in (step for step in passes if step.prunes):
+    for _, step in pruning(passes):
         most = max(most, step.expected_memory(source, tokens, batch))
         rewriting = step.sketch(source).rewriting
         source = source if rewriting is None else source.rewritten(rewriting)
@@ -212,9 +264,7 @@ def pruned(
     """
     check_order(source, recipe.passes)
     original, done = source, []
-    for number, step in enumerate(recipe.passes):
-        if not step.prunes:
-            continue
+    for number, step in pruning(recipe.passes):
         if calibration is None:
             raise CalibrationError(f"passes.{number}: needs calibration text")
         check_pruned(step, original, source)

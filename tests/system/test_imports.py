@@ -66,6 +66,14 @@ def test_no_package_imports_from_its_own_floor_or_from_one_above(name: str) -> N
     assert found == set()
 
 
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Oracle: the order in which modules can be taken away that import nothing that is left."""
+    left = {module: {there for there in imported(file) if there in MODULES} - {module} for module, file in MODULES.items()}
+    while free := {module for module, others in left.items() if not others & left.keys()}:
+        left = {module: others for module, others in left.items() if module not in free}
+    assert left == {}
+
+
 def test_what_begins_with_an_underscore_stays_in_its_package() -> None:
     private = {
         (module, there)

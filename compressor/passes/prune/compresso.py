@@ -32,8 +32,7 @@ from compressor.passes.prune.width_pass import WidthPass, nearest
 from compressor.passes.prune.widths import Chosen, Way
 from compressor.passes.train.distillation import Schedule, Training, distil, expected_memory, low_rank
 from compressor.passes.train.lora import merged, student
-from compressor.pipeline.contract import Pruned
-from compressor.pipeline.prune_stage import Work, as_stored, read_tensors, stored
+from compressor.pipeline.prune_stage import Pruned, Work, as_stored, read_tensors, stored
 from compressor.recipe.registry import node
 
 LOSSES, UNITS = "losses", "units."  # of all steps, and what stays of each part, beside the tensors

@@ -7,9 +7,8 @@ from compressor.model.source import ModelSource
 from compressor.passes.prune.basis import Basis, apart
 from compressor.passes.prune.residual import Residual, fitting
 from compressor.passes.prune.shapes import going, parameters
-from compressor.pipeline.contract import Pruned, Sketch
 from compressor.pipeline.memory_estimate import collecting, hidden_size
-from compressor.pipeline.prune_stage import PruningPass, Work
+from compressor.pipeline.prune_stage import Pruned, PruningPass, Sketch, Work
 from compressor.recipe.registry import node
 
 
@@ -27,7 +26,7 @@ class HiddenPass(PruningPass):
     of: Literal["model", "blocks"] = "model"
     basis: Basis = "pca"
     multiple: int | None = None
-    rebases: ClassVar[bool] = True
+    changes_hidden_basis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:

@@ -23,8 +23,7 @@ from compressor.passes.prune.hidden_pass import HiddenPass
 from compressor.passes.prune.pat_operators import Masked, largest, start
 from compressor.passes.train.distillation import Schedule, Training, distil, expected_memory, low_rank
 from compressor.passes.transform.rotate import residual_writers
-from compressor.pipeline.contract import Pruned
-from compressor.pipeline.prune_stage import Work, read_tensors, stored
+from compressor.pipeline.prune_stage import Pruned, Work, read_tensors, stored
 from compressor.recipe.registry import node
 
 KEPT, LOSSES = "kept", "losses"  # channels that stay, and what all steps lost, beside the tensors

@@ -15,9 +15,8 @@ from compressor.model.source import ModelSource
 from compressor.passes.prune.depth import STAYS, Depth, Parts, even, least, turns
 from compressor.passes.prune.searching import BRIEF, compared, comparing, searched
 from compressor.passes.prune.shapes import going, parameters
-from compressor.pipeline.contract import Pruned, Sketch
 from compressor.pipeline.memory_estimate import collecting
-from compressor.pipeline.prune_stage import PruningPass, Work
+from compressor.pipeline.prune_stage import Pruned, PruningPass, Sketch, Work
 from compressor.pipeline.search.find import Contestant
 from compressor.recipe.registry import node, over
 from compressor.recipe.schema import Search

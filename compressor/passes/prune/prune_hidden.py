@@ -16,8 +16,7 @@ from dataclasses import replace
 from compressor.passes.prune.basis import turned
 from compressor.passes.prune.hidden_pass import HiddenPass
 from compressor.passes.prune.readers import Refit
-from compressor.pipeline.contract import Pruned
-from compressor.pipeline.prune_stage import Work
+from compressor.pipeline.prune_stage import Pruned, Work
 from compressor.recipe.registry import node
 
 

@@ -34,9 +34,8 @@ from compressor.passes.prune.prunable import Part, find_all
 from compressor.passes.prune.width_pass import WidthPass, nearest
 from compressor.passes.prune.widths import Chosen, Way
 from compressor.passes.train.distillation import Lesson, divergence, drawn, expected_memory
-from compressor.pipeline.contract import Pruned
 from compressor.pipeline.job import Event
-from compressor.pipeline.prune_stage import Work, read_tensors
+from compressor.pipeline.prune_stage import Pruned, Work, read_tensors
 from compressor.recipe.registry import node
 
 STEP = "step"  # how many are done, beside the units

@@ -21,8 +21,7 @@ from compressor.passes.prune.searching import compared
 from compressor.passes.prune.shapes import Shape, going
 from compressor.passes.prune.width_pass import Tried, WidthPass, nearest
 from compressor.passes.prune.widths import Way
-from compressor.pipeline.contract import Pruned
-from compressor.pipeline.prune_stage import Work
+from compressor.pipeline.prune_stage import Pruned, Work
 from compressor.recipe.registry import node
 
 

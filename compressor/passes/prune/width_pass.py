@@ -14,9 +14,8 @@ from compressor.passes.prune.prunable import find_all
 from compressor.passes.prune.searching import BRIEF, compared, comparing
 from compressor.passes.prune.shapes import Of, Shape, going, parameters, shapes
 from compressor.passes.prune.widths import Narrows, Widths, sweep
-from compressor.pipeline.contract import Pruned, Sketch
 from compressor.pipeline.memory_estimate import collecting
-from compressor.pipeline.prune_stage import ANEW, PruningPass, Work, named
+from compressor.pipeline.prune_stage import ANEW, Pruned, PruningPass, Sketch, Work, named
 from compressor.pipeline.search.levels import LevelDB
 from compressor.recipe.registry import node, over
 from compressor.recipe.schema import Search

@@ -28,11 +28,10 @@ from compressor.model.source import ModelSource
 from compressor.passes.prune.shapes import parameters
 from compressor.passes.train.blockwise import Twins, fit
 from compressor.passes.train.distillation import TOGETHER, Schedule, Training, descend
-from compressor.pipeline.contract import Pruned, Sketch
 from compressor.pipeline.job import Event
 from compressor.pipeline.memory_estimate import activations, block_parameters, collecting, largest_block
 from compressor.pipeline.plan import block_names
-from compressor.pipeline.prune_stage import PruningPass, Work, read_tensors, stored
+from compressor.pipeline.prune_stage import Pruned, PruningPass, Sketch, Work, read_tensors, stored
 from compressor.recipe.registry import node
 
 ERRORS = "errors"  # of a block's output as it was, after the fit, and after training; beside its tensors
@@ -64,8 +63,8 @@ class DistilBlocks(PruningPass):
     damp: float = 0.01
     seed: int = 0
     label: ClassVar[str] = ""
-    mends: ClassVar[bool] = True
-    pairs: ClassVar[bool] = True
+    requires_pruned_model: ClassVar[bool] = True
+    compares_with_original_blocks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps < 0:

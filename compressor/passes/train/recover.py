@@ -16,8 +16,7 @@ from compressor.model.source import ModelSource
 from compressor.passes.prune.shapes import parameters
 from compressor.passes.train.distillation import Schedule, Training, distil, expected_memory, low_rank
 from compressor.passes.train.lora import merged, student
-from compressor.pipeline.contract import Pruned, Sketch
-from compressor.pipeline.prune_stage import PruningPass, Work, as_stored, read_tensors, stored
+from compressor.pipeline.prune_stage import Pruned, PruningPass, Sketch, Work, as_stored, read_tensors, stored
 from compressor.recipe.registry import node
 
 LOSSES = "losses"  # of all steps, beside the tensors
@@ -43,7 +42,7 @@ class Recover(PruningPass):
     norms: bool = True
     seed: int = 0
     label: ClassVar[str] = ""
-    mends: ClassVar[bool] = True
+    requires_pruned_model: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:

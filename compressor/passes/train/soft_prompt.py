@@ -29,8 +29,7 @@ from compressor.model.journal import save, writing
 from compressor.model.source import ModelSource
 from compressor.passes.prune.shapes import parameters
 from compressor.passes.train.distillation import Lesson, Schedule, Training, distil, expected_memory
-from compressor.pipeline.contract import Pruned, Sketch
-from compressor.pipeline.prune_stage import PruningPass, Work, read_tensors
+from compressor.pipeline.prune_stage import Pruned, PruningPass, Sketch, Work, read_tensors
 from compressor.recipe.registry import node
 
 FOLDER = "soft_prompt"
@@ -59,8 +58,8 @@ class SoftPrompt(PruningPass):
     judged: int = 8192
     seed: int = 0
     label: ClassVar[str] = ""
-    mends: ClassVar[bool] = True
-    closes: ClassVar[bool] = True
+    requires_pruned_model: ClassVar[bool] = True
+    must_be_last: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("tokens", "judged"):
