@@ -27,7 +27,9 @@ def eval_(
     documents: a.Documents = False,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="Task of lm-evaluation-harness, or a .jsonl file of questions (see the README); repeatable."),
+        typer.Option(
+            help="Task of lm-evaluation-harness, or a .jsonl file of questions (see docs/evaluation.md); repeatable."
+        ),
     ] = None,
     suite: Annotated[
         str | None,

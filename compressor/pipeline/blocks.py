@@ -190,7 +190,7 @@ def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream |
     if step.together:
         return step.apply(block, stats, choice)
     costs = {unit: sum(block.weight(name).numel() for name in names) for unit, names in units.items()}
-    mine = {unit: choice[unit] for unit in job.ranks.share(costs)}
+    mine = {unit: choice.get(unit) for unit in job.ranks.share(costs)}  # None for a pass that offers no options
     return job.ranks.gather(step.apply(block, stats, mine))
 
 

@@ -1,4 +1,4 @@
-"""The README's example for CI does what it says, on the demo model."""
+"""The example for CI in docs/evaluation.md does what it says, on the demo model."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_ci_example_runs_and_keeps_its_limits(tmp_path: Path) -> None:
-    block = (ROOT / "README.md").read_text().split("```yaml\njobs:")[1].split("```")[0]
+    block = (ROOT / "docs" / "evaluation.md").read_text().split("```yaml\njobs:")[1].split("```")[0]
     steps = yaml.safe_load(f"jobs:{block}")["jobs"]["int4"]["steps"]
     commands = [step["run"] for step in steps if step.get("run", "").startswith("compress ")]
     (uploaded,) = [step["with"]["path"] for step in steps if "path" in step.get("with", {})]
