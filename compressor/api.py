@@ -1,10 +1,9 @@
 """The verbs as functions: what the command line calls, and what a program can call instead."""
 
-import resource
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,29 @@ from compressor.evaluation.verify.verify import verify as verify_directory
 from compressor.formats.base import OneOf
 from compressor.host import known_state
 from compressor.model import shards
-from compressor.model.journal import remove_leftovers
 from compressor.model.source import ModelSource
-from compressor.model.writer import Workspace, check_space, check_target
-from compressor.pipeline import blocks, whole_model
-from compressor.pipeline.calibration.data import TOKENS_AT_ONCE, Samples
-from compressor.pipeline.calibration.hidden import Keep, keeping
+from compressor.model.writer import Workspace
+from compressor.pipeline import run as stages
+from compressor.pipeline.calibration.data import TOKENS_AT_ONCE
 from compressor.pipeline.contract import Plan
-from compressor.pipeline.job import Event, Job, Tell, silent
+from compressor.pipeline.job import Event, Tell, silent
 from compressor.pipeline.memory_estimate import expected_memory, generating
 from compressor.pipeline.patterns import check_patterns
 from compressor.pipeline.plan import describe_plan, make_plan, model_formats, output_headers, total_bits
 from compressor.pipeline.plan_file import offering, read_plan
-from compressor.pipeline.prepare import check_shares, load_calibration, needs_data, open_model, sample_length, streams
-from compressor.pipeline.probe import Record
-from compressor.pipeline.provenance import fingerprint, fingerprint_plan, finished_report, new_report
-from compressor.pipeline.prune_stage import clear, expected_peak, held, pruned, pruning_place, sketched
+from compressor.pipeline.prepare import needs_data, open_model, sample_length
+from compressor.pipeline.provenance import finished_report
+from compressor.pipeline.prune_stage import clear, expected_peak, held, sketched
 from compressor.pipeline.ranks import Ranks
-from compressor.pipeline.target_search import find_plan, fit_recipe, levels_place, settle, shortened
-from compressor.pipeline.write_model import default_out, write_model
+from compressor.pipeline.run import RunOptions, RunState
+from compressor.pipeline.target_search import fit_recipe, settle
+from compressor.pipeline.write_model import default_out
 from compressor.recipe.build import prune_recipe, quantize_recipe
 from compressor.recipe.schema import Recipe, changed_patterns, load_recipe
 from compressor.report.card import model_card
 from compressor.report.files import CARD, completed, written
 from compressor.report.record import Report
 
-NOTHING: tuple[str, ...] = ()  # finished by an interrupted run
 LIBRARIES_BYTES = 540 * 2**20  # of the process before it reads a weight, and of what libraries keep for themselves later
 
 
@@ -106,62 +102,29 @@ def run(
     Raises:
         CompressorError: anything a user can mend.
     """
-    started = time.monotonic()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
-    ranks = Ranks.from_environment(device)
-    given = read_plan(Path(plan)) if plan is not None else None
-    recipe = recipe if given is None else offering(recipe, given)
-    source = open_model(recipe, Path(model), ranks.device, dtype, lambda done, total: tell(Event("rotate", done, total)))
-    source, given, gone = settle(source, given)
-    small, unmatched = shaped(source, recipe, required)
-    expected = make_plan(small, recipe.passes, given) if recipe.target is None else {}
-    out = default_out(Path(model), recipe.passes, expected, recipe.target) if out is None else Path(out)
-    check_target(out, Path(model), resume=resume, overwrite=overwrite)
-    calibration, evaluation = load_calibration(recipe, source), load_evaluation(recipe, source)
-    check_shares(calibration, ranks)
-    made_by = fingerprint(recipe, source, calibration) | ({} if given is None else fingerprint_plan(given))
-    report = new_report(recipe, source, out, made_by, calibration, unmatched)
-    place = pruning_place(out)
-    if resume and out.exists() and not overwrite:
-        return finished(out, report, ranks)
-    if recipe.target is None:
-        check_space(out, shards.total_bytes(shards.layout(output_headers(small, recipe.passes, expected))))
-    prunes = ranks.first and any(step.prunes for step in recipe.passes)
-    with held(out, report.warnings.append, resume=resume, overwrite=overwrite) if prunes else nullcontext():
-        source, report.pruning = pruned(recipe, source, calibration, ranks, place, made_by, tell)
-        report.seconds = time.monotonic() - started if report.pruning else 0.0
-        chosen = make_plan(source, recipe.passes, given) if recipe.target is None else {}
-        if recipe.target is not None:
-            judged = evaluation.tokens if evaluation is not None else 0
-            found = find_plan(
-                recipe, source, calibration, ranks, levels_place(out, levels), tell, started=started, judged=judged
-            )
-            if found.training < 1:
-                recipe = shortened(recipe, found.training)
-                report.warnings.append(
-                    f"for want of time only {found.training:.0%} of the training was done that a layer gets"
-                )
-            source, kept, gone = settle(source, found.plan)
-            chosen = make_plan(source, recipe.passes, kept)
-            report.fingerprint = made_by = made_by | fingerprint_plan(found.plan) | {"training": f"{found.training:.4f}"}
-            report.search = found.to_dict()
-        check_space(out, shards.total_bytes(shards.layout(output_headers(source, recipe.passes, chosen))))
-        job, keep = Job(source, recipe.passes, chosen, ranks), keeping(recipe.calibration.on_disk)
-        calibration = calibration if streams(recipe.passes) else None
-        if not ranks.first:
-            compress_blocks(job, calibration, keep, None, ranks.agree(NOTHING), report, tell)
-            ranks.barrier()
-            return report
-        with Workspace(out, made_by, resume=resume, overwrite=overwrite) as workspace:
-            done = ranks.agree(tuple(workspace.finished))
-            probe = compress_blocks(job, calibration, keep, workspace, done, report, tell)
-            tell(Event("write", 0, 1, str(out)))
-            write_model(recipe, source, {**chosen, **gone}, workspace, report, probe)
-            finish(recipe, source, evaluation, workspace, report, tell, verify=verify)
-        if recipe.target is not None and levels is None:
-            remove_leftovers(levels_place(out, levels), out, report.warnings.append)
-        ranks.barrier()
-        return report
+    options = RunOptions(
+        plan=None if plan is None else Path(plan),
+        levels=None if levels is None else Path(levels),
+        resume=resume,
+        overwrite=overwrite,
+        verify=verify,
+        device=device,
+        dtype=dtype,
+        required=required,
+    )
+    state = stages.prepare(recipe, Path(model), None if out is None else Path(out), options, tell)
+    evaluation = load_evaluation(recipe, state.source)
+    report = state.report
+    if resume and state.out.exists() and not overwrite:
+        return finished(state.out, report, state.ranks)
+    stages.check_room(state)
+    prunes = state.ranks.first and any(step.prunes for step in recipe.passes)
+    with held(state.out, report.warnings.append, resume=resume, overwrite=overwrite) if prunes else nullcontext():
+        state = stages.prune(state)
+        state = stages.search(state, judged=evaluation.tokens if evaluation is not None else 0)
+        stages.compress_and_write(state, partial(finish, state, evaluation))
+    return report
 
 
 def quantize(
@@ -208,12 +171,6 @@ def prune(
     """
     of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
     return run(prune_recipe(ratio, **options), model, out, required=given_patterns(options), tell=tell, **of_run)
-
-
-def shaped(source: ModelSource, recipe: Recipe, required: Sequence[str]) -> tuple[ModelSource, list[str]]:
-    """Return the model in the shape in which its blocks are compressed, and warnings of patterns that match nothing there."""
-    small = sketched(source, recipe.passes)[0]
-    return small, check_patterns(small, recipe.passes, required)
 
 
 def given_patterns(options: Mapping[str, Any]) -> list[str]:
@@ -276,37 +233,6 @@ def forecast(
     )
 
 
-def compress_blocks(
-    job: Job,
-    calibration: Samples | None,
-    keep: Keep,
-    workspace: Workspace | None,
-    finished: Sequence[str],
-    report: Report,
-    tell: Tell,
-) -> Record | None:
-    """The pipeline, timed. Returns what the model now computes, for the manifest."""
-    source = job.source
-    started = time.monotonic()
-    stream = None
-    if calibration is not None:
-        stream = blocks.open_stream(job, calibration, keep, tell)
-    probe = blocks.compress(job, stream, workspace, finished, report, tell)
-    for number, step in enumerate(job.passes):
-        if step.trains_model:
-            if whole_model.TUNED in finished:
-                probe = whole_model.tuned(workspace, report) if workspace is not None else None
-            else:
-                assert calibration is not None
-                batches = job.ranks.mine(calibration.batches(TOKENS_AT_ONCE))
-                probe = whole_model.tune(job, number, batches, keep, workspace, report, tell)
-    report.seconds += time.monotonic() - started
-    report.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if source.device.type == "cuda":
-        report.peak_device_memory_bytes = torch.cuda.max_memory_allocated(source.device)
-    return probe
-
-
 def finished(out: Path, report: Report, ranks: Ranks) -> Report:
     """The report of a run that is complete already, and nothing left of how it was made."""
     found = finished_report(out, report)
@@ -315,21 +241,13 @@ def finished(out: Path, report: Report, ranks: Ranks) -> Report:
     return found
 
 
-def finish(
-    recipe: Recipe,
-    source: ModelSource,
-    evaluation: Judged | None,
-    workspace: Workspace,
-    report: Report,
-    tell: Tell,
-    *,
-    verify: bool,
-) -> None:
-    """Judge and verify what was written, and let it appear."""
-    if evaluation is not None and recipe.evaluation is not None:
-        judge_result(workspace.model, source, evaluation, recipe.evaluation.generate, report, tell)
-    if verify:
-        check_result(workspace.model, source.device, report, tell)
+def finish(state: RunState, evaluation: Judged | None, workspace: Workspace) -> None:
+    """Evaluate and verify what was written, and let it appear."""
+    report, judge_spec = state.report, state.recipe.evaluation
+    if evaluation is not None and judge_spec is not None:
+        judge_result(workspace.model, state.source, evaluation, judge_spec.generate, report, state.tell)
+    if state.options.verify:
+        check_result(workspace.model, state.source.device, report, state.tell)
     write_reports(workspace, report)
     workspace.publish(report.warnings.append)
 

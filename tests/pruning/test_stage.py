@@ -183,7 +183,7 @@ def test_what_is_left_of_a_complete_run_is_cleared_up(
     out = tmp_path / "out"
     api.run(recipe(DEPTH), model, out, verify=False)
     (pruning_place(out) / "0").mkdir(parents=True)  # as if the kill had come after OUT appeared
-    monkeypatch.setattr("compressor.api.check_space", lambda *given: pytest.fail("nothing is to be written"))
+    monkeypatch.setattr("compressor.pipeline.run.check_space", lambda *given: pytest.fail("nothing is to be written"))
     assert api.run(recipe(DEPTH), model, out, resume=True).out == "out"
     assert not pruning_place(out).exists()
 
@@ -204,7 +204,7 @@ def test_what_was_damaged_is_said_in_a_sentence(model: Path, recipe: Callable[..
 def test_where_nothing_can_be_written_is_said_at_once(
     step: dict[str, Any], where: str, model: Path, recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressor.api.pruned", lambda *given: pytest.fail("has begun"))
+    monkeypatch.setattr("compressor.pipeline.run.pruned", lambda *given: pytest.fail("has begun"))
     with pytest.raises(OutputError):
         api.run(recipe(step), model, where)
 
