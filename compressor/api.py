@@ -1,11 +1,11 @@
 """The verbs as functions: what the command line calls, and what a program can call instead."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -32,9 +32,9 @@ from compressor.pipeline.provenance import finished_report
 from compressor.pipeline.prune_stage import clear, expected_peak, held, sketched
 from compressor.pipeline.ranks import Ranks
 from compressor.pipeline.run import RunOptions, RunState
-from compressor.pipeline.target_search import fit_recipe, settle
+from compressor.pipeline.target_search import FitOptions, fit_recipe, settle
 from compressor.pipeline.write_model import default_out
-from compressor.recipe.build import prune_recipe, quantize_recipe
+from compressor.recipe.build import PruneOptions, QuantizeOptions, prune_recipe, quantize_recipe
 from compressor.recipe.schema import Recipe, changed_patterns, load_recipe
 from compressor.report.card import model_card
 from compressor.report.files import CARD, completed, written
@@ -128,7 +128,17 @@ def run(
 
 
 def quantize(
-    model: str | Path = ".", out: str | Path | None = None, *, bits: float | None = None, tell: Tell = silent, **options: Any
+    model: str | Path = ".",
+    out: str | Path | None = None,
+    *,
+    bits: float | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    device: str | None = None,
+    dtype: str | None = None,
+    tell: Tell = silent,
+    **options: Unpack[QuantizeOptions],
 ) -> Report:
     """Quantize a model's weights: `run` with the recipe of `quantize_recipe`.
 
@@ -136,46 +146,109 @@ def quantize(
         model: Hugging Face model directory.
         out: Directory to create; None appends what was done to the model's name.
         bits: Bits of a weight; None takes 4, or the bits of the numbers.
+        resume: Go on from an interrupted run, as in `run`.
+        overwrite: Replace what is there.
+        verify: Reload what was written, as in `run`.
+        device: Device of the run, as in `run`.
+        dtype: Dtype of calibration, as in `run`.
         tell: Called with progress.
-        options: Options of `quantize_recipe`, and resume, overwrite, verify, device, dtype of `run`.
+        options: Options of `quantize_recipe`.
     """
-    of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
-    return run(quantize_recipe(bits, **options), model, out, required=given_patterns(options), tell=tell, **of_run)
+    return run(
+        quantize_recipe(bits, **options),
+        model,
+        out,
+        required=[*options.get("ignore", ()), *changed_patterns(options.get("changes", ()))],
+        resume=resume,
+        overwrite=overwrite,
+        verify=verify,
+        device=device,
+        dtype=dtype,
+        tell=tell,
+    )
 
 
-def fit(model: str | Path = ".", out: str | Path | None = None, *, tell: Tell = silent, **options: Any) -> Report:
+def fit(
+    model: str | Path = ".",
+    out: str | Path | None = None,
+    *,
+    levels: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    device: str | None = None,
+    dtype: str | None = None,
+    tell: Tell = silent,
+    **options: Unpack[FitOptions],
+) -> Report:
     """Find and write the best model of a size: `run` with the recipe of `fit_recipe`.
 
     Args:
         model: Hugging Face model directory.
         out: Directory to create; None appends the target to the model's name.
+        levels: Directory for the measured levels, as in `run`.
+        resume: Go on from an interrupted run, as in `run`.
+        overwrite: Replace what is there.
+        verify: Reload what was written, as in `run`.
+        device: Device of the run, as in `run`.
+        dtype: Dtype of calibration, as in `run`.
         tell: Called with progress.
-        options: Options of `fit_recipe`, and levels, resume, overwrite, verify, device, dtype of `run`.
+        options: Options of `fit_recipe`.
     """
-    keys = ("levels", "resume", "overwrite", "verify", "device", "dtype")
-    of_run = {key: options.pop(key) for key in keys if key in options}
-    return run(fit_recipe(Path(model), **options), model, out, required=given_patterns(options), tell=tell, **of_run)
+    return run(
+        fit_recipe(Path(model), **options),
+        model,
+        out,
+        levels=levels,
+        required=[*options.get("ignore", ()), *changed_patterns(options.get("changes", ()))],
+        resume=resume,
+        overwrite=overwrite,
+        verify=verify,
+        device=device,
+        dtype=dtype,
+        tell=tell,
+    )
 
 
 def prune(
-    model: str | Path = ".", out: str | Path | None = None, *, ratio: float = 0.25, tell: Tell = silent, **options: Any
+    model: str | Path = ".",
+    out: str | Path | None = None,
+    *,
+    ratio: float = 0.25,
+    resume: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    device: str | None = None,
+    dtype: str | None = None,
+    tell: Tell = silent,
+    **options: Unpack[PruneOptions],
 ) -> Report:
     """Take parameters away from a model: `run` with the recipe of `prune_recipe`.
 
     Args:
         model: Hugging Face model directory.
         out: Directory to create; None appends what was done to the model's name.
-        ratio: Share of the parameters that goes.
+        ratio: Share of the parameters to drop.
+        resume: Go on from an interrupted run, as in `run`.
+        overwrite: Replace what is there.
+        verify: Reload what was written, as in `run`.
+        device: Device of the run, as in `run`.
+        dtype: Dtype of calibration, as in `run`.
         tell: Called with progress.
-        options: Options of `prune_recipe`, and resume, overwrite, verify, device, dtype of `run`.
+        options: Options of `prune_recipe`.
     """
-    of_run = {key: options.pop(key) for key in ("resume", "overwrite", "verify", "device", "dtype") if key in options}
-    return run(prune_recipe(ratio, **options), model, out, required=given_patterns(options), tell=tell, **of_run)
-
-
-def given_patterns(options: Mapping[str, Any]) -> list[str]:
-    """Return the patterns of layers among the options of a shorthand."""
-    return [*options.get("ignore", ()), *changed_patterns(options.get("changes", ()))]
+    return run(
+        prune_recipe(ratio, **options),
+        model,
+        out,
+        required=changed_patterns(options.get("changes", ())),
+        resume=resume,
+        overwrite=overwrite,
+        verify=verify,
+        device=device,
+        dtype=dtype,
+        tell=tell,
+    )
 
 
 @known_state()

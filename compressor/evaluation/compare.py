@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from compressor.errors import OutputError
-from compressor.evaluation.evaluate import evaluate_all
+from compressor.evaluation.evaluate import EvaluateOptions, evaluate_all
 from compressor.model.checkpoint import Checkpoint
 from compressor.pipeline.job import Tell, silent
 from compressor.pipeline.provenance import versions
@@ -37,7 +37,11 @@ class Compared:
 
 
 def compare(
-    models: Sequence[str | Path], reference: str | Path | None = None, *, tell: Tell = silent, **options: Any
+    models: Sequence[str | Path],
+    reference: str | Path | None = None,
+    *,
+    tell: Tell = silent,
+    **options: Unpack[EvaluateOptions],
 ) -> list[Compared]:
     """Judge models on the same text in one go.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
 from compressor.errors import RecipeError, SourceError
 from compressor.evaluation.data import Judged, calibration_source, judged
@@ -30,12 +30,27 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 48
 
 
+class EvaluateOptions(TypedDict, total=False):
+    """The keywords of `evaluate_all`, which says what they mean."""
+
+    data: str | Sequence[str]
+    samples: int
+    seq_len: int | None
+    stride: int | None
+    bos: bool | None
+    documents: bool
+    seed: int
+    resident: bool
+    device: str | None
+    dtype: str | None
+
+
 def evaluate(
     model: str | Path = ".",
     reference: str | Path | None = None,
     *,
     tell: Tell = silent,
-    **options: Any,
+    **options: Unpack[EvaluateOptions],
 ) -> Quality:
     """Perplexity of a model on text and, with a reference, its divergence from that.
 

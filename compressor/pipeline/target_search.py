@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
@@ -42,6 +43,23 @@ from compressor.recipe.schema import Recipe, Search, Target, load_recipe, make_r
 OFFSETS = 8  # bytes by which a tensor's offsets in a file's header may be longer than at another size
 PADDING = 64  # bytes of a file
 DROP = "prune"  # what lets attentions and MLPs go, among numbers to mix
+
+
+class FitOptions(TypedDict, total=False):
+    """The keywords of `fit_recipe`, which says what they mean."""
+
+    size: str | int | None
+    bits: float | None
+    ratio: float | None
+    using: Sequence[str]
+    time: str | None
+    calibration: str
+    samples: int
+    seq_len: int | None
+    seed: int
+    ignore: Sequence[str]
+    evaluate: bool
+    changes: Sequence[str]
 
 
 @known_state()

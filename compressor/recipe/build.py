@@ -1,13 +1,50 @@
 """The recipes that `compress quantize` and `compress prune` stand for."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from compressor.errors import RecipeError
 from compressor.recipe import presets
 from compressor.recipe.schema import Recipe, make_recipe
 
 TAYLOR = "taylor"  # the score that is a pass of its own
+
+
+class QuantizeOptions(TypedDict, total=False):
+    """The keywords of `quantize_recipe`, which says what they mean."""
+
+    fmt: str | None
+    activations: int
+    method: str | None
+    calibrated: bool
+    group_size: int | None
+    symmetric: bool
+    calibration: str | None
+    samples: int
+    seq_len: int | None
+    seed: int
+    ignore: Sequence[str]
+    evaluate: bool
+    changes: Sequence[str]
+
+
+class PruneOptions(TypedDict, total=False):
+    """The keywords of `prune_recipe`, which says what they mean."""
+
+    of: str
+    by: str
+    layout: str
+    score: str | None
+    heads: bool
+    multiple: int | None
+    recover: int
+    bits: float | None
+    calibration: str
+    samples: int
+    seq_len: int | None
+    seed: int
+    evaluate: bool
+    changes: Sequence[str]
 
 
 def quantize_recipe(
