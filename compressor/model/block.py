@@ -1,4 +1,4 @@
-"""One resident decoder block: its layers, its forward pass, and the new weights that are installed in it or tried.
+"""Hold one decoder block in memory: its layers, its forward pass, and new weights that are installed or tried.
 
 Shape suffixes: O out_features, I in_features, B samples of a batch, S sequence, D hidden.
 """
@@ -18,7 +18,7 @@ from compressor.model.surgery.skip_sublayers import without
 
 
 def _roundings(edits: Edits) -> dict[str, InputRounding]:
-    """How layers with new weights round what they multiply by, if they do."""
+    """Return how layers with new weights round their inputs; layers that do not round them are left out."""
     packed = {name: new for name, new in edits.items() if isinstance(new, QuantizedTensor)}
     found = {name: input_rounding(new.format, new.parts.__getitem__) for name, new in packed.items()}
     return {name: how for name, how in found.items() if how is not None}
@@ -26,16 +26,16 @@ def _roundings(edits: Edits) -> dict[str, InputRounding]:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """New weights that are ready to be tried."""
+    """New weights, ready to be tried."""
 
-    weights: Mapping[str, Tensor]  # dense, as in `Edits`
+    weights: Mapping[str, Tensor]  # dense, named as in `Edits`
     rounded: Mapping[str, InputRounding]
-    skips: tuple[str, ...] = ()  # sub-layers of the block that it does without (compressor/model/surgery/skip_sublayers.py)
-    whole: bool = False  # the block is passed over
+    skips: tuple[str, ...] = ()  # sub-layers that are skipped (compressor/model/surgery/skip_sublayers.py)
+    whole: bool = False  # whether the whole block is skipped
 
     @classmethod
     def of(cls, edits: Edits, device: torch.device, dtype: torch.dtype) -> "Trial":
-        """On a device, in the dtype of computation."""
+        """Move edits to a device, in the dtype of the computation."""
         there = {name: _moved(new, device) for name, new in edits.items()}
         return cls({name: dense(new).to(dtype) for name, new in there.items()}, _roundings(there))
 
@@ -47,14 +47,14 @@ def _moved(new: Stored, device: torch.device) -> Stored:
 
 
 class LinearLike(Protocol):
-    """How to read and write the weight of one kind of linear module as [out_features, in_features]."""
+    """Reads and writes the weight of one kind of linear module as [out_features, in_features]."""
 
     def weight(self, module: nn.Module) -> Tensor: ...
-    def parameter(self, w_OI: Tensor) -> Tensor: ...  # as the module keeps it
+    def parameter(self, w_OI: Tensor) -> Tensor: ...  # in the module's own layout
     def set_weight(self, module: nn.Module, w_OI: Tensor) -> None: ...
 
 
-Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # what a block is called with besides the hidden states
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments of a block besides the hidden states
 
 
 @dataclass(slots=True)
@@ -64,25 +64,25 @@ class Block:
     index: int
     prefix: str  # "model.layers.3"
     module: nn.Module
-    layers: Mapping[str, LinearLike]  # its linear layers, by name inside the block
-    arguments: Callable[[tuple[int, int]], Arguments]  # by the (B, S) of the hidden states
+    layers: Mapping[str, LinearLike]  # linear layers, by name inside the block
+    arguments: Callable[[tuple[int, int]], Arguments]  # from the shape (B, S) of the hidden states
     installed: dict[str, Stored] = field(default_factory=dict)
-    unrounded: dict[str, Tensor] | None = None  # [O, I] of the layers that were packed, before that; None: not kept
-    rounded: Mapping[str, InputRounding] = field(default_factory=dict)  # layers that round what they multiply by
-    cache: CacheScales | None = None  # how it rounds keys and values (compressor/model/surgery/kv_cache.py)
-    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # of its dense parameters in the checkpoint
+    unrounded: dict[str, Tensor] | None = None  # weights [O, I] of packed layers before rounding; None: not kept
+    rounded: Mapping[str, InputRounding] = field(default_factory=dict)  # how layers round their inputs, if they do
+    cache: CacheScales | None = None  # scales of keys and values (compressor/model/surgery/kv_cache.py)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)  # dtypes of dense parameters in the checkpoint
 
     def weight(self, name: str) -> Tensor:
-        """The current weight [O, I] of a layer; a view, not to be written to."""
+        """Return the current weight [O, I] of a layer: a view that must not be written to."""
         return self.layers[name].weight(self.module.get_submodule(name))
 
     def shape(self, name: str) -> tuple[int, int]:
-        """(out_features, in_features) of a layer."""
+        """Return (out_features, in_features) of a layer."""
         rows, columns = self.weight(name).shape
         return rows, columns
 
     def forward(self, hidden_BSD: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The block's output [B, S, D] on full sequences without padding, positions from 0.
+        """Return the block's output [B, S, D] on full sequences without padding, positions from 0.
 
         Args:
             hidden_BSD: Hidden states that enter the block.
@@ -103,7 +103,7 @@ class Block:
         return result
 
     def trying(self, *trials: Trial) -> Callable[[Tensor], Tensor]:
-        """`forward` as it would be with new weights installed, which they are not."""
+        """Return `forward` as it would be with new weights installed, without installing them."""
         skipped = {name for trial in trials for name in trial.skips}
         if any(trial.whole for trial in trials):
             return lambda hidden_BSD: hidden_BSD
@@ -127,7 +127,7 @@ class Block:
         return replace(self, rounded={}, cache=None).forward(hidden_BSD, self.unrounded)
 
     def install(self, edits: Edits) -> None:
-        """Adopt new weights: their values and how they round activations for later forwards, what is stored for the writer.
+        """Adopt new weights: their values and input rounding for later forwards, their stored form for the writer.
 
         What is dense may still be packed by a later pass, so it is rounded to the checkpoint's dtype only by `settle`.
         """
@@ -139,7 +139,7 @@ class Block:
         self.rounded = {name: how for name, how in self.rounded.items() if name not in edits} | _roundings(edits)
 
     def settle(self) -> None:
-        """Round what passes made and left dense to the dtype it is stored in: later blocks see what will be read back."""
+        """Round weights that passes left dense to the dtype on disk, so that later blocks see the stored values."""
         for name, new in self.installed.items():
             if isinstance(new, Tensor):
                 stored = new.to(self.dtypes[f"{name}.weight" if name in self.layers else name])
@@ -147,7 +147,7 @@ class Block:
                 self._set(name, stored)
 
     def _parameter(self, name: str, new: Tensor) -> tuple[str, Tensor]:
-        """Name and value of the module's parameter that an edit is for."""
+        """Return name and value of the module's parameter that an edit changes."""
         return (f"{name}.weight", self.layers[name].parameter(new)) if name in self.layers else (name, new)
 
     def _set(self, name: str, new: Tensor) -> None:

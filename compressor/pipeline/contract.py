@@ -28,7 +28,7 @@ class Accumulator(Protocol):
 
 @runtime_checkable
 class PairedAccumulator(Protocol):
-    """A statistic of a layer's input and of what the dense model has in its place, for the same tokens."""
+    """A statistic of a layer's input together with the dense model's input to that layer, for the same tokens."""
 
     def __init__(self, in_features: int, device: torch.device) -> None: ...
     def update_pair(self, x_TI: Tensor, dense_TI: Tensor) -> None: ...
@@ -36,7 +36,7 @@ class PairedAccumulator(Protocol):
 
 
 class Group(Protocol):
-    """The processes that work together."""
+    """The processes that share a run."""
 
     @property
     def rank(self) -> int: ...
@@ -49,39 +49,43 @@ class Group(Protocol):
 
 
 class Notes(Protocol):
-    """Where a pass that takes long puts down how far it has come, so that a run that is broken off goes on from there."""
+    """Checkpoint store for long-running passes, so that an interrupted run can resume."""
 
-    def load(self, key: str) -> Mapping[str, Tensor]: ...  # what was saved last under a key; nothing at the start
-    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...  # in the place of what was
+    def load(self, key: str) -> Mapping[str, Tensor]: ...  # the tensors saved last under a key; none at the start
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...  # replaces those saved before
 
 
 class NoNotes:
-    """For where nothing is to be resumed."""
+    """A store that keeps nothing, for runs that cannot be resumed."""
 
     def load(self, key: str) -> Mapping[str, Tensor]:
-        """Nothing."""
+        """Return nothing."""
         return {}
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Forget it."""
+        """Discard the tensors."""
 
 
 class Stats(Protocol):
     """The statistics that the calibration stream collected on one block."""
 
     @property
-    def inputs(self) -> Sequence[Tensor]: ...  # [B, S, D] that enter the block after the compressed ones, of this rank
+    def inputs(
+        self,
+    ) -> Sequence[Tensor]: ...  # hidden states [B, S, D] that enter the block behind compressed blocks, of this rank
     @property
-    def targets(self) -> Sequence[Tensor]: ...  # [B, S, D] that leave the block of the dense model, for the same text
+    def targets(
+        self,
+    ) -> Sequence[Tensor]: ...  # hidden states [B, S, D] that leave the dense model's block, for the same text
     @property
-    def metric(self) -> Tensor | None: ...  # what an error of the block's output costs: see calibration/sensitivity.py
+    def metric(self) -> Tensor | None: ...  # cost of an error in the block's output: see calibration/sensitivity.py
     @property
     def ranks(self) -> Group: ...
     @property
-    def notes(self) -> Notes: ...  # of this pass on this block; not of more than one rank together
-    def progress(self, done: int, total: int) -> None: ...  # of a pass that takes long
-    def __getitem__(self, key: tuple[str, type[Any]]) -> Any: ...  # stats[layer, Hessian]
-    def taps(self, layers: Iterable[str]) -> Sequence[tuple[str, ...]]: ...  # layers that read the same tensor
+    def notes(self) -> Notes: ...  # checkpoint store of this pass on this block; each rank has its own
+    def progress(self, done: int, total: int) -> None: ...  # reports the progress of a long-running pass
+    def __getitem__(self, key: tuple[str, type[Any]]) -> Any: ...  # for example stats[layer, Hessian]
+    def taps(self, layers: Iterable[str]) -> Sequence[tuple[str, ...]]: ...  # groups of layers that read the same tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +93,9 @@ class Outcome:
     """The result of a pass on (a part of) a block."""
 
     edits: Edits
-    errors: Mapping[str, float]  # by layer: error relative to the layer's output (or to its weight, without data)
+    errors: Mapping[str, float]  # by layer: relative error of the layer's output, or of its weight where there is no data
     warnings: tuple[str, ...] = ()
-    cache: CacheScales | None = None  # what keys and values are rounded with from now on
+    cache: CacheScales | None = None  # scales that keys and values are rounded with from now on
 
 
 OptionT = TypeVar("OptionT", bound=Option)
@@ -100,15 +104,15 @@ Plan = Mapping[str, Option]  # by full unit name, "model.layers.3.mlp.down_proj"
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A compressed model in memory, and what the dense one makes of the same text."""
+    """A compressed model in memory, and the dense model's outputs for the same text, for passes that train the model."""
 
-    inputs: Sequence[Tensor]  # [B, S, D] that enter the first block, of this rank
-    targets: Sequence[Tensor]  # [B, S, D] that leave the last block of the dense model
+    inputs: Sequence[Tensor]  # hidden states [B, S, D] that enter the first block, of this rank
+    targets: Sequence[Tensor]  # hidden states [B, S, D] that leave the dense model's last block
     student: Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # logits of inputs, with weights [O, I] by full layer name
     teacher: Callable[[Tensor], Tensor]  # logits of targets
     packed: Mapping[str, QuantizedTensor]  # by full layer name
-    dense: Mapping[str, Tensor]  # [O, I] of the same layers, before anything was done to them
-    dtype: torch.dtype  # of the computation
+    dense: Mapping[str, Tensor]  # weights [O, I] of the same layers before compression
+    dtype: torch.dtype  # dtype of the computation
     ranks: Group
     progress: Callable[[int, int], None]
 
