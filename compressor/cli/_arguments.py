@@ -14,14 +14,14 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from an interrupte
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT, or start an interrupted run again.")]
 Verify = Annotated[
     bool,
-    typer.Option("--verify/--no-verify", help="Reload what was written through every loader that claims to read it."),
+    typer.Option("--verify/--no-verify", help="Reload the result through every loader that claims to read it."),
 ]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the plan, the exact output size and the expected memory; read no weight."),
 ]
 Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe: passes.0.damp=0.1")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change to a key of the recipe: passes.0.damp=0.1")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. [default: a GPU if there is one]")]
@@ -35,7 +35,7 @@ Data = Annotated[
         "each is reported by itself too. [default: builtin]"
     ),
 ]
-Samples = Annotated[int, typer.Option(help="At most so many of each text.")]
+Samples = Annotated[int, typer.Option(help="Maximum number of samples from each text.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens of a sample. [default: the model's maximum, at most 2048]")]
 Stride = Annotated[
     int | None, typer.Option(help="New tokens of a sample; fewer than --seq-len overlap. [default: no overlap]")
@@ -46,8 +46,8 @@ Bos = Annotated[
         "--bos/--no-bos", help="Begin each sample with the begin token. [default: as the tokenizer does with a text]"
     ),
 ]
-Documents = Annotated[bool, typer.Option("--documents", help="Each document is a sample, cut off at --seq-len tokens.")]
-Seed = Annotated[int, typer.Option(help="Order of the documents.")]
+Documents = Annotated[bool, typer.Option("--documents", help="Make each document a sample, cut off at --seq-len tokens.")]
+Seed = Annotated[int, typer.Option(help="Seed of the order of documents.")]
 Resident = Annotated[
     bool, typer.Option("--resident", help="Hold the models in memory instead of streaming them: faster for many samples.")
 ]

@@ -11,30 +11,34 @@ if TYPE_CHECKING:
     from compressor.pipeline.search.find import Found
 
 Size = Annotated[
-    str | None, typer.Option(help="Of the weight files, at most: 4GB, 3.5GiB, 800MB or bytes.", show_default=False)
+    str | None, typer.Option(help="Maximum size of the weight files: 4GB, 3.5GiB, 800MB or bytes.", show_default=False)
 ]
 Bits = Annotated[
     float | None,
-    typer.Option(help="Bits of a weight of the compressed layers, at most, scales and codebooks counted: 2.75."),
+    typer.Option(help="Maximum bits of a weight of the compressed layers, scales and codebooks counted: 2.75."),
 ]
-Ratio = Annotated[float | None, typer.Option(help="Share of the original's size to save, at least: 0.8 leaves a fifth.")]
+Ratio = Annotated[float | None, typer.Option(help="Minimum share of the original's size to save: 0.8 leaves a fifth.")]
 Using = Annotated[
     str,
     typer.Option(
-        help="Numbers to mix, with commas between them: int, fp4, vq. With prune attentions and MLPs may go. What has "
-        "vq or prune only compressor.load reads."
+        help="Numbers to mix, separated by commas: int, fp4, vq. With prune, attentions and MLPs may be dropped. Results of "
+        "vq or prune are read by compressor.load only."
     ),
 ]
 Time = Annotated[
-    str | None, typer.Option(help="That all of it may take: 90s, 30m, 2h. Less is tried. [default: what it takes]")
+    str | None,
+    typer.Option(
+        help="Time limit for the whole run: 90s, 30m, 2h. A tighter limit means that fewer options are tried. "
+        "[default: no limit]"
+    ),
 ]
 Levels = Annotated[
     Path | None,
-    typer.Option(help="Directory for what is measured, kept for other targets. [default: beside OUT until that is there]"),
+    typer.Option(help="Directory for measured levels, kept for other targets. [default: next to OUT, until OUT is complete]"),
 ]
 Calibration = Annotated[str, typer.Option(help="builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].")]
-Samples = Annotated[int, typer.Option(help="Calibration samples; the search reads more text of the same source.")]
-Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave as they are; repeatable.")]
+Samples = Annotated[int, typer.Option(help="Number of calibration samples. The search reads more text from the same source.")]
+Ignore = Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave unchanged; repeatable.")]
 
 
 def print_found(found: "Found") -> None:

@@ -13,16 +13,17 @@ from compressor.report.html.numbers import size
 
 def bench(
     model: a.Model = Path(),
-    reference: Annotated[Path | None, typer.Option(help="The original model, measured in turn with MODEL.")] = None,
+    reference: Annotated[Path | None, typer.Option(help="Original model, measured in turn with MODEL.")] = None,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Sequences at once; repeatable. [default: 1, 8 and 32]", show_default=False)
+        list[int] | None,
+        typer.Option(help="Number of sequences in a batch; repeatable. [default: 1, 8 and 32]", show_default=False),
     ] = None,
     prompt_len: Annotated[
         int | None, typer.Option(help="Tokens of a prompt. [default: 128, or as many as the model has room for]")
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Decoding steps to time.")] = 32,
-    rounds: Annotated[int, typer.Option(help="How often everything is measured; the figures are medians.")] = 3,
-    threads: Annotated[int | None, typer.Option(help="On the CPU. [default: as torch chooses]")] = None,
+    rounds: Annotated[int, typer.Option(help="Number of measurements; the figures are medians.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads. [default: torch's]")] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Put the figures into MODEL's report.json, report.html and README.md.")
     ] = False,

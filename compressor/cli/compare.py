@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def compare(
     models: Annotated[list[Path], typer.Argument(help="Model directories, dense or compressed.", metavar="MODEL…")],
     reference: Annotated[
-        Path | None, typer.Option(help="The original of all of them: adds KL divergence, agreement and flips.")
+        Path | None, typer.Option(help="Original of all of them: adds KL divergence, agreement and flips.")
     ] = None,
     data: a.Data = None,
     samples: a.Samples = 64,

@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 def eval_(
     model: a.Model = Path(),
-    reference: Annotated[
-        Path | None, typer.Option(help="The original model: adds KL divergence, agreement and flips.")
-    ] = None,
-    text: Annotated[bool, typer.Option("--text/--no-text", help="Judge it on text.")] = True,
+    reference: Annotated[Path | None, typer.Option(help="Original model: adds KL divergence, agreement and flips.")] = None,
+    text: Annotated[bool, typer.Option("--text/--no-text", help="Evaluate it on text.")] = True,
     data: a.Data = None,
     samples: a.Samples = 64,
     seq_len: a.SeqLen = None,
@@ -35,13 +33,15 @@ def eval_(
         str | None,
         typer.Option(help="Tasks under one name: knowledge, or quick, standard, full. Only the last needs a network."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most so many questions of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of questions from each task.")] = None,
     seed: a.Seed = 0,
     resident: a.Resident = False,
     max_kl: Annotated[
-        float | None, typer.Option(help="Exit 1 if the mean KL, of all or of one text, exceeds so many nats per token.")
+        float | None, typer.Option(help="Exit 1 if the mean KL, of all texts or of one, exceeds this many nats per token.")
     ] = None,
-    max_kl_p99: Annotated[float | None, typer.Option(help="Exit 1 if its 99th percentile exceeds so many nats.")] = None,
+    max_kl_p99: Annotated[
+        float | None, typer.Option(help="Exit 1 if the 99th percentile of the KL exceeds this many nats.")
+    ] = None,
     max_ppl_increase: Annotated[
         str | None, typer.Option(help="Exit 1 if the perplexity grew by more than this share: 2% or 0.02.")
     ] = None,

@@ -23,7 +23,7 @@ def fit(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a sample. [default: the model's maximum, at most 2048]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of documents, and of all that the search draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of documents and of the search.")] = 0,
     ignore: t.Ignore = None,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Compare the result with the original.")] = True,
     levels: t.Levels = None,

@@ -13,8 +13,8 @@ from compressor.cli._show import print_json, progress
 def generate(
     model: a.Model = Path(),
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of a conversation.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.", min=1)] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Treat the prompt as a user's turn of a conversation.")] = False,
     seed: Annotated[int | None, typer.Option(help="Sample with this seed. [default: the likeliest token each time]")] = None,
     kernel: Annotated[
         str, typer.Option(help="auto, native, cuda, cpu, or reference, to multiply by packed weights.")

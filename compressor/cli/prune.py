@@ -14,13 +14,11 @@ def prune(
     model: a.Model = Path(),
     ratio: Annotated[
         float,
-        typer.Option(
-            help="Share of the parameters that goes: 0.25 takes a quarter of them away, or more up to the next whole part."
-        ),
+        typer.Option(help="Share of the parameters to drop: 0.25 drops a quarter, rounded up to whole units."),
     ] = 0.25,
     of: Annotated[
         str,
-        typer.Option(help="What the ratio counts: model (embeddings included), blocks, or mlp (which alone is then cut)."),
+        typer.Option(help="Basis of the ratio: model (embeddings included), blocks, or mlp (which alone is then pruned)."),
     ] = "model",
     by: Annotated[
         str,
@@ -41,39 +39,39 @@ def prune(
     score: Annotated[
         str,
         typer.Option(
-            help="Which go first. Of width: obs, taylor, wanda, flap, cfsp or magnitude; of hidden: pca or channels; of "
-            "depth: search, cosine or even. [default: obs, pca, search]",
+            help="Score that decides what is dropped first. Width: obs, taylor, wanda, flap, cfsp or magnitude; hidden: pca or "
+            "channels; depth: search, cosine or even. [default: obs, pca, search]",
             show_default=False,
         ),
     ] = "",
     heads: Annotated[
-        bool, typer.Option("--heads/--no-heads", help="Groups of attention heads may go too, with their part of the cache.")
+        bool, typer.Option("--heads/--no-heads", help="Drop groups of attention heads too, with their part of the cache.")
     ] = True,
     multiple: Annotated[
         int | None,
-        typer.Option(
-            help="The number of channels stays a multiple of this. [default: 256 to 16, by their number; 128 with --bits]"
-        ),
+        typer.Option(help="Divisor of the number of channels. [default: 256 to 16, by their number; 128 with --bits]"),
     ] = None,
     recover: Annotated[
         int,
         typer.Option(
-            help="Steps of training what is left towards the original's predictions, such as 300; 0 trains nothing."
+            help="Number of steps that train the pruned model towards the original's predictions, such as 300; 0 trains "
+            "nothing."
         ),
     ] = 0,
     bits: Annotated[
-        float | None, typer.Option(help="Quantize what is left too, as `compress quantize --bits` does.", show_default=False)
+        float | None,
+        typer.Option(help="Quantize the pruned model too, as `compress quantize --bits` does.", show_default=False),
     ] = None,
     calibration: Annotated[
         str, typer.Option(help="builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].")
     ] = "builtin",
     samples: Annotated[
-        int, typer.Option(help="Calibration samples; what is compared, is on more text of the same source.")
+        int, typer.Option(help="Number of calibration samples. Candidates are scored on more text from the same source.")
     ] = 128,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a sample. [default: the model's maximum, at most 2048]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Order of the calibration documents.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of calibration documents.")] = 0,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Compare the result with the original.")] = True,
     out: a.Out = None,
     changes: a.Changes = None,

@@ -25,7 +25,7 @@ def quantize(
         ),
     ] = None,
     activations: Annotated[
-        int, typer.Option(help="Bits that activations are rounded to: 16 (not at all), 8, or with 4-bit floating point 4.")
+        int, typer.Option(help="Bits of activations: 16 (not rounded), 8, or with 4-bit floating point 4.")
     ] = 16,
     method: Annotated[
         str | None,
@@ -46,14 +46,14 @@ def quantize(
         typer.Option(help="builtin, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN]. [default: builtin]"),
     ] = None,
     no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Look at the weights alone: the best method that reads no text.")
+        bool, typer.Option("--no-calibration", help="Use the weights alone: the best method that reads no text.")
     ] = False,
-    samples: Annotated[int, typer.Option(help="Calibration samples.")] = 128,
+    samples: Annotated[int, typer.Option(help="Number of calibration samples.")] = 128,
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a sample. [default: the model's maximum, at most 2048]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Order of the calibration documents.")] = 0,
-    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave as they are; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the order of calibration documents.")] = 0,
+    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of layers to leave unchanged; repeatable.")] = None,
     evaluate: Annotated[bool, typer.Option("--eval/--no-eval", help="Compare the result with the original.")] = True,
     out: a.Out = None,
     changes: a.Changes = None,

@@ -15,7 +15,8 @@ def report(
         list[Path], typer.Argument(help="Results of compression runs.", metavar="DIR…", show_default=False)
     ],
     out: Annotated[
-        Path | None, typer.Option(help="The page. [default: report.html, in DIR if there is one, here if there are several]")
+        Path | None,
+        typer.Option(help="File of the page. [default: report.html, in DIR if there is one, here if there are several]"),
     ] = None,
     as_json: a.Json = False,
 ) -> None:

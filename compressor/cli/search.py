@@ -14,7 +14,7 @@ from compressor.cli._show import print_json, print_warnings, progress
 def search(
     model: a.Model = Path(),
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe with a target, in the place of --size, --bits, --ratio and --using.")
+        Path | None, typer.Option(help="Recipe with a target, instead of --size, --bits, --ratio and --using.")
     ] = None,
     size: t.Size = None,
     bits: t.Bits = None,
@@ -26,10 +26,10 @@ def search(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a sample. [default: the model's maximum, at most 2048]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of documents, and of all that the search draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of documents and of the search.")] = 0,
     ignore: t.Ignore = None,
     levels: t.Levels = None,
-    out: Annotated[Path, typer.Option(help="The plan to write.")] = Path("plan.yaml"),
+    out: Annotated[Path, typer.Option(help="Plan file to write.")] = Path("plan.yaml"),
     changes: a.Changes = None,
     overwrite: a.Overwrite = False,
     as_json: a.Json = False,

@@ -13,7 +13,8 @@ from compressor.cli._show import print_json, progress
 def verify(
     model: a.Model = Path(),
     reference: Annotated[
-        Path | None, typer.Option(help="The original model: what was not compressed must equal it, what was resemble it.")
+        Path | None,
+        typer.Option(help="Original model: tensors that were not compressed must equal it, the others must resemble it."),
     ] = None,
     device: a.Device = None,
     as_json: a.Json = False,
