@@ -23,7 +23,7 @@ def faults(file: Path) -> Iterator[tuple[int, str]]:
         if not isinstance(node, DOCUMENTED) or (text := ast.get_docstring(node, clean=False)) is None:
             continue
         first = node.body[0].lineno
-        if OPENER.match(text):
+        if OPENER.match(text) or text.startswith("Args:"):
             yield first, text.splitlines()[0]
         for number, line in enumerate(text.splitlines()[1:], first + 1):
             if ENTRY.match(line):

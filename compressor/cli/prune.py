@@ -39,8 +39,8 @@ def prune(
     score: Annotated[
         str,
         typer.Option(
-            help="Score that decides what is dropped first. Width: obs, taylor, wanda, flap, cfsp or magnitude; hidden: pca or "
-            "channels; depth: search, cosine or even. [default: obs, pca, search]",
+            help="Score that decides what is dropped first. Width: obs, taylor, wanda, flap, cfsp or magnitude; hidden: pca "
+            "or channels; depth: search, cosine or even. [default: obs, pca, search]",
             show_default=False,
         ),
     ] = "",

@@ -40,13 +40,15 @@ SEARCHED = {
 
 @node
 class FloatGroup(FloatFormat):
-    """Args:
-    exponent: Bits of the exponent, 1 to 7.
-    mantissa: Bits of the mantissa; with sign and exponent 3 to 8.
-    group_size: Adjacent input channels that share a scale; -1 for the whole row.
-    activations: Numbers that the layer's input is rounded to, such as e2m1 or e4m3, followed by -token (each token by a scale
-        of its own) or by -tensor (all by one scale from calibration, searched for the least error). fp4-tensor and fp8-tensor
-        search the numbers too. null leaves the input unrounded.
+    """Small floating-point numbers with a real scale per group of input channels.
+
+    Args:
+        exponent: Bits of the exponent, 1 to 7.
+        mantissa: Bits of the mantissa; with sign and exponent 3 to 8.
+        group_size: Adjacent input channels that share a scale; -1 for the whole row.
+        activations: Numbers that the layer's input is rounded to, such as e2m1 or e4m3, followed by -token (each token by a
+            scale of its own) or by -tensor (all by one scale from calibration, searched for the least error). fp4-tensor and
+            fp8-tensor search the numbers too. null leaves the input unrounded.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "input_scale")

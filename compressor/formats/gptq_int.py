@@ -36,12 +36,14 @@ SCALE_DTYPE = torch.float16
 
 @node
 class GptqInt:
-    """Args:
-    bits: Width of a code: 2, 3, 4 or 8.
-    group_size: Input channels that share a scale; -1 for the whole row.
-    symmetric: Zero points are 2**(bits - 1), the only ones that vLLM's kernels take.
-    checkpoint_format: `gptq` stores zero points less 1, `gptq_v2` as they are.
-    g_idx: The group of each input channel is stored. Those fitted here have adjacent channels in a group.
+    """Integers in the layout of GPTQ checkpoints.
+
+    Args:
+        bits: Width of a code: 2, 3, 4 or 8.
+        group_size: Input channels that share a scale; -1 for the whole row.
+        symmetric: Zero points are 2**(bits - 1), the only ones that vLLM's kernels take.
+        checkpoint_format: `gptq` stores zero points less 1, `gptq_v2` as they are.
+        g_idx: The group of each input channel is stored. Those fitted here have adjacent channels in a group.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")

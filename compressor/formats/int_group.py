@@ -42,12 +42,14 @@ SCALE_DTYPE = torch.bfloat16  # exact in float32 too, and in float16 above 2e-5
 
 @node
 class IntGroup:
-    """Args:
-    bits: Width of a code, 2 to 8.
-    group_size: Adjacent input channels that share a scale; -1 for the whole row.
-    symmetric: False stores a zero point per group, which stock transformers loads only without packing.
-    packed: False stores each code as a byte: with `activations`, what engines run as W8A8.
-    activations: int8 rounds the layer's input, each token by a scale of its own; null leaves it as it is.
+    """Integers with a scale per group of input channels.
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        group_size: Adjacent input channels that share a scale; -1 for the whole row.
+        symmetric: False stores a zero point per group, which stock transformers loads only without packing.
+        packed: False stores each code as a byte: with `activations`, what engines run as W8A8.
+        activations: int8 rounds the layer's input, each token by a scale of its own; null leaves it as it is.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")

@@ -39,10 +39,12 @@ SCALE_DTYPE = torch.bfloat16
 
 @node
 class IntInputGroup:
-    """Args:
-    bits: Width of a code, 2 to 8.
-    group_size: Adjacent output channels that share a scale in each input channel; -1 for all of them.
-    symmetric: False stores a zero point per group.
+    """Integers with a scale per group of output channels, in each input channel.
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        group_size: Adjacent output channels that share a scale in each input channel; -1 for all of them.
+        symmetric: False stores a zero point per group.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")

@@ -42,10 +42,12 @@ NUMBERS: Mapping[Number, tuple[torch.dtype, str]] = {
 
 @node
 class SparseBitmask:
-    """Args:
-    sparsity: Share of the weights that go, from 0 up to, without, 1.
-    pattern: N:M instead: N of every M adjacent weights of a row stay. In quotes: YAML has another use for 2:4.
-    dtype: Dtype of the kept numbers.
+    """A bitmask and the kept weights.
+
+    Args:
+        sparsity: Share of the weights to drop, at least 0 and below 1.
+        pattern: N:M instead: N of every M adjacent weights of a row are kept. Quote it: YAML has another use for 2:4.
+        dtype: Dtype of the kept numbers.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("compressed", "bitmask", "row_offsets", "shape")

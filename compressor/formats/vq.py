@@ -49,13 +49,15 @@ Norm = Literal["none", "layer", "channel"]
 
 @node
 class VQ:
-    """Args:
-    vector: Adjacent output channels that are rounded together, 1 to 16.
-    bits: Bits of an index: the codebook has 2**bits entries, 1 to 16.
-    residual_bits: Bits of the index of a second codebook, whose entries are added; 0 for none.
-    norm: Factor of vectors: nothing, a number of the layer, or one of their input channel.
-    outliers: Share of the input channels that are kept dense; their number is rounded down.
-    lender: Full name of the layer whose codebooks are used; empty for its own. Passes that share codebooks set it.
+    """Vectors of adjacent output channels, each an entry of a codebook.
+
+    Args:
+        vector: Adjacent output channels that are rounded together, 1 to 16.
+        bits: Bits of an index: the codebook has 2**bits entries, 1 to 16.
+        residual_bits: Bits of the index of a second codebook, whose entries are added; 0 for none.
+        norm: Factor of vectors: nothing, a number of the layer, or one of their input channel.
+        outliers: Share of the input channels that are kept dense; their number is rounded down.
+        lender: Full name of the layer whose codebooks are used; empty for its own. Passes that share codebooks set it.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_index", *BOOKS, "weight_norm", "weight_dense", "weight_channels")

@@ -21,12 +21,14 @@ def _positive(**values: int | None) -> None:
 
 @node
 class Calibration:
-    """Args:
-    source: `builtin`, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].
-    samples: How many.
-    seq_len: Tokens of each; null takes what the model was made for, at most 2048.
-    seed: Seed of the order of documents.
-    on_disk: A directory to keep hidden states in instead of memory, for millions of tokens; null keeps them in memory.
+    """The text that statistics are collected on.
+
+    Args:
+        source: `builtin`, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].
+        samples: Number of samples.
+        seq_len: Tokens of a sample; null takes what the model was made for, at most 2048.
+        seed: Seed of the order of documents.
+        on_disk: Directory that keeps hidden states instead of memory, for millions of tokens; null keeps them in memory.
     """
 
     source: str = "builtin"
@@ -41,13 +43,16 @@ class Calibration:
 
 @node
 class Evaluation:
-    """Args:
-    source: Like that of calibration, or several, and used whole; null takes the held-out part of the calibration source.
-    samples: How many at most, of each source.
-    seq_len: Tokens of each; null takes that of calibration.
-    stride: New tokens of each; null for no overlap.
-    bos: Begin each with the begin token; null does as the tokenizer does with a text.
-    generate: Beginnings of samples that both models continue, for the report.
+    """The text that the result is compared with the original on.
+
+    Args:
+        source: Source as for calibration, or several; each is used as a whole. null takes the held-out part of the
+            calibration source.
+        samples: Maximum number of samples from each source.
+        seq_len: Tokens of a sample; null takes that of calibration.
+        stride: New tokens of a sample; null for no overlap.
+        bos: Begin each sample with the begin token; null does as the tokenizer does with a text.
+        generate: Number of samples whose beginnings both models continue, for the report.
     """
 
     source: str | tuple[str, ...] | None = None
@@ -92,7 +97,7 @@ class Target:
 
     @property
     def bytes(self) -> int:
-        """`size` as a number; 0 if it is none."""
+        """Return `size` in bytes; 0 if it is no size."""
         found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?", str(self.size).strip().lower())
         if found is None:
             return 0
@@ -109,12 +114,14 @@ class Target:
 
 @node
 class Evolve:
-    """Args:
-    generations: At most; 0 does without.
-    offspring: Number of offspring in each generation.
-    stages: Survivors and tokens of each stage; the last one leaves one.
-    switches: Units that an offspring has a level up, at most, besides those that what is left allows.
-    patience: Generations without a better one after which it ends.
+    """Settings of the evolutionary search.
+
+    Args:
+        generations: Maximum number of generations; 0 does without.
+        offspring: Number of offspring in each generation.
+        stages: Survivors and tokens of each stage of selection; the last one leaves one survivor.
+        switches: Maximum number of units upgraded per offspring, before leftover budget is spent.
+        patience: Number of generations without improvement after which the search ends.
     """
 
     generations: int = 100
@@ -139,20 +146,20 @@ class Evolve:
 
 @node
 class Search:
-    """How levels are chosen for a target.
+    """Settings of the search for a target.
 
     Args:
         tokens: Number of tokens used to score candidate models. A further eighth is held out for the final choice.
             Calibration text is separate.
         rounds: Maximum number of successive integer programmes; 0 does without.
-        radii: Levels that one of their proposals may lie from the point at hand.
+        radii: Numbers of levels by which a unit may move in one of their proposals.
         table_tokens: Number of tokens that the levels' losses are measured on.
-        evolve: Evolutionary search after them.
-    rebuilds: How often levels are made again, only those near to the choice, on what the layers before it then give; and
-        searched among.
-    drop: An attention or an MLP may go altogether; only our loader reads what is left.
+        evolve: Evolutionary search after the programmes.
+        rebuilds: Number of times that levels near the choice are measured again, on the outputs of the layers before them,
+            and searched among.
+        drop: Whether attentions and MLPs may be dropped; only our loader reads the result.
         minutes: Time limit from start to written model; null sets none.
-        resident: Hold the model in memory; null does so if it takes less than half of what is available.
+        resident: Whether to hold the model in memory; null does so if it takes less than half of what is available.
         seed: Seed of all random draws.
     """
 
@@ -179,13 +186,15 @@ class Search:
 
 @node
 class Recipe:
-    """Args:
-    passes: Algorithms, applied to each decoder block in this order.
-    calibration: The text that statistics are collected on.
-    evaluation: The text that the result is compared with the original on; null measures nothing.
-    target: Budget of the result: the option of each unit is searched for among those of the passes. Null if the passes have
-        one option each, or with a plan.
-    search: How; null for the usual way.
+    """The description of a run.
+
+    Args:
+        passes: Algorithms, applied to each decoder block in this order.
+        calibration: Text that statistics are collected on.
+        evaluation: Text that the result is compared with the original on; null measures nothing.
+        target: Budget of the result: the option of each unit is searched for among those of the passes. Null if the passes
+            have one option each, or with a plan.
+        search: Settings of that search; null takes the defaults.
     """
 
     passes: tuple[Annotated[Any, named("pass")], ...]

@@ -14,12 +14,14 @@ from compressor.recipe.registry import node
 
 @node
 class HiddenPass(PruningPass):
-    """Args:
-    ratio: Share of the parameters that goes, at least.
-    of: Basis of the ratio: the whole model, embeddings included, or its blocks.
-    basis: Basis in which channels are dropped: `pca`, principal components of the hidden state, or `channels`, the model's
-        own. With `pca` an embedding that is also the head is stored twice.
-    multiple: Divisor of the hidden size; null takes what suits it, 256 for wide models, down to 16 for small ones.
+    """Base class of passes that drop channels of the hidden state.
+
+    Args:
+        ratio: Minimum share of the parameters to drop.
+        of: Basis of the ratio: the whole model, embeddings included, or its blocks.
+        basis: Basis in which channels are dropped: `pca`, principal components of the hidden state, or `channels`, the
+            model's own. With `pca` an embedding that is also the head is stored twice.
+        multiple: Divisor of the hidden size; null takes what suits it, 256 for wide models, down to 16 for small ones.
     """
 
     ratio: float

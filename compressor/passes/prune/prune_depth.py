@@ -24,12 +24,15 @@ from compressor.recipe.schema import Search
 
 @node
 class PruneDepth(PruningPass):
-    """Args:
-    ratio: Share of the parameters that goes, at least.
-    of: Basis of the ratio: the whole model, embeddings included, or its blocks.
-    parts: Kind of unit that is dropped: `blocks`, or `sublayers`: single attentions and MLPs, which only our loader reads.
-    by: How they are chosen: `search`; `cosine`, those that turn what passes them least; `even`, evenly spaced.
-    search: How to search; `minutes` is of no effect here.
+    """Drop the blocks, or the attentions and MLPs, whose absence changes the model's predictions least.
+
+    Args:
+        ratio: Minimum share of the parameters to drop.
+        of: Basis of the ratio: the whole model, embeddings included, or its blocks.
+        parts: Kind of unit that is dropped: `blocks`, or `sublayers`: single attentions and MLPs, which only our loader
+            reads.
+        by: Way to choose: `search`; `cosine`, the units that change their input least; `even`, evenly spaced units.
+        search: Settings of the search; `minutes` has no effect here.
     """
 
     ratio: float

@@ -40,13 +40,15 @@ class Tried:
 
 @node
 class WidthPass(PruningPass):
-    """Args:
-    ratio: Share of the parameters that goes.
-    of: Basis of the ratio: the whole model, embeddings included, its blocks, or their MLPs, which alone are then pruned.
-    heads: Take away groups of heads too, where that loses less; their part of the key-value cache goes with them.
-    multiple: Divisor of the number of channels; null takes 256 for wide models, down to 16 for small ones.
-    damp: Damping of the fit: added to the diagonal of the second moments, as a fraction of its mean.
-    search: With `tokens`, on how much text, besides that of calibration, shapes are compared; `minutes` is of no effect here.
+    """Base class of passes that narrow blocks.
+
+    Args:
+        ratio: Share of the parameters to drop.
+        of: Basis of the ratio: the whole model, embeddings included, its blocks, or their MLPs, which alone are then pruned.
+        heads: Whether to drop groups of heads too, where that loses less, with their part of the key-value cache.
+        multiple: Divisor of the number of channels; null takes 256 for wide models, down to 16 for small ones.
+        damp: Damping of the fit: added to the diagonal of the second moments, as a fraction of its mean.
+        search: Search for the shape; `tokens` are taken in addition to calibration, `minutes` has no effect here.
     """
 
     ratio: float
