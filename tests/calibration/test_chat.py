@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from compressor.assets import DEMO_MODEL
 from compressor.errors import CalibrationError
 from compressor.evaluation.text import Protocol, load_text
+from compressor.model.tokenizer import encode_prompt, load_tokenizer
 from compressor.pipeline.calibration import data
 
 Row = dict[str, Any]
@@ -92,7 +93,7 @@ def template() -> Template:
     """The demo model's tokenizer with another chat template."""
 
     def make(text: str) -> PreTrainedTokenizerBase:
-        tokenizer = data.load_tokenizer(DEMO_MODEL)
+        tokenizer = load_tokenizer(DEMO_MODEL)
         tokenizer.chat_template = text
         return tokenizer
 
@@ -361,4 +362,4 @@ def test_a_conversation_without_a_chat_template_is_refused_by_line(tmp_path: Pat
 
 def test_a_prompt_that_the_template_cannot_write_is_refused(template: Template) -> None:
     with pytest.raises(CalibrationError, match=r"prompt: the tokenizer's chat template fails \(no users\); leave out --chat"):
-        data.encode_prompt(template("{{ raise_exception('no users') }}"), "hello", chat=True)
+        encode_prompt(template("{{ raise_exception('no users') }}"), "hello", chat=True)

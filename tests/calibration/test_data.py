@@ -5,13 +5,14 @@ from transformers import PreTrainedTokenizerBase
 
 from compressor.assets import DEMO_MODEL
 from compressor.errors import CalibrationError
+from compressor.model.tokenizer import load_tokenizer
 from compressor.pipeline.calibration import data, stdlib
 from compressor.pipeline.calibration.chat import Conversation
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return data.load_tokenizer(DEMO_MODEL)
+    return load_tokenizer(DEMO_MODEL)
 
 
 @pytest.fixture
