@@ -55,7 +55,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
 def test_a_run_gives_the_same_weights(
     step: dict[str, object], tiny: Callable[..., Path], text_file: Path, tmp_path: Path
 ) -> None:
-    """Of two batches of calibration text."""
+    """Compare runs on two batches of calibration text."""
     results = []
     for place in (None, str(tmp_path)):
         data = {
