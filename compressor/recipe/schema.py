@@ -1,4 +1,4 @@
-"""A recipe, validated: what to calibrate on, what to do, how to judge the result."""
+"""Schema of recipes: what to calibrate on, which passes to run, how to evaluate the result."""
 
 import re
 from collections.abc import Sequence
@@ -21,12 +21,14 @@ def _positive(**values: int | None) -> None:
 
 @node
 class Calibration:
-    """Args:
-    source: `builtin`, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].
-    samples: How many.
-    seq_len: Tokens of each; null takes what the model was made for, at most 2048.
-    seed: Of the order of documents.
-    on_disk: A directory to keep hidden states in instead of memory, for millions of tokens; null keeps them in memory.
+    """Text that statistics are collected on.
+
+    Args:
+        source: `builtin`, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].
+        samples: Number of samples.
+        seq_len: Tokens per sample; null takes the model's context length, at most 2048.
+        seed: Seed for the order of documents.
+        on_disk: Directory to hold hidden states in, for millions of tokens; null holds them in memory.
     """
 
     source: str = "builtin"
@@ -41,13 +43,16 @@ class Calibration:
 
 @node
 class Evaluation:
-    """Args:
-    source: Like that of calibration, or several, and used whole; null takes the held-out part of the calibration source.
-    samples: How many at most, of each source.
-    seq_len: Tokens of each; null takes that of calibration.
-    stride: New tokens of each; null for no overlap.
-    bos: Begin each with the begin token; null does as the tokenizer does with a text.
-    generate: Beginnings of samples that both models continue, for the report.
+    """Text that the result is compared with the original on.
+
+    Args:
+        source: One source as in `Calibration`, or several, each used in full; null takes the held-out part of the
+            calibration source.
+        samples: Maximum number of samples per source.
+        seq_len: Tokens per sample; null takes that of calibration.
+        stride: New tokens per sample; null for no overlap.
+        bos: Whether each sample begins with the BOS token; null follows the tokenizer.
+        generate: Number of prompts that both models continue, for the report.
     """
 
     source: str | tuple[str, ...] | None = None
@@ -67,12 +72,12 @@ class Evaluation:
 
 @node
 class Target:
-    """What the result may take: exactly one of the three.
+    """Limit for the size of the result; exactly one of the three is given.
 
     Args:
-        size: Of its safetensors files: bytes, or such as 4GB, 3.5GiB, 800MB.
-        bits: Stored bits of a weight of the compressed layers, scales and codebooks counted.
-        ratio: Share of the original's size that is to be saved.
+        size: Total size of the safetensors files, in bytes or with a unit: 4GB, 3.5GiB, 800MB.
+        bits: Mean stored bits per weight of the compressed layers, scales and codebooks included.
+        ratio: Share of the original's size to save.
     """
 
     size: str | int | None = None
@@ -92,7 +97,7 @@ class Target:
 
     @property
     def bytes(self) -> int:
-        """`size` as a number; 0 if it is none."""
+        """`size` in bytes; 0 if it is not a valid size."""
         found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?", str(self.size).strip().lower())
         if found is None:
             return 0
@@ -101,7 +106,7 @@ class Target:
 
     @property
     def label(self) -> str:
-        """File-name safe."""
+        """Name of the target, file-name safe."""
         if self.size is not None:
             return str(self.size).strip().replace(" ", "")
         return f"{self.bits:g}bit" if self.bits is not None else f"save{100 * (self.ratio or 0):g}"
@@ -109,12 +114,14 @@ class Target:
 
 @node
 class Evolve:
-    """Args:
-    generations: At most; 0 does without.
-    offspring: Of each generation.
-    stages: Survivors and tokens of each stage; the last one leaves one.
-    switches: Units that an offspring has a level up, at most, besides those that what is left allows.
-    patience: Generations without a better one after which it ends.
+    """Settings of the evolutionary search.
+
+    Args:
+        generations: Maximum number of generations; 0 skips the evolutionary search.
+        offspring: Number of offspring per generation.
+        stages: Survivors and tokens of each stage; the last stage has one survivor.
+        switches: Maximum number of units upgraded per offspring, before leftover budget is spent.
+        patience: Number of generations without improvement after which the search stops.
     """
 
     generations: int = 100
@@ -132,28 +139,28 @@ class Evolve:
 
     @property
     def tokens(self) -> int:
-        """Of a generation: those of all stages, times what takes part in them."""
+        """Tokens scored per generation: over all stages, candidates times tokens."""
         entering = [self.offspring, *(survivors for survivors, _ in self.stages)]
         return sum(count * tokens for count, (_, tokens) in zip(entering, self.stages, strict=False))
 
 
 @node
 class Search:
-    """How levels are chosen for a target.
+    """Settings of the search for a target: how levels are chosen.
 
     Args:
-        tokens: Of text that whole models are compared on, besides that of calibration and an eighth as much that the search
-            does not see and the last word is spoken on.
-        rounds: Of successive integer programmes, at most; 0 does without.
-        radii: Levels that one of their proposals may lie from the point at hand.
-        table_tokens: That their losses are taken on.
-        evolve: Evolutionary search after them.
-    rebuilds: How often levels are made again, only those near to the choice, on what the layers before it then give; and
-        searched among.
-    drop: An attention or an MLP may go altogether; only our loader reads what is left.
-        minutes: That all may take, from start to written model; null takes what it takes.
-        resident: Hold the model in memory; null does so if it takes less than half of what is available.
-        seed: Of all that is drawn.
+        tokens: Number of tokens used to score candidate models. A further eighth is held out for the final choice.
+            Calibration text is separate.
+        rounds: Maximum number of successive integer programmes; 0 skips them.
+        radii: Distances, in levels per unit, that a proposal of an integer programme may have from the current choice.
+        table_tokens: Number of tokens that the losses for the integer programmes are measured on.
+        evolve: Evolutionary search that follows the integer programmes.
+        rebuilds: Number of times that levels near the choice are rebuilt, on the outputs of the layers before as chosen, and
+            searched again.
+        drop: Whether an attention or MLP may be dropped; only our loader can read the result.
+        minutes: Time limit for everything, from start to written model; null for none.
+        resident: Whether to hold the model in memory; null does so if it takes less than half of what is available.
+        seed: Seed of all random choices.
     """
 
     tokens: int = 131072
@@ -179,13 +186,15 @@ class Search:
 
 @node
 class Recipe:
-    """Args:
-    passes: Algorithms, applied to each decoder block in this order.
-    calibration: The text that statistics are collected on.
-    evaluation: The text that the result is compared with the original on; null measures nothing.
-    target: What the result may take: which of the passes' options each unit gets is searched for. Null if they have one each,
-        or with a plan.
-    search: How; null for the usual way.
+    """A validated recipe.
+
+    Args:
+        passes: Algorithms, applied to each decoder block in this order.
+        calibration: Text that statistics are collected on.
+        evaluation: Text that the result is compared with the original on; null measures nothing.
+        target: Limit for the size of the result; the option of each unit is then searched. null if every pass has one option,
+            or if a plan is given.
+        search: Settings of that search; null for the defaults.
     """
 
     passes: tuple[Annotated[Any, named("pass")], ...]
@@ -205,7 +214,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `--set` changes to it.
 
     Raises:
-        RecipeError: not a recipe, or a change that does not fit.
+        RecipeError: the file is not a recipe, or a change is not valid.
     """
     kind = kind_of(path, RecipeError)
     check_readable([path], RecipeError)
@@ -217,7 +226,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def make_recipe(data: Any, changes: Sequence[str] = (), where: str = "recipe") -> Recipe:
-    """A recipe from plain data, with `--set` changes applied.
+    """Make a recipe from plain data, with `--set` changes applied.
 
     Raises:
         RecipeError: see load_recipe.
@@ -249,7 +258,7 @@ def _patterns(data: Any, inside: bool) -> list[str]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe with all defaults written out; reading it gives the same recipe."""
+    """Return the recipe as YAML with all defaults written out; reading it gives an equal recipe."""
     return yaml.safe_dump(_plain(describe(recipe)), sort_keys=False, allow_unicode=True, width=110)
 
 
