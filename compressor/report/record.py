@@ -23,7 +23,7 @@ class Report:
     path: str  # path of the result
     out: str  # its name
     version: str
-    fingerprint: Mapping[str, str]  # hashes that are equal if and only if two runs are the same run
+    fingerprint: Mapping[str, str]  # values that must be equal for two runs to count as the same run
     recipe: Any  # the resolved recipe, defaults written out
     calibration: Mapping[str, Any] | None  # source, samples, seq_len, seed, sha256 of the tokens
     versions: Mapping[str, str]  # versions of the packages that matter
