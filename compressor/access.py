@@ -1,7 +1,7 @@
-"""Whether files can be read, asked before any work.
+"""Checks that files can be read, made before any work starts.
 
-`Path.exists` and `Path.is_file` say no of a broken link, of a pipe and, in some versions of Python, of a place that the user
-must not look into; a sentence that such a file is missing would be wrong. The functions here name the cause.
+`Path.exists` and `Path.is_file` return False for a broken link, for a pipe and, in some versions of Python, in a directory
+that the user may not search. An error message "no such file" would then be wrong. The functions here name the cause.
 """
 
 import stat
@@ -24,7 +24,7 @@ def kind_of(path: Path, error: type[CompressorError]) -> Literal["file", "direct
     """Return what is at a path; None if there is nothing.
 
     Raises:
-        CompressorError: (`error`) a broken link, no file and no directory, or a place that cannot be looked at.
+        CompressorError: (`error`) it is a broken link, is neither file nor directory, or cannot be examined.
     """
     try:
         mode = path.stat().st_mode
@@ -42,7 +42,7 @@ def kind_of(path: Path, error: type[CompressorError]) -> Literal["file", "direct
 
 
 def check_readable(paths: Iterable[Path], error: type[CompressorError]) -> None:
-    """Open each of some files and directories for reading; those that are missing are passed over.
+    """Open each of the given files and directories for reading; missing ones are skipped.
 
     Raises:
         CompressorError: (`error`) one cannot be opened, see `kind_of`.

@@ -1,23 +1,23 @@
-"""Errors a user can cause and fix. Anything else is a bug and stays an assert or a plain exception.
+"""Errors that a user can cause and fix. Anything else is a bug and raises an assert or a plain exception.
 
 * CompressorError
   x RecipeError        the recipe or the command line does not describe a run
-  x SourceError        the checkpoint cannot be read, or holds what cannot be compressed
-  x CalibrationError   the data does not determine the statistics a pass needs
-  x OutputError        the result cannot be written where it was asked for
-  x KernelError        a kernel that was asked for is missing or cannot do what it should
-  x LostRankError      another rank has ended; if it could say why, it has
+  x SourceError        the checkpoint cannot be read, or holds something that cannot be compressed
+  x CalibrationError   the data does not determine the statistics that a pass needs
+  x OutputError        the result cannot be written to the given place
+  x KernelError        a requested kernel is missing or does not support the task
+  x LostRankError      another rank has ended; that rank reports the cause if it can
 """
 
 MAX_MESSAGE = 300  # characters
 
 
 class CompressorError(Exception):
-    """Base class; the CLI prints its message without a traceback and exits with its status.
+    """Base class. The CLI prints the message without a traceback and exits with the status.
 
     Args:
-        message: One sentence. Of one that is too long the middle is left out: its start names the place, its end the remedy.
-            Characters that do not print become spaces: values from files could break the line or steer a terminal.
+        message: One sentence. If it is too long, its middle is left out: the start names the place, the end the remedy.
+            Unprintable characters become spaces, because values from files could break the line or control the terminal.
     """
 
     status = 2  # could not run; 1 is for a check that failed

@@ -1,8 +1,8 @@
-"""Guard what a run shares with the rest of its process: the state of torch, the random number generators, and other threads.
+"""State that a run shares with the rest of its process: torch's settings, random number generators, other threads.
 
-Building a model with transformers changes the process for a moment (how modules register parameters, the default dtype), so
-two threads must not do so at once. A caller may have set other defaults than a run is made for. `known_state` gives every
-verb of the API the same state, alone, and puts the state of the caller back.
+Building a model with transformers temporarily changes the process (how modules register parameters, the default dtype), so
+only one thread may do so at a time. A caller may also have set other defaults than a run expects. `known_state` gives every
+verb of the API exclusive use of a known state, and restores the caller's state afterwards.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-BUSY = threading.RLock()  # held by the thread whose run is under way; transformers is shared by all threads of a process
-os.register_at_fork(after_in_child=BUSY._at_fork_reinit)  # type: ignore[attr-defined]  # as `logging` does: a child has no run
+BUSY = threading.RLock()  # held by the thread that runs a verb; all threads of a process share transformers
+os.register_at_fork(after_in_child=BUSY._at_fork_reinit)  # type: ignore[attr-defined]  # as in `logging`: no run in a child
 
 
 @contextlib.contextmanager
 def known_state() -> Iterator[None]:
-    """Wait until no other thread runs a verb, then work in the state of a process that has just started.
+    """Wait until no other thread runs a verb, then set the state of a process that has just started.
 
-    Gradients are recorded, inference mode, autocast, anomaly detection, deterministic algorithms and default devices are off,
-    new tensors are float32, products of float32 are exact, the random number generators are seeded, and warnings are no
-    errors. Afterwards everything is as the caller had it. Use as a context manager or as a decorator; may be nested.
+    Gradients are recorded. Inference mode, autocast, anomaly detection, deterministic algorithms and default devices are off.
+    New tensors are float32, products of float32 are exact, random number generators are seeded, and warnings are not errors.
+    Afterwards the caller's state is restored. Use as a context manager or as a decorator; may be nested.
     """
     with BUSY, contextlib.ExitStack() as stack:
         stack.enter_context(_random_numbers())
@@ -44,7 +44,7 @@ def known_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _switches() -> Iterator[None]:
-    """Set torch's switches that hold for the whole process."""
+    """Set torch's process-wide switches, and restore them."""
     dtype, precision, anomaly = torch.get_default_dtype(), torch.get_float32_matmul_precision(), torch.is_anomaly_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -64,7 +64,7 @@ def _switches() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_numbers() -> Iterator[None]:
-    """Seed the generators of torch, NumPy and Python, and put them back."""
+    """Seed the generators of torch, NumPy and Python, and restore their state."""
     ours, theirs, numpys = torch.get_rng_state(), random.getstate(), np.random.get_state()
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     random.seed(0)

@@ -1,10 +1,10 @@
 """Read files that other programs wrote: the one guarded entry for text, JSON and YAML.
 
-Whatever a file holds, a reader either returns plain data within the limits below or raises one sentence that names the file,
-the cause and the remedy. The limits are far above what model directories hold and far below what a parser, a recursive
-function or a C integer can take.
+For any content, a reader either returns plain data within the limits below or raises one sentence that names the file, the
+cause and the remedy. The limits are far above what model directories need and far below what a parser, a recursive function
+or a C integer can handle.
 
-Imports nothing but the standard library and PyYAML, so that every package can use it.
+This module imports only the standard library and PyYAML, so that every package can use it.
 """
 
 import json
@@ -16,23 +16,23 @@ import yaml
 
 from compressor.errors import CompressorError, shorten
 
-MAX_DEPTH = 64  # containers inside one another; config.json of the largest published models has 6
+MAX_DEPTH = 64  # nesting of containers; config.json of the largest published models has 6
 MAX_NODES = 10_000_000  # values in one JSON file; the index of a model with 10⁶ tensors has 10⁶
 MAX_YAML_NODES = (
     1_000_000  # values in one YAML file, where aliases multiply them; the plan of a model with 10⁴ layers has 10⁵
 )
-MAX_INTEGER = 2**64  # beyond every size, offset and count
-MAX_BYTES = 2**30  # of one file that is read whole
-MAX_JSON_BYTES = 2**26  # parsed, it takes some thirty times as much memory; the index of a model with 10⁵ tensors has 2**23
-MAX_YAML_BYTES = 2**21  # a megabyte takes ten seconds; the plan of a model with 10⁴ layers has 10⁶
+MAX_INTEGER = 2**64  # above every size, offset and count
+MAX_BYTES = 2**30  # size of a file that is read at once
+MAX_JSON_BYTES = 2**26  # parsing needs about 30 times as much memory; the index of a model with 10⁵ tensors has 2**23
+MAX_YAML_BYTES = 2**21  # a megabyte takes ten seconds to parse; the plan of a model with 10⁴ layers has 10⁶
 MAX_NUMBER = 400  # characters of a number in YAML
-MAX_QUOTED = 80  # characters of a value that a message repeats
+MAX_QUOTED = 80  # characters of a value that a message quotes
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates and merged mappings.
+    """YAML loader without dates and merged mappings.
 
-    `2020-01-01` is the text that it is in JSON. `<<` is a key as any other: merging can double what it merges in every line.
+    `2020-01-01` is text, as in JSON. `<<` is an ordinary key, because merging can double the data with every line.
     """
 
 
@@ -43,7 +43,7 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
-    """Construct a number of a sane length: `1:1:…` counts in sixties, and takes quadratic time."""
+    """Construct a number, but refuse long ones: `1:1:…` is base 60 and takes quadratic time."""
     if len(node.value) > MAX_NUMBER:
         raise ValueError(f"a number of {len(node.value):,} characters")
     whole = node.tag == "tag:yaml.org,2002:int"
@@ -60,10 +60,10 @@ def elide(value: object, limit: int = MAX_QUOTED) -> str:
 
 
 def cause(error: BaseException) -> str:
-    """Return why an operation on a file failed, as a part of a sentence.
+    """Return why an operation on a file failed, as part of a sentence.
 
-    The system's own words without the path, which the sentence names already; `permission denied` for a file that the user
-    must not read.
+    This is the system's message without the path, which the sentence already names. For a file that the user is not allowed
+    to read, it is `permission denied`.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
@@ -79,7 +79,7 @@ def read_bytes(path: Path, error: type[CompressorError], remedy: str = "get it a
         remedy: Advice to the user if the content is at fault.
 
     Raises:
-        CompressorError: (`error`) the file is missing, must not be read, or is longer than `MAX_BYTES`.
+        CompressorError: (`error`) the file is missing, is not readable, or is longer than `MAX_BYTES`.
     """
     try:
         with path.open("rb") as file:
@@ -94,7 +94,7 @@ def read_bytes(path: Path, error: type[CompressorError], remedy: str = "get it a
 def read_text(path: Path, error: type[CompressorError], remedy: str = "get it again from where it came") -> str:
     """Read a text file in UTF-8, with or without a byte order mark.
 
-    Args and errors are those of `read_bytes`; a file in another encoding is refused too.
+    Args and errors are those of `read_bytes`. A file in another encoding is refused too.
     """
     content = read_bytes(path, error, remedy)
     try:
@@ -126,10 +126,10 @@ def parse_json(text: str | bytes, where: str, error: type[CompressorError], reme
 
 
 def parse_json_lines(text: str, where: str, error: type[CompressorError], remedy: str) -> Iterator[tuple[int, Any]]:
-    r"""Parse JSON Lines and yield pairs of line number (from 1) and data; lines without data are left out.
+    r"""Parse JSON Lines and yield pairs of line number (from 1) and data; empty lines are skipped.
 
-    Only `\n` (and so `\r\n`) ends a line: the other line separators of Unicode stand in JSON texts as they are.
-    Args and errors are those of `parse_json`; `where` is the file, to which the line is added.
+    Only `\n` (and so `\r\n`) ends a line, because JSON strings may contain Unicode's other line separators unescaped.
+    Args and errors are those of `parse_json`; `where` is the file, to which the line number is added.
     """
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip(" \t\r"):
@@ -144,7 +144,7 @@ def read_json(path: Path, error: type[CompressorError], remedy: str = "get it ag
 def read_json_object(
     path: Path, error: type[CompressorError], remedy: str = "get it again from where it came"
 ) -> dict[str, Any]:
-    """Read a JSON file that holds an object; errors are those of `read_json`, and anything else than an object."""
+    """Read a JSON file that holds an object; errors are those of `read_json`. Any other value is refused too."""
     data = read_json(path, error, remedy)
     if not isinstance(data, dict):
         raise error(f"{path}: holds a JSON {type(data).__name__} where an object is needed; {remedy}")
@@ -180,7 +180,7 @@ def check_plain(data: Any, max_nodes: int = MAX_NODES) -> None:
 
     Raises:
         ValueError: nested too deeply, too many values, an integer beyond 64 bits, text that UTF-8 cannot hold, or a key that
-            is no text.
+            is not text.
     """
     waiting: list[Iterator[Any]] = [iter((data,))]
     nodes = 0

@@ -1,1 +1,1 @@
-"""One folder per weight format; a recipe names it by the folder: `format: int_group`."""
+"""Weight formats, one module each; a recipe names the module: `format: int_group`."""

@@ -1,15 +1,15 @@
-"""Floating-point numbers of 3 to 8 bits, of any division into exponent and mantissa, with a real scale per group: LLM-FP4.
+"""LLM-FP4: floating-point numbers of 3 to 8 bits, any split into exponent and mantissa, with a real scale per group.
 
 Bytes, for a weight [O, I] with G = I / group_size groups in a row:
 
     weight_packed  int32 [O, ceil(I * bits / 32)]   codes, LSB-first bit stream along the input channels
     weight_scale   bf16  [O, G]
-    input_scale    fp32  [1]    with activations `…-tensor`: what those are rounded to multiples of
+    input_scale    fp32  [1]    scale of the activations, with activations `…-tensor`
 
     w[o, i] = number(code[o, i]) * scale[o, i // group_size]
 
-The logarithm of a scale is what LLM-FP4 calls a real-valued exponent bias. No other layout holds it; our own does. The GPU
-kernels multiply by it where groups are rows, 16, 32 or multiples of 64 channels (from 5 bits on 8, 16 or multiples of 32).
+The logarithm of a scale is what LLM-FP4 calls a real-valued exponent bias. Only our own layout holds this format. The GPU
+kernels support groups of whole rows, 16, 32 or multiples of 64 channels (from 5 bits on: 8, 16 or multiples of 32).
 
 Source: Liu et al., "LLM-FP4: 4-Bit Floating-Point Quantized Transformers", EMNLP 2023.
 
@@ -35,20 +35,20 @@ from compressor.recipe.registry import node
 SEARCHED = {
     "fp4": tuple(Minifloat.parse(name) for name in ("e2m1", "e1m2", "e3m0")),
     "fp8": tuple(Minifloat.parse(name) for name in ("e4m3", "e3m4", "e2m5", "e5m2")),
-}  # what activations of a number of bits are tried as
+}  # the element types that are tried for activations
 
 
 @node
 class FloatGroup(FloatFormat):
-    """Small floating-point numbers with a real scale per group of input channels.
+    """Floating-point numbers with a bf16 scale per group of adjacent input channels.
 
     Args:
         exponent: Bits of the exponent, 1 to 7.
-        mantissa: Bits of the mantissa; with sign and exponent 3 to 8.
-        group_size: Adjacent input channels that share a scale; -1 for the whole row.
-        activations: Numbers that the layer's input is rounded to, such as e2m1 or e4m3, followed by -token (each token by a
-            scale of its own) or by -tensor (all by one scale from calibration, searched for the least error). fp4-tensor and
-            fp8-tensor search the numbers too. null leaves the input unrounded.
+        mantissa: Bits of the mantissa; 3 to 8 together with sign and exponent.
+        group_size: Number of adjacent input channels that share a scale; -1 for the whole row.
+        activations: Element type that the layer's input is rounded to, such as e2m1 or e4m3, followed by -token (one scale
+            per token) or -tensor (one scale for all, from calibration, searched for the least error). fp4-tensor and
+            fp8-tensor search the element type too. null does not round the input.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "input_scale")
@@ -71,12 +71,12 @@ class FloatGroup(FloatFormat):
 
     @property
     def element(self) -> Minifloat:
-        """The numbers. Raises ValueError if there are none such."""
+        """Element type of the weights. Raises ValueError if there is no such type."""
         return Minifloat.parse(f"e{self.exponent}m{self.mantissa}")
 
     @property
     def input_elements(self) -> tuple[Minifloat, ...]:
-        """Return the numbers that activations may be rounded to."""
+        """Element types that activations may be rounded to."""
         name = (self.activations or "").removesuffix(TENSOR).removesuffix(TOKEN)
         return SEARCHED[name] if name in SEARCHED else (Minifloat.parse(name),) if name else ()
 
@@ -126,7 +126,7 @@ class FloatGroup(FloatFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class Within(FloatGroup):
-    """The same for layers whose input is known; what is stored is plain."""
+    """`FloatGroup` for layers whose input scale is known from calibration; it is stored as plain `FloatGroup`."""
 
     inputs_scale: float
 

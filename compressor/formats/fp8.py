@@ -4,11 +4,11 @@ Bytes, for a weight [O, I]:
 
     weight        e4m3  [O, I]
     weight_scale  bf16  [1], [O, 1], or [O / 128, I / 128]
-    input_scale   fp32  [1]    with `activations: fp8-static`: what those are rounded to multiples of
+    input_scale   fp32  [1]    scale of the activations, with `activations: fp8-static`
 
     w[o, i] = weight[o, i] * scale
 
-This is `float-quantized` of compressed-tensors, byte for byte. Scales in fp16 and fp32 are read as well.
+This is `float-quantized` of compressed-tensors, byte for byte. Scales in fp16 and fp32 can be read too.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -38,12 +38,12 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
 
 @node
 class FP8(FloatFormat):
-    """8-bit floating-point numbers, as GPUs since Hopper multiply.
+    """8-bit floating-point numbers, which GPUs since Hopper multiply natively.
 
     Args:
-        scales: One for the tensor, for each output channel, or for each block of 128 x 128.
-        activations: fp8 rounds the layer's input, each token by a scale of its own; fp8-block each 128 channels of it;
-            fp8-static all by one scale from calibration; null leaves it as it is.
+        scales: Number of scales: one for the tensor, for each output channel, or for each block of 128 x 128.
+        activations: Rounding of the layer's input: fp8 has one scale per token, fp8-block one per 128 channels of a token,
+            fp8-static one for all, from calibration. null does not round it.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "input_scale")
@@ -98,7 +98,7 @@ class FP8(FloatFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class Within(FP8):
-    """FP8 for layers whose input is known; what is stored is plain FP8."""
+    """`FP8` for layers whose input scale is known from calibration; it is stored as plain `FP8`."""
 
     inputs_scale: float | None
 

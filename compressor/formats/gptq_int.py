@@ -1,4 +1,4 @@
-"""Integers of 2, 3, 4 or 8 bits in the layout of GPTQ checkpoints, which many programs write and read.
+"""Integers of 2, 3, 4 or 8 bits in the layout of GPTQ checkpoints, which many programs read and write.
 
 Bytes, for a weight [O, I] with G = I / group_size groups in a row:
 
@@ -9,10 +9,10 @@ Bytes, for a weight [O, I] with G = I / group_size groups in a row:
 
     w[o, i] = (code[o, i] - zero[g_idx[i], o]) * scale[g_idx[i], o]
 
-With `gptq` as checkpoint_format the zero points are stored less 1, with `gptq_v2` as they are. The 1 is subtracted from
-whole words: a zero point of 0 borrows from the next, and adding to the whole word gives back what was there. At 3 bits, where
-zero points straddle words, it is subtracted from each. This is as GPTQModel 7.6 has it; loaders disagree on zero points of 0,
-so asymmetric models are for others only as `gptq_v2`.
+With `gptq` as checkpoint_format, 1 is subtracted from the zero points before they are stored; with `gptq_v2` it is not. The
+subtraction works on 32-bit words: a zero point of 0 borrows from the next one, and adding to the word restores both. At 3
+bits zero points straddle words, so 1 is subtracted from each zero point separately. This follows GPTQModel 7.6. Loaders
+disagree on zero points of 0, so asymmetric models are portable only as `gptq_v2`.
 
 Shape suffixes: O out_features, I in_features, G groups in a row.
 """
@@ -36,14 +36,14 @@ SCALE_DTYPE = torch.float16
 
 @node
 class GptqInt:
-    """Integers in the layout of GPTQ checkpoints.
+    """Integers in the GPTQ layout.
 
     Args:
         bits: Width of a code: 2, 3, 4 or 8.
-        group_size: Input channels that share a scale; -1 for the whole row.
-        symmetric: Zero points are 2**(bits - 1), the only ones that vLLM's kernels take.
-        checkpoint_format: `gptq` stores zero points less 1, `gptq_v2` as they are.
-        g_idx: The group of each input channel is stored. Those fitted here have adjacent channels in a group.
+        group_size: Number of input channels that share a scale; -1 for the whole row.
+        symmetric: Whether all zero points are 2**(bits - 1), the only ones that vLLM's kernels take.
+        checkpoint_format: `gptq` stores zero points minus 1, `gptq_v2` unchanged.
+        g_idx: Whether the group of each input channel is stored. Groups fitted here consist of adjacent channels.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
@@ -114,7 +114,7 @@ class GptqInt:
 
     @property
     def portable(self) -> bool:
-        """Whether all programs that read this layout read the same of it."""
+        """Whether all programs that read this layout get the same weights."""
         return self.symmetric or not self._minus_one
 
     @property
@@ -122,7 +122,7 @@ class GptqInt:
         return self.checkpoint_format == "gptq"
 
     def _shifted(self, qzeros: Tensor, rows: int, by: int) -> Tensor:
-        """Packed zero points [G, words] with `by` added to each, if they are stored less 1."""
+        """Add `by` to each of the packed zero points [G, words], if they are stored minus 1."""
         if not self._minus_one:
             return qzeros
         if 32 % self.bits:
@@ -131,7 +131,7 @@ class GptqInt:
         return qzeros + by * sum(1 << bit for bit in range(0, 32, self.bits))
 
     def _order(self, g_idx: Tensor, count: int) -> Tensor | None:
-        """Input channels by group, and in a group as they come; None if they lie so already.
+        """Return the input channels sorted by group, stably; None if they are already in that order.
 
         Raises:
             SourceError: the groups are not of one size.

@@ -1,4 +1,4 @@
-"""Integers of 2 to 8 bits with one scale, and for the asymmetric kind one zero point, per group of input channels.
+"""Integers of 2 to 8 bits with one scale per group of input channels, and one zero point if asymmetric.
 
 Bytes, for a weight [O, I] with G = I / group_size groups in a row:
 
@@ -9,17 +9,17 @@ Bytes, for a weight [O, I] with G = I / group_size groups in a row:
 
     w[o, i] = (code[o, i] - zero[o, i // group_size]) * scale[o, i // group_size],  zero = 2**(bits - 1) if symmetric
 
-Without packing, each code takes a byte, and is stored less 2**(bits - 1):
+Without packing, each code takes a byte; 2**(bits - 1) is subtracted before it is stored:
 
     weight             int8  [O, I]
     weight_scale       bf16  [O, G]
     weight_zero_point  int8  [O, G]                     asymmetric only
 
-With `activations: int8` a layer also rounds what it multiplies by (compressor/formats/numerics/activations.py), of which
-nothing is stored.
+With `activations: int8` a layer also rounds its input (compressor/formats/numerics/activations.py). Nothing is stored for
+that.
 
 These are the layouts `pack-quantized` (of 0.18 and later) and `int-quantized` of compressed-tensors, byte for byte. Stock
-transformers loads them, but for packed zero points; vLLM loads what is packed. Scales in fp16 and fp32 are read as well.
+transformers loads them, except packed zero points. vLLM loads the packed layout. Scales in fp16 and fp32 can be read too.
 
 Shape suffixes: O out_features, I in_features, G groups in a row.
 """
@@ -37,19 +37,19 @@ from compressor.formats.numerics.codes import Codes, IntCodes, values
 from compressor.formats.numerics.int_grid import IntFit, IntGrid, groups
 from compressor.recipe.registry import node
 
-SCALE_DTYPE = torch.bfloat16  # exact in float32 too, and in float16 above 2e-5
+SCALE_DTYPE = torch.bfloat16  # its values are exact in float32, and in float16 above 2e-5
 
 
 @node
 class IntGroup:
-    """Integers with a scale per group of input channels.
+    """Integers with a scale per group of adjacent input channels.
 
     Args:
         bits: Width of a code, 2 to 8.
-        group_size: Adjacent input channels that share a scale; -1 for the whole row.
+        group_size: Number of adjacent input channels that share a scale; -1 for the whole row.
         symmetric: False stores a zero point per group, which stock transformers loads only without packing.
-        packed: False stores each code as a byte: with `activations`, what engines run as W8A8.
-        activations: int8 rounds the layer's input, each token by a scale of its own; null leaves it as it is.
+        packed: False stores each code as a byte; with `activations`, engines run this as W8A8.
+        activations: int8 rounds the layer's input with one scale per token; null does not round it.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape")

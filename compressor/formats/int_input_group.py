@@ -1,6 +1,6 @@
-"""Integers of 2 to 8 bits with scales, and perhaps zero points, for groups of output channels within one input channel.
+"""Integers of 2 to 8 bits in groups of output channels within one input channel, with scales and optional zero points.
 
-An input channel with large weights then keeps its error to itself: it shares no scale with another.
+An input channel with large weights then does not add to the error of others: input channels share no scales.
 
 Bytes, for a weight [O, I] with G = O / group_size groups in a column:
 
@@ -14,9 +14,8 @@ Bytes, for a weight [O, I] with G = O / group_size groups in a column:
 The layout is our own: no other program groups weights this way.
 
 Source: Heo et al., "Rethinking Channel Dimensions to Isolate Outliers for Low-bit Weight Quantization of Large Language
-Models" (AdaDim), ICLR 2024, section 4. What differs: scales are searched for (compressor/formats/numerics/int_grid.py) and
-may do without zero points. With error feedback, as there, a column is fitted when it is rounded, to what it has become by
-then.
+Models" (AdaDim), ICLR 2024, section 4. Differences: scales are searched (compressor/formats/numerics/int_grid.py), and zero
+points are optional. As in the paper, error feedback fits a column just before rounding it, to its updated values.
 
 Shape suffixes: O out_features, I in_features, G groups in a column, C adjacent columns.
 """
@@ -39,11 +38,11 @@ SCALE_DTYPE = torch.bfloat16
 
 @node
 class IntInputGroup:
-    """Integers with a scale per group of output channels, in each input channel.
+    """Integers with a scale per group of adjacent output channels in each input channel.
 
     Args:
         bits: Width of a code, 2 to 8.
-        group_size: Adjacent output channels that share a scale in each input channel; -1 for all of them.
+        group_size: Number of adjacent output channels that share a scale; -1 for all of them.
         symmetric: False stores a zero point per group.
     """
 
@@ -82,7 +81,7 @@ class IntInputGroup:
         return None
 
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> "InputGroupGrid":
-        """Fit as the protocol says. The importance of an input channel weighs all its groups alike, so it changes nothing."""
+        """Fit scales as in `Format.fit`. Importance has no effect: a group lies within one input channel."""
         groups(w_OI.shape[0], self.group_size, "out_features")
         fit = IntFit(self.bits, self.group_size, self.symmetric, SCALE_DTYPE)
         return InputGroupGrid(self, fit.grid(self, w_OI.T.contiguous(), None, search))
@@ -146,7 +145,7 @@ class InputGroupGrid:
         return self.format.stored(IntCodes(self.format.bits, codes, scale_GI.to(SCALE_DTYPE), zero_GI.to(torch.uint8)), shape)
 
     def _rows(self, column: int, count: int) -> IntGrid:
-        """The part of the turned grid for some adjacent input channels."""
+        """Return the rows of the transposed grid for some adjacent input channels."""
         now = slice(column, column + count)
         return replace(self.turned, scale_OG=self.turned.scale_OG[now], zero_OG=self.turned.zero_OG[now])
 

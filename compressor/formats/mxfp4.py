@@ -7,7 +7,7 @@ Bytes, for a weight [O, I]:
 
     w[o, i] = e2m1(code[o, i]) * 2 ** (scale[o, i // 32] - 127)
 
-This is `mxfp4-pack-quantized` of compressed-tensors, byte for byte. Of rounded activations nothing is stored.
+This is `mxfp4-pack-quantized` of compressed-tensors, byte for byte. Nothing is stored for rounded activations.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -34,7 +34,7 @@ class MXFP4(FloatFormat):
     """4-bit floating-point numbers with a power of two per 32 input channels: the OCP Microscaling format.
 
     Args:
-        activations: mxfp4 rounds the layer's input likewise, mxfp8 to 8 bits; null leaves it as it is.
+        activations: Rounding of the layer's input: mxfp4 as for weights, mxfp8 to 8 bits; null for none.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")

@@ -7,7 +7,7 @@ Bytes, for a weight [O, I]:
 
     w[o, i] = weight[o, i] * 2 ** (scale[o, i // 32] - 127)
 
-This is `mxfp8-quantized` of compressed-tensors, byte for byte. Of rounded activations nothing is stored.
+This is `mxfp8-quantized` of compressed-tensors, byte for byte. Nothing is stored for rounded activations.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -34,7 +34,7 @@ class MXFP8(FloatFormat):
     """8-bit floating-point numbers with a power of two per 32 input channels.
 
     Args:
-        activations: mxfp8 rounds the layer's input likewise; null leaves it as it is.
+        activations: Rounding of the layer's input: mxfp8 as for weights; null for none.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")

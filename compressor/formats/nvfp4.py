@@ -5,14 +5,14 @@ Bytes, for a weight [O, I]:
     weight_packed        uint8 [O, I / 2]    two codes to a byte, the even column in the low bits
     weight_scale         e4m3  [O, I / 16]
     weight_global_scale  fp32  [1]           a divisor
-    input_global_scale   fp32  [1]           with `activations: nvfp4`, the divisor of those
+    input_global_scale   fp32  [1]           divisor of the activations, with `activations: nvfp4`
     (compressor/formats/numerics/activations.py)
 
     w[o, i] = e2m1(code[o, i]) * scale[o, i // 16] / global_scale
 
-This is `nvfp4-pack-quantized` of compressed-tensors, byte for byte. The divisor that we choose is a power of two, and leaves
-room above the scale of the largest group, so that this one too can be searched. Layers that engines fuse get the same: vLLM
-and SGLang take the largest of them for all.
+This is `nvfp4-pack-quantized` of compressed-tensors, byte for byte. The divisor that we choose is a power of two. It leaves
+room above the scale of the largest group, so that this scale can be searched too. Layers that engines fuse share one divisor,
+because vLLM and SGLang take the largest of them for all.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -35,16 +35,16 @@ from compressor.formats.numerics.minifloat import E2M1, E4M3Scale
 from compressor.recipe.registry import node
 
 GROUP = 16
-POWERS = 120  # of two: divisors beyond leave products with scales that fp32 does not hold
-ROOM = 256.0  # scale of the largest group: three halves of it, which puts its largest weight on 4, is a number as well
+POWERS = 120  # largest exponent of a divisor 2^n: beyond it, products with scales do not fit fp32
+ROOM = 256.0  # largest scale of a group: E4M3 also holds 3/2 of it, which would put the group's largest weight on 4
 
 
 @node
 class NVFP4(FloatFormat):
-    """4-bit floating-point numbers with a scale of 8 bits per 16 input channels, as Blackwell GPUs multiply.
+    """4-bit floating-point numbers with an 8-bit scale per 16 input channels, which Blackwell GPUs multiply natively.
 
     Args:
-        activations: nvfp4 rounds the layer's input likewise, fp8 each of its tokens to 8 bits; null leaves it as it is.
+        activations: Rounding of the layer's input: nvfp4 as for weights, fp8 to 8 bits with a scale per token; null for none.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale")
@@ -105,17 +105,17 @@ class NVFP4(FloatFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class Within(NVFP4):
-    """NVFP4 for layers that share their divisor, and whose input is known; what is stored is plain NVFP4."""
+    """`NVFP4` for layers that share their divisor and whose input is known; it is stored as plain `NVFP4`."""
 
-    largest: float  # weight of all of them
-    divisor: float | None  # of activations
+    largest: float  # largest magnitude among the weights of all these layers
+    divisor: float | None  # divisor of the activations
 
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> FloatGrid:
         return self._fit(self.largest, self.divisor, w_OI, importance_I, search)
 
 
 def _divisor(largest: float) -> float:
-    """The power of two that gives the group of a largest number a scale of at most `ROOM`, and more than half of it."""
+    """Return the power of two that gives the group with the largest number a scale in (ROOM / 2, ROOM]."""
     power = floor(log2(ROOM) + log2(E2M1.largest) - log2(largest or 1.0))
     return float(2.0 ** max(-POWERS, min(power, POWERS)))
 

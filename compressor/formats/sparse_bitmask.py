@@ -1,20 +1,20 @@
-"""Weights most of which are kept as they are, the others zero: the numbers that stay, and a bit for each that says which.
+"""Sparse weights: the numbers that are kept, and a bit mask of their positions; all others are zero.
 
-Bytes, for a weight [O, I] of which N numbers stay:
+Bytes, for a weight [O, I] of which N numbers are kept:
 
-    compressed   bf16, fp16 or fp32  [N]         those that stay, row after row
-    bitmask      uint8 [O, ceil(I / 8)]          1 for those; LSB first along the input channels
-    row_offsets  int64 [O]                       where each row begins among them
+    compressed   bf16, fp16 or fp32  [N]         numbers that are kept, row after row
+    bitmask      uint8 [O, ceil(I / 8)]          1 where a number is kept; LSB first along the input channels
+    row_offsets  int64 [O]                       start of each row in `compressed`
     shape        int64 [2]                       (O, I)
 
-How many stay is known before any weight is read: with `sparsity` O (I - round(I * sparsity)), rows differing; with a pattern
-N:M, N of every M adjacent weights of a row. A number that stays may be zero by itself.
+N is known before any weight is read. With `sparsity` it is O (I - round(I * sparsity)), and rows may differ. With a pattern
+N:M, N of every M adjacent weights of a row are kept. A number that is kept may be zero itself.
 
-This is the layout `sparse-bitmask` of compressed-tensors, byte for byte, which its versions up to 0.12 could read; those that
-transformers now asks for cannot. So our own layout (compressor/model/hf_config/quantization_config.py) names it; no kernel
-multiplies by it: each call makes the dense weight.
+This is the layout `sparse-bitmask` of compressed-tensors, byte for byte. Its versions up to 0.12 could read it; the versions
+that transformers requires now cannot. So our own layout (compressor/model/hf_config/quantization_config.py) names it. There
+is no kernel for it: each call makes the dense weight.
 
-Shape suffixes: O out_features, I in_features, C adjacent columns, N numbers that stay.
+Shape suffixes: O out_features, I in_features, C adjacent columns, N numbers that are kept.
 """
 
 from collections.abc import Mapping
@@ -31,23 +31,24 @@ from compressor.formats.numerics import bitpack
 from compressor.formats.numerics.codes import Codes, SparseCodes, values
 from compressor.recipe.registry import node
 
-COLUMNS = 128  # that are chosen among together, where there is no pattern
+COLUMNS = 128  # number of columns whose weights compete with each other, when there is no pattern
 Number = Literal["bfloat16", "float16", "float32"]
 NUMBERS: Mapping[Number, tuple[torch.dtype, str]] = {
     "bfloat16": (torch.bfloat16, ""),
     "float16": (torch.float16, "-fp16"),
     "float32": (torch.float32, "-fp32"),
-}  # with the end of the label
+}  # dtype, and the end of the label
 
 
 @node
 class SparseBitmask:
-    """A bitmask and the kept weights.
+    """Unstructured or N:M sparse weights.
 
     Args:
-        sparsity: Share of the weights to drop, at least 0 and below 1.
-        pattern: N:M instead: N of every M adjacent weights of a row are kept. Quote it: YAML has another use for 2:4.
-        dtype: Dtype of the kept numbers.
+        sparsity: Share of the weights that are dropped, in [0, 1).
+        pattern: N:M, as an alternative to `sparsity`: keep N of every M adjacent weights of a row. Put it in quotes, because
+            YAML reads 2:4 as a number.
+        dtype: Data type of the numbers.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("compressed", "bitmask", "row_offsets", "shape")
@@ -80,11 +81,15 @@ class SparseBitmask:
 
     @property
     def stays_of_all(self) -> float:
-        """Share of the weights that stay."""
+        """Share of the weights that are kept."""
         return self.group[0] / self.group[1] if self.sparsity is None else 1 - self.sparsity
 
     def gone(self, columns: int) -> int:
-        """Weights of a row that go, on average over the rows. Raises ValueError if none stays or a pattern divides no row."""
+        """Return how many weights of a row are dropped, on average over the rows.
+
+        Raises:
+            ValueError: none would be kept, or the pattern does not divide a row.
+        """
         if self.sparsity is not None:
             gone = round(columns * self.sparsity)
             if gone == columns:
@@ -112,7 +117,7 @@ class SparseBitmask:
         return None
 
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> "SparseGrid":
-        """Keep the weights with the largest w² · importance, of each group of a pattern, or of all rows in 128 columns."""
+        """Keep the weights with the largest w² · importance, in each group of a pattern, or over all rows of 128 columns."""
         score_OI = w_OI.float().square()
         score_OI = score_OI if importance_I is None else score_OI * importance_I
         if self.sparsity is None:
@@ -122,13 +127,11 @@ class SparseBitmask:
         return replace(grid, stays_OI=torch.cat(parts, dim=1))
 
     def keeping(self, stays_OI: Tensor) -> "SparseGrid":
-        """Return the grid of a weight of which the given entries are kept: as many as `gone` leaves."""
+        """Return the grid that keeps the given weights, bool [O, I]; their number must be the one that `gone` implies."""
         return SparseGrid(self, stays_OI, COLUMNS if self.sparsity is not None else self.group[1])
 
     def stays(self, score_OI: Tensor, *, by_row: bool = True) -> Tensor:
-        """Choose the kept weights by score, bool [O, I]: of each group of a pattern; else of each row, or of the whole
-        weight.
-        """
+        """Choose the weights to keep by score, bool [O, I]: in each group of a pattern, else in each row or over all rows."""
         if self.sparsity is None:
             stay, of = self.group
             return ~lowest(score_OI.unflatten(1, (-1, of)), of - stay).flatten(1)
@@ -166,7 +169,7 @@ class SparseBitmask:
 
 @dataclass(frozen=True)
 class SparseGrid:
-    """The kept entries of a weight. Codes are the numbers as they are stored, [O, C], zero where an entry is dropped."""
+    """The weights to keep. Codes are the numbers as they are stored, [O, C], zero where they are dropped."""
 
     format: SparseBitmask
     stays_OI: Tensor  # bool
@@ -186,8 +189,9 @@ class SparseGrid:
         return replace(self, stays_OI=stays_OI)
 
     def best(self, score_OC: Tensor, column: int) -> Tensor:
-        """Choose the kept entries of some columns. Without a pattern each run of columns drops its share, over all rows
-        together.
+        """Choose the weights to keep in some columns by score, bool [O, C].
+
+        Without a pattern, each run of columns drops its share of the weight's total, over all rows together.
         """
         if self.format.sparsity is None:
             return self.format.stays(score_OC)
@@ -201,7 +205,7 @@ class SparseGrid:
 
 
 def lowest(score: Tensor, count: int) -> Tensor:
-    """Marks exactly so many of the lowest scores along the last axis, the first of equal ones."""
+    """Mark exactly `count` of the lowest scores along the last axis; of equal scores, the first."""
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, score.argsort(dim=-1, stable=True)[..., :count], True)
 
 

@@ -1,22 +1,22 @@
-"""Vector quantization: adjacent output channels of an input channel together become an entry of a codebook, or a sum of two.
+"""Vector quantization: adjacent output channels of one input channel are replaced by a codebook entry, or a sum of two.
 
 Bytes, for a weight [O, I] with V = O / vector and N = floor(I * outliers) of its input channels dense, J = I - N:
 
-    weight_index      int32 [V, ceil(J * (bits + residual_bits) / 32)]   LSB-first bit stream along the input channels that
-                                                                         are not dense, of numbers whose low `bits` name an
-                                                                         entry, the others a residual
+    weight_index      int32 [V, ceil(J * (bits + residual_bits) / 32)]   LSB-first bit stream of numbers along the input
+                                                                         channels that are not dense; the low `bits` of a
+                                                                         number are an entry, the others a residual
     weight_codebook   bf16  [2**bits, vector]
     weight_residual   bf16  [2**residual_bits, vector]   if there are residuals
     weight_norm       bf16  [J], or [1]                  if there are norms
-    weight_dense      bf16  [O, N]                       if there are dense channels,
-    weight_channels   int32 [N]                          which these are, ascending
+    weight_dense      bf16  [O, N]                       the dense channels, if there are any
+    weight_channels   int32 [N]                          their numbers, ascending
 
     w[vector v + d, i] = (codebook[index[v, i] % 2**bits, d] + residual[index[v, i] // 2**bits, d]) * norm[i]
 
-Layers can share codebooks: then one has them among its tensors, and the others name it.
+Layers can share codebooks: one layer then stores them, and the others name that layer.
 
-No other layout holds it; our own does. The GPU kernels multiply by vectors of 8 whose codebooks have at most 2**12 entries
-and whose index has at most 16 bits; all else is dequantised at every call, which saves memory only.
+Only our own layout holds this format. The GPU kernels support vectors of 8 whose codebooks have at most 2**12 entries and
+whose index has at most 16 bits. Everything else is dequantized at every call, which saves only memory.
 
 Source: Liu et al., "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models", EMNLP 2024.
 
@@ -38,26 +38,26 @@ from compressor.formats.numerics.codebook import kmeans, near, nearest, sample, 
 from compressor.formats.numerics.codes import Codes, VectorCodes, values
 from compressor.recipe.registry import node
 
-MOST_COLUMNS = 2**31  # of a grid for weights of any width
-ITERATIONS = 20  # of k-means, where entries are searched
-BEAM = 8  # entries to which the best residual is sought
+MOST_COLUMNS = 2**31  # number of columns of a grid that fits weights of any width
+ITERATIONS = 20  # of k-means, when entries are searched
+BEAM = 8  # number of nearest entries for which the best residual is searched
 MOST_BITS, MOST_INDEX_BITS = 16, 31
 SHORTEST, LONGEST = 1, 16
-BOOKS = ("weight_codebook", "weight_residual")  # what a layer can lend
+BOOKS = ("weight_codebook", "weight_residual")  # parts that a layer can lend
 Norm = Literal["none", "layer", "channel"]
 
 
 @node
 class VQ:
-    """Vectors of adjacent output channels, each an entry of a codebook.
+    """Vectors of output channels, rounded to entries of one codebook or to sums of entries of two.
 
     Args:
-        vector: Adjacent output channels that are rounded together, 1 to 16.
-        bits: Bits of an index: the codebook has 2**bits entries, 1 to 16.
-        residual_bits: Bits of the index of a second codebook, whose entries are added; 0 for none.
-        norm: Factor of vectors: nothing, a number of the layer, or one of their input channel.
+        vector: Number of adjacent output channels that are rounded together, 1 to 16.
+        bits: Bits of an index, 1 to 16; the codebook has 2**bits entries.
+        residual_bits: Bits of the index into a second codebook, whose entries are added; 0 for none.
+        norm: Factor of the vectors: none, one per layer, or one per input channel.
         outliers: Share of the input channels that are kept dense; their number is rounded down.
-        lender: Full name of the layer whose codebooks are used; empty for its own. Passes that share codebooks set it.
+        lender: Full name of the layer whose codebooks are used; empty for its own. Set by passes that share codebooks.
     """
 
     part_names: ClassVar[tuple[str, ...]] = ("weight_index", *BOOKS, "weight_norm", "weight_dense", "weight_channels")
@@ -91,7 +91,7 @@ class VQ:
 
     @property
     def index_bits(self) -> int:
-        """Return the bits of both indices."""
+        """Bits of both indices together."""
         return self.bits + self.residual_bits
 
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
@@ -122,11 +122,11 @@ class VQ:
 
     @property
     def inner(self) -> "VQ":
-        """Vectors alone."""
+        """The format without norms and dense channels, with codebooks of its own."""
         return replace(self, norm="none", outliers=0.0, lender="")
 
     def dense_channels(self, columns: int) -> int:
-        """How many of a layer's input channels are kept dense."""
+        """Return how many of a layer's input channels are kept dense."""
         return int(columns * self.outliers)
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
@@ -137,10 +137,10 @@ class VQ:
         return None
 
     def fit(self, w_OI: Tensor, importance_I: Tensor | None = None, *, search: bool = True) -> "VectorGrid":
-        """Codebooks by k-means of the weight's vectors, and of what is left of these; `search` iterates it.
+        """Fit codebooks by k-means to the weight's vectors, and to their residuals; `search` runs several iterations.
 
         Raises:
-            RecipeError: there is more to be chosen than codebooks.
+            RecipeError: the format has norms, dense channels or a lender, which only `vptq` can choose.
         """
         self.checkpoint_parts((w_OI.shape[0], w_OI.shape[1]))
         if self.norm != "none" or self.outliers or self.lender:
@@ -150,7 +150,7 @@ class VQ:
         return replace(self.books(vectors(w_OI.float(), self.vector), weight_N, search=search), columns=w_OI.shape[1])
 
     def books(self, x_ND: Tensor, weight_N: Tensor, *, search: bool = True) -> "VectorGrid":
-        """Codebooks for vectors that count with weights, for any number of columns."""
+        """Fit codebooks to vectors [N, D] with weights [N], for any number of columns."""
         x_ND, weight_N = sample(x_ND, weight_N)
         iterations = ITERATIONS if search else 1
         codebook_KD = stored(kmeans(x_ND, weight_N, 2**self.bits, iterations=iterations)[0])
@@ -176,7 +176,7 @@ class VQ:
         return replace(main, residual_index_VI=index >> self.bits, residual=parts["weight_residual"])
 
     def _check(self, codes: VectorCodes, columns: int) -> None:
-        """Raises SourceError for dense channels that cannot be."""
+        """Refuse dense channels that are not ascending or not within the weight. Raises SourceError."""
         if (found := codes.channels_N) is not None and not found.is_meta:
             following = torch.cat([found.new_tensor([-1]), found, found.new_tensor([columns])]).diff()
             if not bool((following > 0).all()):
@@ -199,10 +199,10 @@ class VQ:
 
 @dataclass(frozen=True)
 class VectorGrid:
-    """Codes are int32 [V, C]: an entry's number, above it that of its residual."""
+    """Codebooks fitted to one weight. Codes are int32 [V, C]: the entry's number in the low bits, the residual's above."""
 
     format: VQ
-    codebook_KD: Tensor  # fp32, numbers that bf16 holds
+    codebook_KD: Tensor  # fp32, values that bf16 can hold
     residual_KD: Tensor | None = None
     columns: int = MOST_COLUMNS
     step: int = 1
@@ -238,7 +238,7 @@ class VectorGrid:
         return self.format.stored(self.vector_codes(codes), (codes.shape[0] * self.format.vector, codes.shape[1]))
 
     def vector_codes(self, codes: Tensor) -> VectorCodes:
-        """Return the stored codes, without norms and dense channels."""
+        """Return what is stored for codes, except norms and dense channels."""
         found = VectorCodes(codes & 2**self.format.bits - 1, self.codebook_KD.bfloat16())
         if self.residual_KD is None:
             return found
@@ -246,7 +246,7 @@ class VectorGrid:
 
 
 def stored(codebook_KD: Tensor) -> Tensor:
-    """As it will be read back."""
+    """Round a codebook to bf16, as it will be read back; fp32."""
     return codebook_KD.bfloat16().float()
 
 

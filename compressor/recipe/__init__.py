@@ -1,1 +1,1 @@
-"""Say what is asked for: recipes, the names in them, and the presets behind `--method` and `--format`."""
+"""Recipes: what a run is asked to do, the names in recipes, and the presets behind `--method` and `--format`."""

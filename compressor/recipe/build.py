@@ -1,4 +1,4 @@
-"""The recipes that `compress quantize` and `compress prune` stand for."""
+"""Recipes that `compress quantize` and `compress prune` build from their options."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -7,7 +7,7 @@ from compressor.errors import RecipeError
 from compressor.recipe import presets
 from compressor.recipe.schema import Recipe, make_recipe
 
-TAYLOR = "taylor"  # the score that is a pass of its own
+TAYLOR = "taylor"  # the score that has a pass of its own, `prune_taylor`
 
 
 class QuantizeOptions(TypedDict, total=False):
@@ -64,28 +64,27 @@ def quantize_recipe(
     evaluate: bool = True,
     changes: Sequence[str] = (),
 ) -> Recipe:
-    """The recipe that `compress quantize` runs.
+    """Build the recipe that `compress quantize` runs.
 
     Args:
-        bits: Bits of a weight; None takes 4, or the bits of the numbers; with `vq` the most that one may take, codebooks
-            counted.
-        fmt: `int`; `nvfp4`, `mxfp4`, `fp4`, `fp8` or `mxfp8`: floating-point numbers, which have bits of their own; `vq`:
-            vectors out of codebooks. None takes what the method is for.
-        activations: Bits that activations are rounded to; 16 leaves them as they are.
-        method: A name in compressor/recipe/presets.py; None takes the best for the numbers and their bits.
-        calibrated: False allows no method that reads text.
-        group_size: Adjacent input channels that share a scale, -1 for whole rows; None takes 128.
+        bits: Bits per weight; None takes 4, or the width of the format. For `vq` the maximum, codebooks included.
+        fmt: `int`, a floating-point format of fixed width (`nvfp4`, `mxfp4`, `fp4`, `fp8` or `mxfp8`), or `vq` (vector
+            quantization). None takes the format that the method is for.
+        activations: Bits that activations are rounded to; 16 does not round them.
+        method: A name in compressor/recipe/presets.py; None takes the best for the format and its bits.
+        calibrated: False allows only methods without calibration text.
+        group_size: Number of adjacent input channels that share a scale, -1 for whole rows; None takes 128.
         symmetric: False stores zero points, which only this project's loader reads.
-        calibration: Where the text comes from; None takes the built-in text.
+        calibration: Source of the calibration text; None takes the built-in text.
         samples: Number of calibration samples.
-        seq_len: Tokens of each; None takes what the model was made for, at most 2048.
-        seed: Seed of the order of documents.
-        ignore: Patterns of layers to leave as they are.
-        evaluate: Compare the result with the original.
+        seq_len: Tokens per sample; None takes the model's context length, at most 2048.
+        seed: Seed for the order of documents.
+        ignore: Patterns of layers that are not quantized.
+        evaluate: Whether to compare the result with the original.
         changes: `KEY=VALUE` changes to the recipe, as with --set.
 
     Raises:
-        RecipeError: no recipe comes of it.
+        RecipeError: the options do not make a valid recipe.
     """
     if calibration is not None and not calibrated:
         raise RecipeError(
@@ -126,30 +125,32 @@ def prune_recipe(
     evaluate: bool = True,
     changes: Sequence[str] = (),
 ) -> Recipe:
-    """The recipe that `compress prune` runs; what is left when whole parts went is fitted by least squares, block by block.
+    """Build the recipe that `compress prune` runs.
+
+    If blocks or sub-layers are dropped, the remaining ones are refitted by least squares, block by block.
 
     Args:
-        ratio: Share of the parameters that goes.
-        of: Basis of the ratio: `model`, `blocks` or `mlp`.
-        by: `width`: channels and heads; `hidden`: channels of the hidden state; `depth`: blocks; `sublayers`: attentions and
-            MLPs.
-        layout: `uniform`: every block of the same shape; `per-layer`: each with widths of its own; `block-configs`: the MLPs
-            so, in a form that others read; of width.
-        score: Score that decides what is dropped first: a score of `prune_width` or `taylor`, a basis of `prune_hidden`, a
-            way of `prune_depth`. None takes the best.
-        heads: Whether groups of heads may go; of width.
-        multiple: Divisor of the number of channels; None takes what suits their number, with `bits` 128.
-        recover: Steps of training towards the original's predictions; 0 trains nothing.
-        bits: Bits of a weight, if the rest is to be quantized too.
-        calibration: Where the text comes from.
+        ratio: Share of the parameters to drop.
+        of: Parameters that the ratio refers to: those of `model`, `blocks` or `mlp`.
+        by: Dimension to prune. `width`: channels and heads; `hidden`: channels of the hidden state; `depth`: blocks;
+            `sublayers`: attentions and MLPs.
+        layout: For width. `uniform`: all blocks have the same shape; `per-layer`: each has widths of its own;
+            `block-configs`: each MLP has a width of its own, in a form that other programs read.
+        score: Criterion for what is dropped first: a score of `prune_width` or `taylor`, a basis of `prune_hidden`, a
+            criterion of `prune_depth`. None takes the best.
+        heads: Whether head groups may be dropped; for width.
+        multiple: Divisor that the number of channels must keep; None chooses one that suits it, or 128 with `bits`.
+        recover: Number of training steps towards the original's predictions; 0 trains nothing.
+        bits: Bits per weight, if the pruned model is to be quantized too.
+        calibration: Source of the calibration text.
         samples: Number of calibration samples.
-        seq_len: Tokens of each; None takes what the model was made for, at most 2048.
-        seed: Seed of the order of documents.
-        evaluate: Compare the result with the original.
+        seq_len: Tokens per sample; None takes the model's context length, at most 2048.
+        seed: Seed for the order of documents and for training.
+        evaluate: Whether to compare the result with the original.
         changes: `KEY=VALUE` changes to the recipe, as with --set.
 
     Raises:
-        RecipeError: no recipe comes of it.
+        RecipeError: the options do not make a valid recipe.
     """
     if bits is not None and by in ("width", "hidden"):
         multiple = presets.GROUP_SIZE if multiple is None else multiple
@@ -172,7 +173,7 @@ def prune_recipe(
 
 
 def _pruning(by: str, layout: str, score: str | None, *, heads: bool, multiple: int | None, mlp: bool) -> dict[str, Any]:
-    """The pass of `prune_recipe`, and its options."""
+    """Return the pruning pass of `prune_recipe` with its options, as plain data."""
     if by not in ("width", "hidden", "depth", "sublayers"):
         raise RecipeError(f"--by {by}: width, hidden, depth or sublayers")
     if by != "width" and (not heads or mlp or layout != "uniform"):

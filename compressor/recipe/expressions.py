@@ -1,10 +1,10 @@
 """Regular expressions from files and recipes, matched in bounded time.
 
-Python's `re` tries one way through an expression after the other, and some expressions have exponentially many: `([\\w.]+)+!`
-on a name of 40 characters takes hours. Here all ways are followed at once: a set of positions in the text, one bit each, goes
-through the parsed expression (Thompson, "Regular expression search algorithm", 1968). The parser and the classes of
-characters are those of `re`, and so is the answer. What needs a memory of how it matched (backreferences, conditions, atomic
-groups and possessive repeats) is refused.
+Python's `re` tries one path through an expression after another, and some expressions have exponentially many: `([\\w.]+)+!`
+on a name of 40 characters takes hours. Here all paths are followed at once: each step of the parsed expression maps a set of
+positions in the text, one bit each, to the next set (Thompson, "Regular expression search algorithm", 1968). The parser and
+the character classes are those of `re`, and so are the answers. Constructs that need a memory of how they matched
+(backreferences, conditions, atomic groups and possessive repeats) are refused.
 """
 
 import functools
@@ -19,22 +19,22 @@ from compressor.reading import elide
 
 MAX_LENGTH = 20_000  # characters of one expression
 MAX_TOTAL = 100_000  # characters of all expressions of one file; parsing them takes seconds at most
-MAX_STEPS = 10_000  # in one text; an ordinary expression takes some hundred, and this many take 50 ms at most
-MAX_FILE_STEPS = 1_000_000  # of all expressions of one file in all texts
+MAX_STEPS = 10_000  # steps in one text; an ordinary expression takes about a hundred, and this many take 50 ms at most
+MAX_FILE_STEPS = 1_000_000  # steps of all expressions of one file in all texts
 Step = Callable[["_Run", int], int]  # positions before -> positions after, as bits
 REPEATS = ("MAX_REPEAT", "MIN_REPEAT")
-SINGLE = ("ANY", "IN", "LITERAL", "NOT_LITERAL")  # match one character
+SINGLE = ("ANY", "IN", "LITERAL", "NOT_LITERAL")  # nodes that match one character
 
 
 class Expression:
-    """A parsed expression; equal answers to those of `re.compile(pattern)`, as truth values.
+    """A parsed expression. It matches the same texts as `re.compile(pattern)`, but returns only truth values.
 
     Args:
-        pattern: Regular expression as of `re`.
-        budget: Steps that it may take in all texts, shared with others; without one it may take `MAX_STEPS` in each.
+        pattern: Regular expression in the syntax of `re`.
+        budget: Steps allowed in all texts, shared with other expressions; None allows `MAX_STEPS` in each text.
 
     Raises:
-        ValueError: no regular expression, or one that cannot be matched in bounded time.
+        ValueError: not a regular expression, or one that cannot be matched in bounded time.
     """
 
     def __init__(self, pattern: str, budget: "Budget | None" = None) -> None:
@@ -55,7 +55,7 @@ class Expression:
         """Return whether the beginning of a text matches.
 
         Raises:
-            RecipeError: it cannot be said in bounded time.
+            RecipeError: matching takes more steps than allowed.
         """
         if self._plain is not None:
             return self._plain.match(text) is not None
@@ -70,16 +70,16 @@ class Expression:
 
 @dataclass
 class Budget:
-    """Steps that are left to one or several expressions."""
+    """Number of steps that one or several expressions may still take."""
 
     left: int
 
 
 def expressions(patterns: Iterable[str]) -> dict[str, Expression]:
-    """Return the expressions of a file by their text.
+    """Parse the expressions of a file; return them by their text.
 
     Raises:
-        ValueError: one of them is refused, or they are too long together.
+        ValueError: one of them is refused, or their total length is too large.
     """
     distinct = dict.fromkeys(patterns)
     if (total := sum(map(len, distinct))) > MAX_TOTAL:
@@ -96,7 +96,7 @@ def expression(pattern: str) -> Expression:
 
 @dataclass
 class _Run:
-    """One text that an expression is matched with."""
+    """State of matching one text with one expression."""
 
     pattern: str
     text: str
@@ -112,7 +112,7 @@ class _Run:
 
 
 def _is_plain(parsed: Any) -> bool:
-    """Whether `re` itself takes few steps: characters one after the other, of which at most two are repeated."""
+    """Return whether `re` itself takes few steps: a sequence of characters, at most two of them repeated."""
     kinds = [(str(kind), value) for kind, value in parsed]
     repeats = [value[2] for kind, value in kinds if kind in REPEATS]
     return (
@@ -123,7 +123,7 @@ def _is_plain(parsed: Any) -> bool:
 
 
 def _sequence(parsed: Any, scopes: tuple[tuple[int, int], ...]) -> Step:
-    """The step of a parsed sequence; `scopes` are the flags that the groups around it set and unset."""
+    """Return the step of a parsed sequence; `scopes` are the flags that the enclosing groups set and unset."""
     steps = [_item(parsed.state, str(kind), value, (kind, value), scopes) for kind, value in parsed]
 
     def run(text: _Run, places: int) -> int:
@@ -160,7 +160,7 @@ def _item(state: Any, kind: str, value: Any, item: Any, scopes: tuple[tuple[int,
 
 
 def _compiled(state: Any, item: Any, scopes: tuple[tuple[int, int], ...]) -> re.Pattern[str]:
-    """One item of an expression as an expression of its own, under the flags of the groups around it."""
+    """Compile one item of an expression as an expression of its own, with the flags of the enclosing groups."""
     parsed = _parser.SubPattern(state, [item])
     for add, remove in reversed(scopes):
         parsed = _parser.SubPattern(state, [(_parser.SUBPATTERN, (None, add, remove, parsed))])
@@ -176,7 +176,7 @@ def _character(fits: Callable[[str], bool]) -> Step:
 
 
 def _where(holds: Callable[[_Run, int], bool]) -> Step:
-    """The step that keeps the positions where something holds."""
+    """Return a step that keeps the positions where a predicate holds."""
     return lambda text, places: sum(1 << n for n in range(len(text.text) + 1) if places >> n & 1 and holds(text, n))
 
 
@@ -185,7 +185,7 @@ def _test(pattern: re.Pattern[str]) -> Callable[[_Run, int], bool]:
 
 
 def _around(step: Step, value: Any, wanted: bool) -> Callable[[_Run, int], bool]:
-    """Whether what stands behind a position, or before it, matches."""
+    """Return the predicate of a lookahead or lookbehind assertion."""
     direction, parsed = value
     width = int(parsed.getwidth()[0]) if direction < 0 else 0
 

@@ -1,6 +1,6 @@
-"""Named ways to quantize: the passes that `compress quantize --method NAME` stands for, and the best for a number of bits.
+"""Presets for quantization: the passes behind `compress quantize --method NAME`, and the best method for a number of bits.
 
-A new one is a row of `METHODS`; what it is made of is in compressor/passes.
+A new method is a row of `METHODS`; its passes are in compressor/passes.
 """
 
 import math
@@ -12,18 +12,18 @@ from compressor.errors import RecipeError
 from compressor.recipe.registry import build, suggestion
 
 INTEGERS, VECTORS, GROUP_SIZE = "int", "vq", 128
-DENSE = 16  # bits of activations that are left as they are
+DENSE = 16  # bits of activations that are not rounded
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """A value of --format.
+    """A floating-point value of --format.
 
     Args:
-        bits: Bits of a weight, if there is no choice.
-        options: The formats of a recipe, of which each layer takes the best.
-        activations: How they are rounded, by their bits.
-        grouped: The size of groups can be chosen.
+        bits: Bits per weight, which the format fixes.
+        options: Formats as in a recipe, of which each layer takes the best.
+        activations: Activation scheme by number of bits.
+        grouped: Whether the group size can be chosen.
     """
 
     bits: int
@@ -44,10 +44,10 @@ FLOATS: Mapping[str, Numbers] = {
     "fp8": Numbers(8, [{"format": "fp8"}], {8: "fp8"}),
     "mxfp8": Numbers(8, [{"format": "mxfp8"}], {8: "mxfp8"}),
 }
-VECTOR_BITS = 2  # where nothing else is said
-FEWEST, MOST = 1, 4  # bits of a weight that vectors are for
-LARGEST_BOOK = 12  # bits of an index, that GPU kernels hold in fast memory
-LEARNED_BITS = 4  # and fewer: what learned rounding is worth its time for
+VECTOR_BITS = 2  # default bits per weight of vectors
+FEWEST, MOST = 1, 4  # range of bits per weight of vectors
+LARGEST_BOOK = 12  # largest index, in bits, whose codebook GPU kernels hold in fast memory
+LEARNED_BITS = 4  # most bits at which learned rounding is worth its time
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Method:
 
     Args:
         about: Description for --help and the table of methods.
-        passes: Each as in a recipe, without the format and the layers.
-        calibrated: Whether it reads text.
-        only: Values of --format that it works with, the first by itself; None for all but vq.
+        passes: Passes as in a recipe, without format and layers.
+        calibrated: Whether it needs calibration text.
+        only: Values of --format that it works with, the default first; None for all but vq.
     """
 
     about: str
@@ -104,17 +104,17 @@ METHODS: Mapping[str, Method] = {
     "rtn": Method("rounding to nearest, no calibration", [{"pass": "rtn"}], calibrated=False),
 }
 BARE = ("learned", "rotate")  # passes that take no format and no layers
-TRYING = ("awq", "preshift")  # passes that prepare layers for the format that a later one rounds to
+TRYING = ("awq", "preshift")  # passes that prepare layers for the format that a later pass rounds to
 CHOOSING = ("adadim",)  # passes that choose among several formats
 FEEDING = ("gptq",)  # passes with error feedback
-SMALL_GROUPS = ("nvfp4",)  # formats whose scales these do better to choose when they reach them
-SHIFTING = ("preshift",)  # passes for activations that one scale serves
-BUDGETED = ("vptq",)  # passes that choose by what a weight may take
-BESIDE = {"int_group": "int_input_group"}  # what those choose among besides, of the same fields
+SMALL_GROUPS = ("nvfp4",)  # formats for which error feedback does better if it fits each group's scale when it reaches it
+SHIFTING = ("preshift",)  # passes that are useful only if one static scale serves all activations
+BUDGETED = ("vptq",)  # passes that choose an option by a budget of bits per weight
+BESIDE = {"int_group": "int_input_group"}  # format with the same fields that a choosing pass tries in addition
 
 
 def best(fmt: str, bits: float, *, calibrated: bool) -> str:
-    """The default: of the methods measured on the same model and text, the one with the least KL divergence."""
+    """Return the default method: of those measured on the same model and text, the one with the least KL divergence."""
     if fmt == VECTORS:
         return "vptq-learned"
     if not calibrated:
@@ -125,7 +125,7 @@ def best(fmt: str, bits: float, *, calibrated: bool) -> str:
 
 
 def numbers(method: str | None, fmt: str | None) -> str:
-    """Return the numbers that weights are rounded to: those asked for, or those that the method is for."""
+    """Return the value of --format: the given one, or the default of the method."""
     if fmt is not None:
         return fmt
     only = METHODS[method].only if method is not None and method in METHODS else None
@@ -133,10 +133,10 @@ def numbers(method: str | None, fmt: str | None) -> str:
 
 
 def chosen(method: str | None, fmt: str, bits: float, *, calibrated: bool) -> str:
-    """The method that was asked for, or the best, for numbers of a kind.
+    """Return the given method, or the best one for a format and a number of bits.
 
     Raises:
-        RecipeError: no such method, one for other numbers, or one that reads text where none may be read.
+        RecipeError: there is no such method, it does not work with the format, or it needs text and none is allowed.
     """
     method = best(fmt, bits, calibrated=calibrated) if method is None else method
     if method not in METHODS:
@@ -151,10 +151,10 @@ def chosen(method: str | None, fmt: str, bits: float, *, calibrated: bool) -> st
 
 
 def width(fmt: str, bits: float | None) -> float:
-    """Bits of a weight, those that were asked for or those that the numbers have; of vectors, the most that one may take.
+    """Return the bits per weight: the given ones, or the width of the format; for vectors the maximum.
 
     Raises:
-        RecipeError: no such numbers, or none of as many bits.
+        RecipeError: there is no such format, or it does not have that width.
     """
     if fmt == VECTORS:
         bits = VECTOR_BITS if bits is None else bits
@@ -177,10 +177,10 @@ def width(fmt: str, bits: float | None) -> float:
 def formats(
     fmt: str, bits: float, group_size: int | None = None, *, symmetric: bool = True, activations: int = DENSE
 ) -> list[dict[str, Any]]:
-    """The formats of the weights, as in a recipe; of several each layer may take the best.
+    """Return the formats of the weights, as in a recipe; each layer may take the best of them.
 
     Raises:
-        RecipeError: something was chosen that the numbers leave no choice of.
+        RecipeError: the format does not support one of the given settings.
     """
     if fmt == VECTORS:
         if not symmetric or group_size is not None or activations != DENSE:
@@ -195,7 +195,7 @@ def formats(
         raise RecipeError(f"--format {fmt} --activations {activations}: these weights go with activations of {able} bits")
     rounded = {} if activations == DENSE else {"activations": ways[activations]}
     if fmt == INTEGERS:
-        bytewise = {"packed": False} if rounded and bits == 8 else {}  # what engines multiply as integers
+        bytewise = {"packed": False} if rounded and bits == 8 else {}  # engines multiply this layout as integers
         size = (-1 if bytewise else GROUP_SIZE) if group_size is None else group_size
         return [{"format": "int_group", "bits": int(bits), "group_size": size, "symmetric": symmetric, **bytewise, **rounded}]
     if not symmetric or not (group_size is None or FLOATS[fmt].grouped):
@@ -208,25 +208,25 @@ def formats(
     return [{**option, **grouped, **rounded} for option in FLOATS[fmt].options]
 
 
-KINDS = (INTEGERS, "fp4", VECTORS)  # that a search may mix
-NEAR = 1.5  # bits above and below the mean that units may get
-WIDTHS = (2, 3, 4, 5, 6, 8)  # of integers, in a search
-LOWEST, HIGHEST = 3.5, 6  # bits up to which, and from which on, there are always options to choose among
-SEVERAL_GROUPS = 4  # bits of integers, and fewer, that come in groups of several sizes
+KINDS = (INTEGERS, "fp4", VECTORS)  # formats that a search can mix
+NEAR = 1.5  # largest distance of a unit's bits from the mean
+WIDTHS = (2, 3, 4, 5, 6, 8)  # widths of integers in a search
+LOWEST, HIGHEST = 3.5, 6  # to leave a choice, integers' upper bound is at least LOWEST, their lower at most HIGHEST
+SEVERAL_GROUPS = 4  # most bits at which integers are tried with several group sizes
 
 
 def ladder(kinds: Sequence[str], bits: float, ignore: Sequence[str]) -> list[dict[str, Any]]:
-    """The passes of a search for a mean number of bits, each with the options near that, and what trains the result.
+    """Return the passes of a search for a mean number of bits: each with its options near that, then those that train.
 
     Raises:
-        RecipeError: no such kind of numbers, or none of them has options near.
+        RecipeError: there is no such format to mix, or none has options near that number of bits.
     """
     for kind in kinds:
         if kind not in KINDS:
             raise RecipeError(f"--using {kind}: no such numbers to mix; {suggestion(kind, list(KINDS))}")
     found: list[dict[str, Any]] = []
     if INTEGERS in kinds:
-        above = min((n for n in WIDTHS if n >= bits), default=max(WIDTHS))  # without it the mean would stay below
+        above = min((n for n in WIDTHS if n >= bits), default=max(WIDTHS))  # without it the mean could not be reached
         near = [n for n in WIDTHS if min(bits - NEAR, HIGHEST) <= n <= max(bits + NEAR, LOWEST) or n == above]
         sizes = {n: (128, 64, 32) if n <= SEVERAL_GROUPS else (128,) for n in near}
         options = [{"format": "int_group", "bits": n, "group_size": size} for n in near for size in sizes[n]]
@@ -245,7 +245,7 @@ def ladder(kinds: Sequence[str], bits: float, ignore: Sequence[str]) -> list[dic
 
 
 def vectors(bits: float) -> list[dict[str, Any]]:
-    """Divisions of an index that take at most so many bits a weight without codebooks, down to one bit less."""
+    """Return vector formats that take more than `bits` - 1 and at most `bits` bits per weight, codebooks not counted."""
     found = []
     for length in (8, 4):
         for index in range(int(length * bits), int(length * (bits - 1)), -1):
@@ -260,7 +260,7 @@ def vectors(bits: float) -> list[dict[str, Any]]:
 
 
 def passes(method: str, options: Sequence[Mapping[str, Any]], ignore: Sequence[str], bits: float) -> list[dict[str, Any]]:
-    """The passes of a method for a number of bits, as plain data for a recipe."""
+    """Return the passes of a method for a number of bits, as plain data for a recipe."""
     first = dict(options[0])
     several = [*map(dict, options), *({**o, "format": BESIDE[o["format"]]} for o in options if o["format"] in BESIDE)]
     by_one_scale = first["format"] == "float_group" and static_inputs(first)
@@ -280,5 +280,5 @@ def passes(method: str, options: Sequence[Mapping[str, Any]], ignore: Sequence[s
 
 
 def static_inputs(option: Mapping[str, Any]) -> bool:
-    """Return whether a format, as plain data, rounds activations by a scale that is found in calibration."""
+    """Return whether a format, given as plain data, rounds activations by a scale from calibration."""
     return bool(option.get("activations")) and bool(getattr(build("format", option), "static_inputs", False))

@@ -1,6 +1,6 @@
-"""Names in a recipe are module names: `pass: gptq` is the module gptq below compressor.passes.
+"""Registry of the names in recipes. They are module names: `pass: gptq` is the module gptq below compressor.passes.
 
-The directories are the registry: every module in them that defines `EXPORT`, the class that a recipe builds, has a name in
+The directories are the registry: every module in them that defines `EXPORT`, the class that a recipe builds, can be named in
 recipes. A name with a dot is the full name of a module elsewhere.
 """
 
@@ -19,13 +19,13 @@ from compressor.errors import RecipeError
 from compressor.reading import elide
 
 T = TypeVar("T")
-PACKAGES = {"pass": "passes", "format": "formats"}  # the key that names a thing in a recipe -> where it lives
+PACKAGES = {"pass": "passes", "format": "formats"}  # key in a recipe -> package below compressor
 EXPORTING = re.compile(r"^EXPORT\b", re.MULTILINE)
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def node(cls: type[T]) -> type[T]:
-    """A frozen, keyword-only dataclass that rejects unknown keys: anything a recipe can describe."""
+    """Make a class a frozen, keyword-only dataclass that rejects unknown keys, so that a recipe can describe it."""
     made = dataclass(frozen=True, kw_only=True)(cls)
     made.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)  # type: ignore[attr-defined]
     return made
@@ -33,7 +33,7 @@ def node(cls: type[T]) -> type[T]:
 
 @cache
 def modules(kind: str) -> Mapping[str, str]:
-    """Return the full module name by the name that `kind: NAME` may take in a recipe, found without importing them."""
+    """Return the names that `kind: NAME` may take in a recipe and their full module names, without importing any."""
     package = importlib.import_module(f"compressor.{PACKAGES[kind]}")
     root = Path(package.__path__[0])
     files = [file.relative_to(root) for file in root.rglob("*.py") if EXPORTING.search(file.read_text("utf-8"))]
@@ -46,7 +46,7 @@ def available(kind: str) -> list[str]:
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """The end of an error message about an unknown name."""
+    """Return the end of an error message about an unknown name: a similar known name, or all of them."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
 
@@ -55,7 +55,7 @@ def build(kind: str, spec: Any) -> Any:
     """Turn `{kind: NAME, field: value, …}` into an instance of that module's `EXPORT`; pass instances through.
 
     Raises:
-        RecipeError: no such name, or a field that does not fit.
+        RecipeError: there is no such name, or a field is not valid.
     """
     if hasattr(type(spec), "__pydantic_config__"):
         return spec
@@ -68,10 +68,10 @@ def build(kind: str, spec: Any) -> Any:
 
 
 def exported(kind: str, name: str) -> Any:
-    """The class that `kind: NAME` builds.
+    """Return the class that `kind: NAME` builds.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is no such class.
     """
     if "." not in name and name not in available(kind):
         raise RecipeError(f"no {kind} named `{elide(name)}`; {suggestion(name, available(kind))}")
@@ -82,15 +82,15 @@ def exported(kind: str, name: str) -> Any:
         AttributeError,
         TypeError,
         ValueError,
-    ) as error:  # the latter two: `.x`, which is relative to nothing
+    ) as error:  # the last two: a relative name such as `.x`
         raise RecipeError(f"{kind} `{name}`: {error}; the module must be importable and define EXPORT") from error
 
 
 def validate(cls: type[T], values: Any, where: str) -> T:
-    """An instance of a `node` from plain data.
+    """Build an instance of a `node` class from plain data.
 
     Raises:
-        RecipeError: the first thing that is wrong, named by its path.
+        RecipeError: the data is not valid; the message names the path of the first fault.
     """
     if not isinstance(values, Mapping):
         raise RecipeError(f"{where}: expected a mapping of keys to values, got {elide(values)}")
@@ -110,7 +110,7 @@ def validate(cls: type[T], values: Any, where: str) -> T:
 
 
 def _keys_at(cls: Any, location: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed where an unknown one was found."""
+    """Return the keys that are allowed where an unknown one was found."""
     for part in location[:-1]:
         kind = next((f.type for f in fields(cls) if f.name == part), None)
         cls = next((one for one in (kind, *get_args(kind)) if is_dataclass(one)), cls)
@@ -118,7 +118,7 @@ def _keys_at(cls: Any, location: tuple[int | str, ...]) -> list[str]:
 
 
 def describe(thing: Any) -> Any:
-    """Inverse of `build`: plain data that would rebuild it, defaults written out."""
+    """Return plain data from which `build` makes an equal instance, defaults written out."""
     if isinstance(thing, tuple | list):
         return [describe(item) for item in thing]
     if not hasattr(type(thing), "__pydantic_config__"):
@@ -134,7 +134,7 @@ def describe(thing: Any) -> Any:
 
 
 def over(default: Any) -> BeforeValidator:
-    """Field annotation: what a mapping leaves out is as in the field's default, not as in its class."""
+    """Return a field annotation: keys missing from a mapping take their values from the field's default, not its class."""
     return BeforeValidator(lambda spec: _merged(describe(default), spec))
 
 
@@ -145,7 +145,7 @@ def _merged(known: Any, given: Any) -> Any:
 
 
 def named(kind: str) -> BeforeValidator:
-    """Field annotation: `Annotated[Format, named("format")]` accepts `{format: int_group, bits: 4}`."""
+    """Return a field annotation: `Annotated[Format, named("format")]` accepts `{format: int_group, bits: 4}`."""
 
     def convert(spec: Any) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""A recipe, validated: what to calibrate on, what to do, how to judge the result."""
+"""Schema of recipes: what to calibrate on, which passes to run, how to evaluate the result."""
 
 import re
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ def _positive(**values: int | None) -> None:
 
 @node
 class Calibration:
-    """The text that statistics are collected on.
+    """Text that statistics are collected on.
 
     Args:
         source: `builtin`, a .txt/.jsonl/.parquet file, or hf:NAME[:CONFIG][:SPLIT][:COLUMN].
         samples: Number of samples.
-        seq_len: Tokens of a sample; null takes what the model was made for, at most 2048.
-        seed: Seed of the order of documents.
-        on_disk: Directory that keeps hidden states instead of memory, for millions of tokens; null keeps them in memory.
+        seq_len: Tokens per sample; null takes the model's context length, at most 2048.
+        seed: Seed for the order of documents.
+        on_disk: Directory to hold hidden states in, for millions of tokens; null holds them in memory.
     """
 
     source: str = "builtin"
@@ -43,16 +43,16 @@ class Calibration:
 
 @node
 class Evaluation:
-    """The text that the result is compared with the original on.
+    """Text that the result is compared with the original on.
 
     Args:
-        source: Source as for calibration, or several; each is used as a whole. null takes the held-out part of the
+        source: One source as in `Calibration`, or several, each used in full; null takes the held-out part of the
             calibration source.
-        samples: Maximum number of samples from each source.
-        seq_len: Tokens of a sample; null takes that of calibration.
-        stride: New tokens of a sample; null for no overlap.
-        bos: Begin each sample with the begin token; null does as the tokenizer does with a text.
-        generate: Number of samples whose beginnings both models continue, for the report.
+        samples: Maximum number of samples per source.
+        seq_len: Tokens per sample; null takes that of calibration.
+        stride: New tokens per sample; null for no overlap.
+        bos: Whether each sample begins with the BOS token; null follows the tokenizer.
+        generate: Number of prompts that both models continue, for the report.
     """
 
     source: str | tuple[str, ...] | None = None
@@ -72,12 +72,12 @@ class Evaluation:
 
 @node
 class Target:
-    """The budget of the result: exactly one of the three.
+    """Limit for the size of the result; exactly one of the three is given.
 
     Args:
-        size: Size of its safetensors files: bytes, or a text such as 4GB, 3.5GiB, 800MB.
-        bits: Stored bits of a weight of the compressed layers, scales and codebooks counted.
-        ratio: Share of the original's size that is to be saved.
+        size: Total size of the safetensors files, in bytes or with a unit: 4GB, 3.5GiB, 800MB.
+        bits: Mean stored bits per weight of the compressed layers, scales and codebooks included.
+        ratio: Share of the original's size to save.
     """
 
     size: str | int | None = None
@@ -97,7 +97,7 @@ class Target:
 
     @property
     def bytes(self) -> int:
-        """Return `size` in bytes; 0 if it is no size."""
+        """`size` in bytes; 0 if it is not a valid size."""
         found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmgt]?i?)b?", str(self.size).strip().lower())
         if found is None:
             return 0
@@ -106,7 +106,7 @@ class Target:
 
     @property
     def label(self) -> str:
-        """File-name safe."""
+        """Name of the target, file-name safe."""
         if self.size is not None:
             return str(self.size).strip().replace(" ", "")
         return f"{self.bits:g}bit" if self.bits is not None else f"save{100 * (self.ratio or 0):g}"
@@ -117,11 +117,11 @@ class Evolve:
     """Settings of the evolutionary search.
 
     Args:
-        generations: Maximum number of generations; 0 does without.
-        offspring: Number of offspring in each generation.
-        stages: Survivors and tokens of each stage of selection; the last one leaves one survivor.
+        generations: Maximum number of generations; 0 skips the evolutionary search.
+        offspring: Number of offspring per generation.
+        stages: Survivors and tokens of each stage; the last stage has one survivor.
         switches: Maximum number of units upgraded per offspring, before leftover budget is spent.
-        patience: Number of generations without improvement after which the search ends.
+        patience: Number of generations without improvement after which the search stops.
     """
 
     generations: int = 100
@@ -139,28 +139,28 @@ class Evolve:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of a generation: those of all stages, times the candidates in each."""
+        """Tokens scored per generation: over all stages, candidates times tokens."""
         entering = [self.offspring, *(survivors for survivors, _ in self.stages)]
         return sum(count * tokens for count, (_, tokens) in zip(entering, self.stages, strict=False))
 
 
 @node
 class Search:
-    """Settings of the search for a target.
+    """Settings of the search for a target: how levels are chosen.
 
     Args:
         tokens: Number of tokens used to score candidate models. A further eighth is held out for the final choice.
             Calibration text is separate.
-        rounds: Maximum number of successive integer programmes; 0 does without.
-        radii: Numbers of levels by which a unit may move in one of their proposals.
-        table_tokens: Number of tokens that the levels' losses are measured on.
-        evolve: Evolutionary search after the programmes.
-        rebuilds: Number of times that levels near the choice are measured again, on the outputs of the layers before them,
-            and searched among.
-        drop: Whether attentions and MLPs may be dropped; only our loader reads the result.
-        minutes: Time limit from start to written model; null sets none.
+        rounds: Maximum number of successive integer programmes; 0 skips them.
+        radii: Distances, in levels per unit, that a proposal of an integer programme may have from the current choice.
+        table_tokens: Number of tokens that the losses for the integer programmes are measured on.
+        evolve: Evolutionary search that follows the integer programmes.
+        rebuilds: Number of times that levels near the choice are rebuilt, on the outputs of the layers before as chosen, and
+            searched again.
+        drop: Whether an attention or MLP may be dropped; only our loader can read the result.
+        minutes: Time limit for everything, from start to written model; null for none.
         resident: Whether to hold the model in memory; null does so if it takes less than half of what is available.
-        seed: Seed of all random draws.
+        seed: Seed of all random choices.
     """
 
     tokens: int = 131072
@@ -186,15 +186,15 @@ class Search:
 
 @node
 class Recipe:
-    """The description of a run.
+    """A validated recipe.
 
     Args:
         passes: Algorithms, applied to each decoder block in this order.
         calibration: Text that statistics are collected on.
         evaluation: Text that the result is compared with the original on; null measures nothing.
-        target: Budget of the result: the option of each unit is searched for among those of the passes. Null if the passes
-            have one option each, or with a plan.
-        search: Settings of that search; null takes the defaults.
+        target: Limit for the size of the result; the option of each unit is then searched. null if every pass has one option,
+            or if a plan is given.
+        search: Settings of that search; null for the defaults.
     """
 
     passes: tuple[Annotated[Any, named("pass")], ...]
@@ -214,7 +214,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply `--set` changes to it.
 
     Raises:
-        RecipeError: not a recipe, or a change that does not fit.
+        RecipeError: the file is not a recipe, or a change is not valid.
     """
     kind = kind_of(path, RecipeError)
     check_readable([path], RecipeError)
@@ -226,7 +226,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
 
 def make_recipe(data: Any, changes: Sequence[str] = (), where: str = "recipe") -> Recipe:
-    """A recipe from plain data, with `--set` changes applied.
+    """Make a recipe from plain data, with `--set` changes applied.
 
     Raises:
         RecipeError: see load_recipe.
@@ -258,7 +258,7 @@ def _patterns(data: Any, inside: bool) -> list[str]:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The recipe with all defaults written out; reading it gives the same recipe."""
+    """Return the recipe as YAML with all defaults written out; reading it gives an equal recipe."""
     return yaml.safe_dump(_plain(describe(recipe)), sort_keys=False, allow_unicode=True, width=110)
 
 

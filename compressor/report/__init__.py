@@ -1,1 +1,1 @@
-"""Describe a run and a model: report.json, its page, the model card, `compress inspect`, which software loads the result."""
+"""Descriptions of runs and models: report.json, its page, the model card, `compress inspect`, runtime compatibility."""

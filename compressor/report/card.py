@@ -32,7 +32,7 @@ STOCK_PACKAGES = {
     "dense": "",
     "compressed-tensors": "compressed-tensors",
     "gptq": "optimum gptqmodel",
-}  # that transformers needs, by layout
+}  # packages that transformers needs, by layout
 SOFT_PROMPT = """```python
 from peft import PeftModel
 
@@ -43,7 +43,7 @@ This puts a prompt of {tokens} learned tokens before every text, which take as m
 original on text that it was not learned from, nats per token: {without:.4g} without it, {prompted:.4g} with it{before}.
 """
 
-FIGURES = (  # of quality: key, what it is, how it is written
+FIGURES = (  # figures of quality: key, description, format
     ("reference_perplexity", "perplexity, original", ".4g"),
     ("perplexity", "perplexity, this model", ".4g"),
     ("kl", "KL divergence from the original, nats per token", ".4g"),
@@ -52,7 +52,7 @@ FIGURES = (  # of quality: key, what it is, how it is written
 
 
 def model_card(report: Mapping[str, Any]) -> str:
-    """Markdown with what a user of the model has to know: how to load it, what it cost, how it was made.
+    """Write the Markdown that a user of the model needs: how to load it, how much quality it lost, how it was made.
 
     Args:
         report: Content of report.json.
@@ -85,7 +85,7 @@ def model_card(report: Mapping[str, Any]) -> str:
 
 
 def _loader(report: Mapping[str, Any]) -> str:
-    """How to load it."""
+    """Return the section on loading the model."""
     layout, out, code = report.get("layout", ""), report["out"], bool(report.get("runs_code"))
     if layout not in STOCK_PACKAGES:
         return OWN_LOADER.format(out=out)
@@ -95,7 +95,7 @@ def _loader(report: Mapping[str, Any]) -> str:
 
 
 def _prompt(report: Mapping[str, Any]) -> Iterator[str]:
-    """How to use the prompt that was learned, if one was."""
+    """Yield the section on the learned soft prompt, if there is one."""
     for step in report.get("pruning") or ():
         if step["pass"] == "soft_prompt":
             without, prompted = step["kl"]
@@ -106,7 +106,7 @@ def _prompt(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _quality(quality: Mapping[str, Any] | None) -> Iterator[str]:
-    """Further rows of the table, those that were measured, and on what."""
+    """Yield table rows for the measured figures, and a sentence on the text they were measured on."""
     if quality is None:
         yield from ("", "The quality of this model was not measured.")
         return

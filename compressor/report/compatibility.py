@@ -1,8 +1,8 @@
-"""Tell which runtimes can load a model directory, and why the others cannot.
+"""Compatibility with runtimes: which can load a model directory, and why the others cannot.
 
-The first two were run. The rest is as read in their sources, not run: vLLM (`compressed_tensors.py`,
-`compressed_tensors_wNa16.py`, `compressed_tensors/utils.py`, `marlin_utils.py`, `auto_gptq.py`), SGLang (the same files),
-llama.cpp.
+The first two were tested. The others were not run; the rules come from reading their sources: vLLM
+(`compressed_tensors.py`, `compressed_tensors_wNa16.py`, `compressed_tensors/utils.py`, `marlin_utils.py`, `auto_gptq.py`),
+SGLang (the same files), llama.cpp.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ from compressor.model.hf_config.quantization_config import OWN, STOCK_NEEDS
 from compressor.model.source import ModelSource
 
 TRUST = " (--trust-remote-code)"
-KERNEL_BITS = (4, 8)  # of the kernels for 16-bit activations (Marlin) in vLLM and SGLang
+KERNEL_BITS = (4, 8)  # widths of the kernels for 16-bit activations (Marlin) in vLLM and SGLang
 SERVED_FLOATS = frozenset({
     "nvfp4", "nvfp4-nvfp4", "mxfp4", "fp8-tensor", "fp8-channel", "fp8-tensor-fp8", "fp8-channel-fp8",
     "fp8-tensor-fp8-static", "fp8-channel-fp8-static", "fp8-block-fp8-block",
@@ -33,20 +33,20 @@ SAME_IN_EVERY_VERSION = (2, 4, 8)  # compressed-tensors before 0.18 packed other
 
 @dataclass(frozen=True)
 class Runtime:
-    """Whether one runtime can load a model, and why not."""
+    """One runtime's ability to load a model."""
 
     name: str
     loads: bool
-    reason: str  # what it takes, or what is in the way
-    tried: bool  # False: as read in its source, not run
+    reason: str  # what loading requires, or what prevents it
+    tried: bool  # False: known from its source, not run
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
 
 def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
-    """Every runtime, for a model that we could open."""
+    """Return the compatibility of every runtime with a model that we could open."""
     packed = source.packed()
     layout = (source.raw_config.get("quantization_config") or {}).get("quant_method")
     named = source.raw_config.get("architectures") or [source.model.config.model_type]
@@ -80,31 +80,38 @@ def runtimes(source: ModelSource) -> tuple[Runtime, ...]:
 
 
 def _stock_obstacles(packed: Mapping[str, Format]) -> Iterator[str]:
-    """Yield the reasons why transformers cannot load a model in a layout that it knows."""
+    """Yield what prevents transformers from loading a model whose layout it knows."""
     for layer, fmt in packed.items():
         if isinstance(fmt, IntGroup) and fmt.packed and not fmt.symmetric:
             yield f"{layer}: packed zero points do not reload"
 
 
 def activation_bits(source: ModelSource) -> int | None:
-    """The fewest bits that some layer rounds to what it multiplies by; None where none does."""
+    """Return the fewest bits that any layer rounds its input to; None if no layer does."""
     return min((bits(name) for name in map(way, source.packed().values()) if name is not None), default=None)
 
 
 def stock_dtype(source: ModelSource) -> str:
-    """Return the dtype in which transformers holds the weights: for NVFP4 bfloat16, which cuts off odd divisors."""
+    """Return the precision of dequantized weights in transformers.
+
+    It is bfloat16, to which NVFP4 weights are rounded, if a divisor is not a power of two; else the rounding has no effect,
+    and it is float32.
+    """
     layers = [layer for layer, fmt in source.packed().items() if isinstance(fmt, NVFP4)]
     return "bfloat16" if any(frexp(_divisor(source, layer))[0] != 0.5 for layer in layers) else "float32"
 
 
 def _cache_obstacles(source: ModelSource) -> Iterator[str]:
-    """Yield the reasons why engines cannot round keys and values as the model was calibrated for."""
+    """Yield what prevents engines from rounding keys and values as in calibration."""
     if source.cache is not None and source.cache.kv_cache != "fp8":
         yield f"its caches hold fp8, this model was made for one of {source.cache.kv_cache}"
 
 
 def per_tensor(source: ModelSource) -> str | None:
-    """Return what compressed-tensors does to activations that lose their batch dimension on the way into a layer."""
+    """Return a warning if compressed-tensors would round activations by one scale for all tokens; None otherwise.
+
+    This happens if activations lose their batch dimension before they enter a layer.
+    """
     kind = source.model.config.model_type
     if kind not in FLATTENING or activation_bits(source) is None:
         return None
@@ -112,7 +119,7 @@ def per_tensor(source: ModelSource) -> str | None:
 
 
 def _serving_obstacles(source: ModelSource, packed: Mapping[str, Format]) -> Iterator[str]:
-    """Yield other reasons why engines cannot serve it: layers that they fuse, and formats that their kernels do not take."""
+    """Yield what prevents engines from serving a model: differences between fused layers, and limits of their kernels."""
     for group, layers in fused_groups(linear_layers(source.model)).items():
         schemes = {packed[layer].label if layer in packed else "dense" for layer in layers}
         if len(schemes) > 1:
@@ -138,7 +145,7 @@ def _divisor(source: ModelSource, layer: str) -> float:
 
 
 def _rounding_obstacles(fmt: IntGroup) -> Iterator[str]:
-    """Yield the reasons why engines cannot multiply as integers."""
+    """Yield what prevents engines from multiplying as integers."""
     if fmt.packed:
         yield "with activations of 8 bits a byte for each code is taken only; set packed: false"
     if not fmt.symmetric or fmt.bits not in KERNEL_BITS:

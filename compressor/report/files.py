@@ -1,4 +1,4 @@
-"""report.json, its page and the card of a model directory: written together, read, and added to later."""
+"""Report files of a model directory (report.json, its page, the model card): write them together, read and amend them."""
 
 import fcntl
 import json
@@ -22,20 +22,20 @@ REPORT, PAGE, CARD = "report.json", "report.html", "README.md"
 
 
 def completed(report: Mapping[str, Any]) -> dict[str, Any]:
-    """A report as it is saved: with what its page's plots show, and with the figures of its `quality` at the top."""
+    """Return a report as it is saved: with the data of its plots, and the figures of `quality` at the top level."""
     return {**report, **at_the_top(report.get("quality")), "plots": plot_data([report])}
 
 
 def written(report: Mapping[str, Any]) -> dict[str, str]:
-    """The two files of a completed report, by name."""
+    """Return the contents of the two files of a completed report, by file name."""
     return {REPORT: json.dumps(report, indent=1) + "\n", PAGE: render([report], plots=report["plots"])}
 
 
 def read_report(directory: Path) -> dict[str, Any]:
-    """The report of the run that wrote a model.
+    """Read the report of the run that wrote a model.
 
     Raises:
-        OutputError: there is none that can be read, or it is not such as runs write.
+        OutputError: there is no readable report, or it is not in the form that runs write.
     """
     file = directory / REPORT
     check_readable([file], OutputError)
@@ -48,15 +48,15 @@ def read_report(directory: Path) -> dict[str, Any]:
 
 
 def check_amendable(directory: Path, *, judged: bool, compared: bool) -> dict[str, Any]:
-    """The report that later measurements are to go into.
+    """Return the report that later measurements will be added to, if they can be.
 
     Args:
         directory: Model directory.
-        judged: Whether a new `quality` takes the place of the run's.
-        compared: Whether that has a KL divergence.
+        judged: Whether a new `quality` replaces the run's.
+        compared: Whether the new `quality` has a KL divergence.
 
     Raises:
-        OutputError: there is no report, or it would lose the KL divergence that it has.
+        OutputError: there is no report, or it would lose its KL divergence.
     """
     report = read_report(directory)
     if judged and not compared and (report.get("quality") or {}).get("kl") is not None:
@@ -68,9 +68,9 @@ def check_amendable(directory: Path, *, judged: bool, compared: bool) -> dict[st
 
 
 def amend(directory: Path, **fields: Any) -> None:
-    """Put later measurements into a model's report, its page and its card; all else stays.
+    """Add later measurements to a model's report, its page and its card; keep everything else.
 
-    Of `tasks` those with the same name and metric are replaced, others stay too. Of several that do so at once each waits.
+    Rows of `tasks` with the same task and metric are replaced, other rows are kept. Concurrent callers wait for each other.
 
     Raises:
         OutputError: see check_amendable.
@@ -95,7 +95,7 @@ def _alone(directory: Path) -> Iterator[None]:
             fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
-        with suppress(OSError):  # nothing was written to it
+        with suppress(OSError):  # nothing was written through this descriptor
             os.close(opened)
 
 

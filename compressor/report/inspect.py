@@ -1,4 +1,4 @@
-"""Describe a model directory from its headers: sizes by kind and by tensor, metadata counted, and what can load it."""
+"""Inspection of a model directory from its headers: sizes by kind and by tensor, metadata included, and compatibility."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ class Kind:
     """Tensors of one kind."""
 
     name: str
-    weights: int  # values the model computes with
+    weights: int  # number of values that the model computes with
     size_bytes: int
 
     @property
@@ -36,17 +36,17 @@ class Part:
     """One stored tensor."""
 
     name: str  # in the file
-    dtype: str  # as safetensors names it
+    dtype: str  # its name in safetensors
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of the model with all that is stored for it: codes, scales, shapes."""
+    """A tensor of the model with all stored tensors that belong to it: codes, scales, shapes."""
 
-    name: str  # in the file; of a packed layer what its dense weight would have
+    name: str  # in the file; for a packed layer the name that its dense weight would have
     kind: str
-    weights: int  # values the model computes with; 0 if it does not know the tensor
+    weights: int  # number of values that the model computes with; 0 if it does not know the tensor
     size_bytes: int
     parts: tuple[Part, ...]
 
@@ -63,10 +63,10 @@ class Inspection:
     model_type: str
     blocks: int
     layout: str  # `dense`, or the quant_method
-    kv_cache: str | None  # what keys and values are rounded to
-    turned: int  # layers whose activations are turned by a Hadamard matrix at run time
-    absent: int  # attentions and MLPs that it does without
-    uneven: bool  # blocks have widths of their own
+    kv_cache: str | None  # element type that keys and values are rounded to
+    turned: int  # number of layers whose activations are rotated by a Hadamard matrix at run time
+    absent: int  # number of attentions and MLPs that were dropped
+    uneven: bool  # whether blocks differ in width
     kinds: tuple[Kind, ...]
     tensors: tuple[Parameter, ...]
     runtimes: tuple[Runtime, ...]
@@ -81,7 +81,7 @@ class Inspection:
         return entry.size_bytes / max(1, self.size_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
 
         def sized(entry: Kind | Parameter) -> dict[str, Any]:
             return {**asdict(entry), "bits_per_weight": entry.bits, "share": self.share(entry)}
@@ -124,7 +124,7 @@ def inspect_model(path: Path) -> Inspection:
 
 
 def _parameters(source: ModelSource) -> tuple[Parameter, ...]:
-    """Return the stored tensors, by the tensor of the model that they are stored for, in the order of the files."""
+    """Return the stored tensors, grouped by the model tensor they belong to, in the order of the files."""
     headers, packed, state = source.checkpoint.headers, source.packed(), source.model.state_dict()
     of_cache = source.cache_tensors()
     owned: dict[str, list[str]] = {}

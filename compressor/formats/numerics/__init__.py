@@ -1,1 +1,1 @@
-"""Compute with numbers as formats store them: codes, minifloats, grids, codebooks, packed bits, rounded activations."""
+"""Number formats: codes, minifloats, grids, codebooks, packed bits, rounded activations."""

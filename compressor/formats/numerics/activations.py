@@ -1,15 +1,17 @@
-"""Activations rounded in front of a layer: products with the weights' codes are then products of small numbers.
+"""Rounding of activations before a layer, so that a kernel multiplies two small numbers.
 
-    int8          each token by a scale of its own, max |x| / 127.5, to -128 … 127 of them
-    fp8           each token by max |x| / 448, to E4M3
-    fp8-block     the same for every 128 channels of a token
-    fp8-static    all by one scale that was found in calibration
-    nvfp4         16 channels of a token by an E4M3 scale, max |x| / 6 times a divisor found in calibration, to E2M1
-    mxfp4, mxfp8  32 channels of a token by a power of two, to E2M1 or E4M3
-    E-token, E-tensor    with E such as e2m1 or e4m3: each token by a scale of its own, or all by one found in calibration
+    scheme        scale                                                                         rounded to
+    int8          one per token, max |x| / 127.5                                                -128 … 127
+    fp8           one per token, max |x| / 448                                                  E4M3
+    fp8-block     one per 128 channels of a token, max |x| / 448                                E4M3
+    fp8-static    one for all, found in calibration                                             E4M3
+    nvfp4         E4M3, one per 16 channels of a token: max |x| / 6 times a calibrated divisor  E2M1
+    mxfp4, mxfp8  a power of two per 32 channels of a token                                     E2M1, E4M3
+    E-token       one per token                                                                 E, such as e2m1 or e4m3
+    E-tensor      one for all, found in calibration                                             E
 
-The scale of a token is found when the token comes. The first seven are what compressed-tensors computes for the entries of
-`SCHEMES`, bit for bit where x is fp32; all are computed in fp32.
+The scale of a token is computed at run time. The first seven schemes are what compressed-tensors computes for the entries of
+`SCHEMES`, bit for bit if x is fp32. All schemes compute in fp32.
 
 Shape suffixes: T tokens, I in_features.
 """
@@ -27,58 +29,59 @@ from torch.utils.hooks import RemovableHandle
 from compressor.formats.numerics.histogram import BINS, Magnitudes
 from compressor.formats.numerics.minifloat import E2M1, E4M3, E8M0Scale, Minifloat
 
-HALF_RANGE = 127.5  # of the 256 values of 8 bits
+HALF_RANGE = 127.5  # half the range of the 256 values of 8 bits
 LEAST, MOST = -128, 127
-EPSILON = torch.finfo(torch.float32).eps  # the scale of a token of zeros
-EIGHTHS = 8  # of a power of two: how finely scales are searched
-INPUT_SCALE, INPUT_DIVISOR = "input_scale", "input_global_scale"  # stored beside a weight
+EPSILON = torch.finfo(torch.float32).eps  # scale of a token of zeros
+EIGHTHS = 8  # number of scales that are searched per power of two
+INPUT_SCALE, INPUT_DIVISOR = "input_scale", "input_global_scale"  # tensors stored next to a weight
 
 
 class InputRounding(Protocol):
-    """Rounds activations with any leading dimensions, in their own dtype."""
+    """A function that rounds activations with any leading dimensions, and returns them in the same dtype."""
 
     def __call__(self, x_TI: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Activations that layers were given in calibration, and the cost of errors in them."""
+    """Input statistics of layers that read the same activations, and how much an error in each channel costs."""
 
     magnitudes: Magnitudes
     energy_I: Tensor  # sum of squares of the weights of each input channel
 
     def peak(self) -> float:
-        """No activation was larger; 1 if none was seen."""
+        """Return an upper bound of the magnitudes of activations; 1 if none was seen."""
         return float(self.magnitudes.largest.max()) or 1.0
 
     @staticmethod
     def nothing() -> "Seen":
-        """Return a stand-in for calibration where only the kind of the result matters."""
+        """Return empty statistics, for when only the type of the resulting format matters."""
         return Seen(Magnitudes(torch.zeros(1, BINS, dtype=torch.int64)), torch.zeros(1))
 
     def best(self, elements: Sequence[Minifloat]) -> tuple[Minifloat, float]:
-        """The numbers, and the scale for all channels, that leave the least error of the layers' output."""
+        """Return the element type, and the scale for all channels, with the least error of the layers' output."""
         ladders = [(element, scales(element, self.peak())) for element in elements]
         found = [(c, e, scale) for e, of in ladders for c, scale in zip(self.costs(e, of), of, strict=True)]
         _, element, scale = min(found, key=lambda tried: tried[0])
         return element, scale
 
     def costs(self, element: Minifloat, scales: Sequence[float]) -> list[float]:
-        """Mean squared error of the layers' output by scale, as if errors of channels did not know of each other."""
+        """Estimate the mean squared error of the layers' output for each scale, as if channels' errors were uncorrelated."""
         found: list[float] = (self.magnitudes.missed(element, scales) @ self.energy_I.double()).tolist()
         return found
 
 
 def scales(element: Minifloat, peak: float, below: int = 0) -> list[float]:
-    """Return the scales to try for numbers up to a peak, in eighths of a power of two: from twice what holds it to a 64th
-    and, by `below` steps, less.
+    """List scales to try for numbers up to a peak, in steps of an eighth of a power of two.
+
+    From twice the scale that just holds the peak down to a 64th of it, and `below` more steps.
     """
     return [peak / element.largest * 2 ** (-eighths / EIGHTHS) for eighths in range(-EIGHTHS, 6 * EIGHTHS + 1 + below)]
 
 
 @dataclass(frozen=True)
 class IntTokens:
-    """int8."""
+    """The scheme int8."""
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         x, scale = x_TI.float(), token_scales(x_TI)
@@ -90,7 +93,7 @@ round_tokens = IntTokens()
 
 @dataclass(frozen=True)
 class FloatTokens:
-    """A scale for each token, or for each group of its channels: its largest magnitude becomes the largest number."""
+    """One scale per token, or per group of its channels, that maps the largest magnitude to the largest number."""
 
     element: Minifloat
     group: int | None = None
@@ -100,7 +103,7 @@ class FloatTokens:
         return self.element.round(x).mul_(scale).view(x_TI.shape).to(x_TI.dtype)
 
     def codes(self, x_TI: Tensor) -> tuple[Tensor, Tensor]:
-        """The same as E4M3 codes, float8_e4m3fn, and the scales of tokens, fp32 [T, 1]."""
+        """Return E4M3 codes, float8_e4m3fn, and the scales of the tokens, fp32 [T, 1]."""
         assert self.element == E4M3 and self.group is None
         x, scale = self._scaled(x_TI)
         return x.clamp_(-E4M3.largest, E4M3.largest).to(torch.float8_e4m3fn), scale
@@ -114,7 +117,7 @@ class FloatTokens:
 
 @dataclass(frozen=True)
 class PowerGroups:
-    """A power of two for each 32 channels of a token."""
+    """A power of two as the scale of each 32 channels of a token: mxfp4 and mxfp8."""
 
     element: Minifloat
     group: int = 32
@@ -127,7 +130,7 @@ class PowerGroups:
 
 @dataclass(frozen=True)
 class TwoLevelGroups:
-    """nvfp4: groups whose scale, times the divisor, is too small for E4M3 become zeros."""
+    """The scheme nvfp4. Groups whose scale times the divisor is too small for E4M3 become zeros."""
 
     divisor: float
     group: int = 16
@@ -142,7 +145,7 @@ class TwoLevelGroups:
 
 @dataclass(frozen=True)
 class FixedScale:
-    """One scale for all."""
+    """One scale for all activations."""
 
     element: Minifloat
     scale: float
@@ -168,7 +171,7 @@ SCHEMES: Mapping[str, Mapping[str, Any]] = {
 """`input_activations` of compressed-tensors."""
 
 IN_PRODUCTS: Mapping[str, InputRounding] = {"int8": round_tokens, "fp8": FloatTokens(E4M3)}
-"""What a kernel may compute by itself, to multiply by the codes."""
+"""Schemes that a kernel may compute itself, to multiply codes by codes."""
 
 _DYNAMIC: Mapping[str, InputRounding] = {
     **IN_PRODUCTS,
@@ -177,20 +180,20 @@ _DYNAMIC: Mapping[str, InputRounding] = {
     "mxfp8": PowerGroups(E4M3),
 }
 TOKEN, TENSOR = "-token", "-tensor"
-STATIC = {"fp8-static": INPUT_SCALE, "nvfp4": INPUT_DIVISOR}  # and every -tensor: what is stored beside the weight
+STATIC = {"fp8-static": INPUT_SCALE, "nvfp4": INPUT_DIVISOR}  # tensor stored with the weight; every -tensor has one too
 
 
 def static_part(name: str) -> str | None:
-    """Return the name of the tensor, [1], that is stored for a way of rounding activations; None if nothing is stored."""
+    """Return the name of the tensor, [1], that is stored with a weight for an activation scheme; None if there is none."""
     return INPUT_SCALE if name.endswith(TENSOR) else STATIC.get(name)
 
 
 def rounding(name: str, part: Callable[[str], Tensor]) -> InputRounding:
-    """The way of that name.
+    """Return the rounding of an activation scheme.
 
     Args:
-        name: As above.
-        part: Function from the name of a stored tensor to the tensor.
+        name: Name of the scheme, see the module docstring.
+        part: Function that returns the tensor that is stored with the weight under a name.
     """
     if name in _DYNAMIC:
         return _DYNAMIC[name]
@@ -205,43 +208,43 @@ def rounding(name: str, part: Callable[[str], Tensor]) -> InputRounding:
 
 
 def in_product(how: InputRounding | None) -> str | None:
-    """The name of a way that may be left to the product; None for all others."""
+    """Return the scheme of a rounding that a kernel may compute itself; None for all others."""
     return next((name for name, known in IN_PRODUCTS.items() if known == how), None)
 
 
 def bits(name: str) -> int:
-    """Return the bits of the numbers that activations are rounded to."""
+    """Return the number of bits that a scheme rounds activations to."""
     if name in SCHEMES:
         return int(SCHEMES[name]["num_bits"])
     return Minifloat.parse(name.removesuffix(TENSOR).removesuffix(TOKEN)).bits
 
 
 def way(fmt: Any) -> str | None:
-    """How layers of a format round what they multiply by, if they do; most formats know no such thing."""
+    """Return the activation scheme of a format; None if its layers do not round their input."""
     name: str | None = getattr(fmt, "activations", None)
     return name
 
 
 def input_rounding(fmt: Any, part: Callable[[str], Tensor]) -> InputRounding | None:
-    """The same, ready to be used; `part` as of `rounding`."""
+    """Return the activation rounding of a format, or None; `part` is that of `rounding`."""
     name = way(fmt)
     return None if name is None else rounding(name, part)
 
 
 def token_scales(x_TI: Tensor) -> Tensor:
-    """The scale of each token for int8, fp32 [T, 1]."""
+    """Return the scale of each token for int8, fp32 [T, 1]."""
     scale = x_TI.abs().amax(-1, keepdim=True).float() / HALF_RANGE
     return scale.masked_fill_(scale == 0, EPSILON)
 
 
 def round_inputs(module: nn.Module, layers: Mapping[str, InputRounding]) -> list[RemovableHandle]:
-    """Have the named layers inside a module round what they are given, until the handles are removed."""
+    """Make the named layers inside a module round their input, until the handles are removed."""
     return [module.get_submodule(name).register_forward_pre_hook(partial(_rounded, how)) for name, how in layers.items()]
 
 
 @contextmanager
 def rounded_inputs(module: nn.Module, layers: Mapping[str, InputRounding]) -> Iterator[None]:
-    """The same while the context is open."""
+    """Make the named layers inside a module round their input while the context is open."""
     handles = round_inputs(module, layers)
     try:
         yield
@@ -252,6 +255,6 @@ def rounded_inputs(module: nn.Module, layers: Mapping[str, InputRounding]) -> It
 
 def _rounded(how: InputRounding, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x = given[0]
-    if x.requires_grad:  # the gradient passes as if nothing had been rounded
+    if x.requires_grad:  # straight-through estimator: the gradient ignores the rounding
         return (how(x.detach()) + (x - x.detach()), *given[1:])
     return (how(x), *given[1:])

@@ -1,8 +1,8 @@
 """Dense packing of unsigned codes of 1 to 31 bits into 32-bit words, least significant bit first.
 
-Code j of a row occupies bits j * bits … (j + 1) * bits of the row's bit stream; word k holds bits 32k … 32k + 31. A code may
-straddle two words. 32 codes fill exactly `bits` words, so both directions walk the 32 positions of such a run and
-handle all runs of all rows at once.
+Code j of a row occupies bits j * bits … (j + 1) * bits of the row's bit stream. Word k holds bits 32k … 32k + 31. A code may
+straddle two words. 32 codes fill exactly `bits` words: packing and unpacking loop over the 32 positions of such a run, and
+process all runs of all rows at once.
 """
 
 import torch
@@ -13,7 +13,7 @@ RUN = 32
 
 
 def words(n: int, bits: int) -> int:
-    """32-bit words that n codes take."""
+    """Return the number of 32-bit words that n codes take."""
     return -(-n * bits // 32)
 
 
@@ -21,7 +21,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack the last axis.
 
     Args:
-        codes: uint8 or int, [..., n], values in [0, 2**bits).
+        codes: Codes, uint8 or int [..., n], values in [0, 2**bits).
         bits: Width of one code, 1 to 31.
 
     Returns:
@@ -40,7 +40,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Inverse of `pack`; returns uint8, of more than 8 bits int32, [..., n]."""
+    """Undo `pack`; return [..., n], uint8 for at most 8 bits, else int32."""
     missing = -(-n // RUN) * bits - packed.shape[-1]
     runs = pad(packed, (0, missing)).unflatten(-1, (-1, bits))
     dtype = torch.uint8 if bits <= 8 else torch.int32
@@ -48,7 +48,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     mask = 2**bits - 1
     for j in range(RUN):
         word, shift = divmod(j * bits, 32)
-        code = runs[..., word] >> shift  # arithmetic: the sign bits it drags in are masked off
+        code = runs[..., word] >> shift  # arithmetic shift: the sign bits that it shifts in are masked off below
         if shift + bits > 32:
             low = 32 - shift
             code = (code & (2**low - 1)) | (runs[..., word + 1] << low)

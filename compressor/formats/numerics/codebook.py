@@ -1,7 +1,7 @@
 """Codebooks of vectors: k-means, and the nearest entry.
 
-Vectors count with weights. Starting points are drawn in a few rounds, each vector with a chance in proportion to what it
-would still be missed by; entries that nothing is nearest to are put where most is missed.
+Vectors are weighted. Starting points are drawn in a few rounds; the chance of a vector is proportional to its error so far.
+Entries to which no vector is nearest are moved to the vectors with the largest error.
 
 Source: Lloyd, "Least Squares Quantization in PCM", 1982; Bahmani et al., "Scalable K-Means++", VLDB 2012; the weights are
 those of Liu et al., "VPTQ", EMNLP 2024.
@@ -12,26 +12,26 @@ Shape suffixes: O out_features, C adjacent columns, N vectors, D their length, K
 import torch
 from torch import Tensor
 
-ROUNDS = 16  # in which starting points are drawn
-MOST = 2**18  # vectors that a codebook is made from; of more, an even sample
+ROUNDS = 16  # number of rounds in which starting points are drawn
+MOST = 2**18  # largest number of vectors that a codebook is fitted to; of more, an even sample is taken
 AT_ONCE = 2**22  # distances computed together: bounds the temporaries
 
 
 def vectors(w_OC: Tensor, length: int) -> Tensor:
-    """The vectors of a weight, [O / length * C, length]."""
+    """Return the vectors of a weight, [O / length * C, length]."""
     found_ND: Tensor = w_OC.unflatten(0, (-1, length)).transpose(1, 2).flatten(0, 1)
     return found_ND
 
 
 def nearest(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
-    """The entry nearest to each vector, int64 [N]; of equals the first."""
+    """Return the entry nearest to each vector, int64 [N]; of equally near ones the first."""
     half_K = codebook_KD.square().sum(1) / 2
     parts = x_ND.split(max(1, AT_ONCE // len(codebook_KD)))
     return torch.cat([torch.addmm(half_K, part, codebook_KD.T, alpha=-1).argmin(1) for part in parts])
 
 
 def near(x_ND: Tensor, codebook_KD: Tensor, count: int) -> Tensor:
-    """The nearest few, int64 [N, count], in no order."""
+    """Return the `count` nearest entries of each vector, int64 [N, count], unsorted."""
     half_K = codebook_KD.square().sum(1) / 2
     parts = x_ND.split(max(1, AT_ONCE // len(codebook_KD)))
     scores = (torch.addmm(half_K, part, codebook_KD.T, alpha=-1) for part in parts)
@@ -39,21 +39,24 @@ def near(x_ND: Tensor, codebook_KD: Tensor, count: int) -> Tensor:
 
 
 def sample(x_ND: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Every n-th vector, so that no more than `MOST` are left, and their weights."""
+    """Return every n-th vector, so that at most `MOST` remain, and their weights."""
     every = -(-len(x_ND) // MOST)
     return x_ND[::every], weight_N[::every]
 
 
 @torch.no_grad()
 def kmeans(x_ND: Tensor, weight_N: Tensor, entries: int, *, iterations: int, seed: int = 0) -> tuple[Tensor, list[float]]:
-    """A codebook for vectors, fp32 [entries, D], and the weighted squared error after each iteration, which never rises.
+    """Fit a codebook to vectors by weighted k-means.
 
     Args:
-        x_ND: The vectors, fp32.
-        weight_N: How much the error of each counts, not negative.
-        entries: K. Where there are fewer different vectors, entries are left that are zero.
-        iterations: Number of iterations of Lloyd's algorithm; it ends early where nothing changes.
-        seed: Seed of the starting points.
+        x_ND: Vectors, fp32.
+        weight_N: Weight of each vector's error, not negative.
+        entries: Number of entries, K. If there are fewer distinct vectors, the remaining entries are zero.
+        iterations: Largest number of iterations of Lloyd's algorithm; it stops early when nothing changes.
+        seed: Seed for drawing the starting points.
+
+    Returns:
+        The codebook, fp32 [entries, D], and the weighted squared error at each iteration, which never rises.
     """
     codebook_KD = _start(x_ND, weight_N, entries, torch.Generator().manual_seed(seed))
     errors: list[float] = []
@@ -68,7 +71,7 @@ def kmeans(x_ND: Tensor, weight_N: Tensor, entries: int, *, iterations: int, see
 
 
 def _centres(x_ND: Tensor, weight_N: Tensor, index_N: Tensor, codebook_KD: Tensor, missed_N: Tensor) -> Tensor:
-    """The weighted mean of the vectors of each entry; of none, a vector that most is missed of."""
+    """Return the weighted mean of the vectors of each entry; an entry without vectors becomes one with a large error."""
     total_K = torch.zeros(len(codebook_KD), dtype=torch.float64, device=x_ND.device).index_add_(0, index_N, weight_N.double())
     sums_KD = torch.zeros_like(codebook_KD, dtype=torch.float64)
     sums_KD.index_add_(0, index_N, x_ND.double() * weight_N[:, None])
@@ -81,7 +84,7 @@ def _centres(x_ND: Tensor, weight_N: Tensor, index_N: Tensor, codebook_KD: Tenso
 
 
 def _start(x_ND: Tensor, weight_N: Tensor, entries: int, generator: torch.Generator) -> Tensor:
-    """Vectors that are far from each other; fewer than asked for, if there are no more different ones, and zeros."""
+    """Draw vectors that are far from each other; if there are too few distinct ones, the remaining entries are zero."""
     codebook_KD = torch.zeros(entries, x_ND.shape[1], device=x_ND.device)
     missed_N = x_ND.square().sum(1)
     taken = 0
@@ -90,7 +93,7 @@ def _start(x_ND: Tensor, weight_N: Tensor, entries: int, generator: torch.Genera
         wanted = min((round_ + 1) * entries // ROUNDS - taken, int((chance_N > 0).sum()))
         if wanted == 0:
             continue
-        # the largest of exponential clocks: draws without putting back, of any number of vectors
+        # sampling without replacement by the largest log(u) / chance, which works for any number of vectors
         clocks_N = torch.rand(len(x_ND), generator=generator, dtype=torch.float64).log() / chance_N
         new_N = clocks_N.topk(wanted).indices.to(x_ND.device)
         codebook_KD[taken : taken + wanted] = x_ND[new_N]

@@ -1,10 +1,10 @@
-"""Represent a packed weight apart from its byte layout: integers, table entries and scales, one per element.
+"""Unpacked content of a packed weight, independent of any byte layout: one code per element, and scales.
 
-A format (compressor/formats) reads these off its bytes on disk, and makes bytes of them; a layout of the kernels
-(compressor/runtime/kernels/layouts) arranges them for fast multiplication, and gives them back. Neither knows of the other.
+A format (compressor/formats) converts between codes and bytes on disk. A kernel layout (compressor/runtime/kernels/layouts)
+arranges codes for fast multiplication, and restores them. Neither depends on the other.
 
-Shape suffixes: O out_features, I in_features, V vectors of a codebook, D the length of one, P planes, N dense
-channels, or numbers of a sparse weight.
+Shape suffixes: O out_features, I in_features, V vectors in a column, D the length of one, P planes, N dense channels,
+or numbers of a sparse weight.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ class IntCodes:
 
         w[o, i] = (codes[o, i] - zero[o // a, i // b]) * scale[o // a, i // b],  scale and zero being [O / a, I / b]
 
-    Groups along the input channels of one output channel have a = 1; groups of output channels for each input channel
+    Groups of input channels within one output channel have a = 1. Groups of output channels within one input channel
     (AdaDim) have b = 1.
     """
 
     bits: int
     codes_OI: Tensor  # uint8, below 2**bits
-    scale: Tensor  # as it is stored, bf16, fp16 or fp32 [O / a, I / b]
+    scale: Tensor  # in the dtype it is stored in: bf16, fp16 or fp32 [O / a, I / b]
     zero: Tensor  # uint8 [O / a, I / b]
-    order_I: Tensor | None = None  # int64: column i multiplies input channel order[i]; None: its own
+    order_I: Tensor | None = None  # int64: column i multiplies input channel order[i]; None: channel i
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +41,19 @@ class FloatCodes:
 
     element: Minifloat
     codes_OI: Tensor  # uint8
-    scale: Tensor  # as it is stored: float8_e4m3fn, float8_e8m0fnu, bf16 or fp32
-    factor: float = 1.0  # of the whole weight
+    scale: Tensor  # in the dtype it is stored in: float8_e4m3fn, float8_e8m0fnu, bf16 or fp32
+    factor: float = 1.0  # one for the weight
     rows: int = 1  # a
-    inputs: float | None = None  # what activations are rounded to multiples of, where that is fixed
+    inputs: float | None = None  # scale or divisor of activations, if calibration fixed it
 
 
 @dataclass(frozen=True, slots=True)
 class VectorCodes:
-    """Vectors of D output channels out of a codebook, for each input channel (VPTQ), and perhaps a second to add.
+    """Vectors of D output channels from a codebook, for each input channel (VPTQ), plus optional residual vectors.
 
     w[D v + d, i] = (codebook[index[v, i], d] + residual[residual_index[v, i], d]) * norm[i]
 
-    Channels that are kept dense have no place among these i: the others follow each other.
+    The index i counts only the channels that are not dense.
     """
 
     index_VI: Tensor  # int32 [O / D, I], I being the input channels that are not dense
@@ -62,11 +62,11 @@ class VectorCodes:
     residual: Tensor | None = None  # bf16 [entries, D]
     norm: Tensor | None = None  # bf16, [I] or [1] for all
     dense_ON: Tensor | None = None  # bf16, the channels that are kept dense
-    channels_N: Tensor | None = None  # int32, which these are, ascending
+    channels_N: Tensor | None = None  # int32, numbers of the dense channels, ascending
 
     @property
     def columns(self) -> int:
-        """Input channels of the weight."""
+        """Number of input channels of the weight, dense ones included."""
         return self.index_VI.shape[1] + (0 if self.channels_N is None else len(self.channels_N))
 
 
@@ -83,31 +83,31 @@ class SignCodes:
 
 @dataclass(frozen=True, slots=True)
 class DenseCodes:
-    """The numbers themselves, to be held without loss."""
+    """The weight itself, held without loss."""
 
     w_OI: Tensor  # bf16
 
 
 @dataclass(frozen=True, slots=True)
 class SparseCodes:
-    """Some of the numbers themselves; the others are zero."""
+    """The numbers of a weight that are kept; the others are zero."""
 
-    stays_OI: Tensor  # bool
-    values_N: Tensor  # as they are stored, row after row: bf16, fp16 or fp32
+    stays_OI: Tensor  # bool, True where a number is kept
+    values_N: Tensor  # row after row, in the dtype they are stored in: bf16, fp16 or fp32
 
 
 Codes = IntCodes | FloatCodes | VectorCodes | SignCodes | DenseCodes | SparseCodes
 
 
 def others(channels_N: Tensor, columns: int) -> Tensor:
-    """The input channels that are not among some, int64, ascending."""
+    """Return the input channels that are not in `channels_N`, int64, ascending."""
     left = torch.ones(columns, dtype=torch.bool, device=channels_N.device)
     left[channels_N.long()] = False
     return left.nonzero()[:, 0]
 
 
 def shape(codes: Codes) -> tuple[int, int]:
-    """(out_features, in_features) of the weight."""
+    """Return (out_features, in_features) of the weight."""
     match codes:
         case IntCodes():
             rows, columns = codes.codes_OI.shape
@@ -125,7 +125,7 @@ def shape(codes: Codes) -> tuple[int, int]:
 
 
 def values(codes: Codes) -> Tensor:
-    """The weight that the codes stand for, fp32 [O, I], each product and sum rounded once."""
+    """Return the weight that codes stand for, fp32 [O, I]; each product and sum is rounded once."""
     match codes:
         case IntCodes():
             rows, columns = codes.codes_OI.shape

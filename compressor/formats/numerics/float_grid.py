@@ -1,10 +1,10 @@
-"""Floating-point numbers that share a scale by groups of input channels, or by blocks: how every such format fits a weight.
+"""Floating-point grids: fit scales that groups of input channels, or blocks, share. All floating-point formats use this.
 
     w[o, i] = element(code[o, i]) * scale[o // a, i // b] * factor
 
-A scale is searched among those near to what puts the group's largest weight on the largest number. With E2M1 and E4M3 scales
-that are all that are stored differently within a factor of about two, so that a largest weight on 4, where the numbers are
-denser, is among them. Each weight's error counts as much as its input channel matters.
+A scale is searched near the one that maps the group's largest weight to the largest number. With E4M3 scales the search
+covers all scales within a factor of about two. For E2M1 that includes mapping the largest weight to 4, where the numbers are
+denser. Each weight's error is weighted by the importance of its input channel.
 
 Source: Rouhani et al., "Microscaling Data Formats", 2023; Liu et al., "LLM-FP4", EMNLP 2023, whose exponent bias is the
 logarithm of our scale; the search contains the choice of Cook et al., "Four Over Six", 2025.
@@ -32,18 +32,18 @@ AT_ONCE = 2**20  # elements searched together: bounds the temporaries
 
 
 class FloatFormat:
-    """Base class of formats of floating-point numbers: what follows from the parts and the codes."""
+    """Base class of floating-point formats: methods that follow from `checkpoint_parts` and `codes`."""
 
     part_names: ClassVar[tuple[str, ...]]
     activations: str | None
 
     @abstractmethod
     def checkpoint_parts(self, shape: tuple[int, int]) -> Mapping[str, PartSpec]:
-        """Return the tensors on disk, as `Format` says."""
+        """See `Format`."""
 
     @abstractmethod
     def codes(self, packed: QuantizedTensor) -> FloatCodes:
-        """Unpack a weight, as `Format` says."""
+        """See `Format`."""
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         parts = self.checkpoint_parts(shape).values()
@@ -57,19 +57,19 @@ class FloatFormat:
         return self.activations is not None and static_part(self.activations) is not None
 
     def input_parts(self) -> dict[str, PartSpec]:
-        """Return the tensors that are stored for the rounding of activations."""
+        """Return the tensor stored for the activation scheme, if there is one."""
         part = None if self.activations is None else static_part(self.activations)
         return {} if part is None else {part: (torch.float32, (1,))}
 
     def input_number(self, packed: QuantizedTensor) -> float | None:
-        """The number that is stored of it."""
+        """Return the number stored for the activation scheme; None if there is none."""
         return next((float(packed.parts[part]) for part in self.input_parts()), None)
 
     def stored_inputs(self, codes: FloatCodes) -> dict[str, Tensor]:
-        """The part again.
+        """Return the tensor to store for the activation scheme, by name.
 
         Raises:
-            RecipeError: it was to be found in calibration, and nobody looked.
+            RecipeError: the scheme needs a number from calibration, and the pass did not collect it.
         """
         if self.static_inputs and codes.inputs is None:
             raise RecipeError(f"activations: {self.activations} needs what layers read, which this pass does not look at")
@@ -78,16 +78,16 @@ class FloatFormat:
 
 @dataclass(frozen=True)
 class FloatGrid:
-    """Codes are uint8, those of the element."""
+    """Scales fitted to one weight. Codes are uint8, those of the element type."""
 
     format: Format
     element: Minifloat
     kind: ScaleType
-    scale_NG: Tensor  # fp32, numbers that are stored as they are
-    group_size: int  # columns
-    rows: int = 1  # output channels that share a scale
-    factor: float = 1.0  # of the whole weight: a power of two, so that no product with it is rounded
-    inputs: float | None = None  # stored with the weight: see compressor/formats/numerics/activations.py
+    scale_NG: Tensor  # fp32, values that the stored type can hold
+    group_size: int  # number of columns
+    rows: int = 1  # number of output channels that share a scale
+    factor: float = 1.0  # one for the weight: a power of two, so that no product with it is rounded
+    inputs: float | None = None  # scale or divisor of activations, stored with the weight: see activations.py
     step: int = 1
 
     def round(self, w_OC: Tensor, column: int) -> Tensor:
@@ -125,7 +125,7 @@ class FloatGrid:
         return self.format.stored(packed, (codes.shape[0], codes.shape[1]))
 
     def _groups(self, column: int, shape: torch.Size) -> Iterator[tuple[slice, Tensor]]:
-        """The groups that adjacent columns lie in: which of them, and what their numbers are multiplied by, [O, 1]."""
+        """Yield, for each group of some adjacent columns, its slice of them and its scale times the factor, [O, 1]."""
         (rows, count), size = shape, self.group_size
         for group in range(column // size, (column + count - 1) // size + 1):
             part = slice(max(group * size - column, 0), min((group + 1) * size - column, count))
@@ -135,15 +135,15 @@ class FloatGrid:
 
 @dataclass(frozen=True)
 class FloatFit:
-    """The settings of a fit.
+    """Settings of a fit.
 
     Args:
-        element: The numbers.
-        kind: Numbers that scales are stored as.
-        group_size: Adjacent input channels that share a scale; -1 for the whole row.
-        rows: Output channels that share one; -1 for all.
-        factor: Factor of the whole weight.
-        inputs: Scale of the activations, as in `FloatGrid`.
+        element: Element type of the weights.
+        kind: Number type of the scales.
+        group_size: Number of adjacent input channels that share a scale; -1 for the whole row.
+        rows: Number of output channels that share a scale; -1 for all.
+        factor: Factor of the weight, see `FloatGrid`.
+        inputs: Scale or divisor of activations, see `FloatGrid`.
     """
 
     element: Minifloat
@@ -154,7 +154,7 @@ class FloatFit:
     inputs: float | None = None
 
     def grid(self, fmt: Format, w_OI: Tensor, importance_I: Tensor | None, search: bool) -> FloatGrid:
-        """The grid of a format for one weight; arguments and errors as of `Format.fit`."""
+        """Fit a grid of a format to one weight; arguments and errors are those of `Format.fit`."""
         out, columns = w_OI.shape
         count, rows = groups(columns, self.group_size), out if self.rows == -1 else self.rows
         importance = torch.ones(columns, device=w_OI.device) if importance_I is None else importance_I.float()
@@ -168,18 +168,18 @@ class FloatFit:
 
     @staticmethod
     def _blocks(w_OI: Tensor, rows: int, count: int) -> Tensor:
-        """The elements of each block, fp32 [N, G, E]; rows that are missing from the last are zero."""
+        """Return the elements of each block, fp32 [N, G, E]; the last block is padded with rows of zeros."""
         whole = pad(w_OI.float(), (0, 0, 0, -len(w_OI) % rows))
         return whole.view(len(whole) // rows, rows, count, -1).transpose(1, 2).flatten(2)
 
     def _scales(self, w_NGE: Tensor, importance_GE: Tensor, search: bool) -> Tensor:
-        """The scale [N, G] of each block; one of zeros gets the least that is stored."""
+        """Return the scale of each block, [N, G]; a block of zeros gets the smallest that can be stored."""
         start = self.kind.ceiling(w_NGE.abs().amax(-1), self.element)
         best = self.kind.at(start)
         if not search:
             return best
         least = torch.full(start.shape, torch.inf, device=w_NGE.device)
-        for offset in sorted(self.kind.around, key=abs):  # of equals the nearest
+        for offset in sorted(self.kind.around, key=abs):  # of equally good scales the nearest wins
             scale = self.kind.at(start + offset)
             missed = self.element.round(w_NGE / scale[..., None]).mul_(scale[..., None]).sub_(w_NGE)
             error = missed.square_().mul_(importance_GE).sum(-1)
@@ -189,10 +189,10 @@ class FloatFit:
 
 
 def bytes_of(numbers: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """The codes of numbers that lie as they are, uint8.
+    """Return the codes, uint8, of numbers that are stored unpacked.
 
     Raises:
-        SourceError: they are of another kind: loaders take any floating-point dtype for another.
+        SourceError: they have another dtype. Loaders accept any floating-point dtype, so this must be checked here.
     """
     if numbers.dtype != dtype:
         raise SourceError(f"{where} is stored as {numbers.dtype} where {dtype} is needed; get a sound copy")
@@ -200,10 +200,10 @@ def bytes_of(numbers: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 
 def pairs(codes_OI: Tensor) -> Tensor:
-    """Two codes of 4 bits to a byte [O, I / 2], the even column in the low bits."""
+    """Pack two 4-bit codes into a byte, [O, I / 2], the even column in the low bits."""
     return codes_OI[:, ::2] | codes_OI[:, 1::2] << 4
 
 
 def unpaired(bytes_OB: Tensor) -> Tensor:
-    """The codes again."""
+    """Undo `pairs`; return codes [O, I]."""
     return torch.stack([bytes_OB & 15, bytes_OB >> 4], dim=2).flatten(1)

@@ -1,10 +1,10 @@
-"""Scales and zero points for integers that share them by groups of input channels: how every such format fits a weight.
+"""Integer grids: fit scales and zero points that groups of input channels share. All formats of integers use this.
 
 Scales are searched to minimise the squared error of the group's weights, each weighted by the importance of its input
-channel. Source: Frantar et al., "GPTQ" (ICLR 2023), the range-shrinking search of the authors' code; the
-weighting, the sign and the refinement around the best step are ours.
+channel. Source: Frantar et al., "GPTQ" (ICLR 2023), the range-shrinking search of the authors' code. The weighting, the
+sign and the refinement around the best step are ours.
 
-A symmetric grid has one value more on its lower side; a negative scale turns it round, which matters at 2 and 3 bits.
+A symmetric grid has one more value below zero than above. A negative scale mirrors it, which matters at 2 and 3 bits.
 
 Shape suffixes: O out_features, I in_features, G groups in a row, E elements of a group, K scales tried, C adjacent columns.
 """
@@ -20,23 +20,23 @@ from compressor.formats.base import Format, QuantizedTensor
 from compressor.formats.numerics.codes import IntCodes
 
 COARSE = tuple(1 - 0.05 * i for i in range(15))  # shares of the full range that are tried
-FINE = tuple(0.01 * i for i in (0, -4, -3, -2, -1, 1, 2, 3, 4))  # then these around the best of them
+FINE = tuple(0.01 * i for i in (0, -4, -3, -2, -1, 1, 2, 3, 4))  # offsets that are then tried around the best share
 AT_ONCE = 2**20  # elements searched together: few enough for a cache, and bounds the temporaries
-LEAST = {torch.bfloat16: torch.finfo(torch.bfloat16).smallest_normal, torch.float16: 2.0**-24}  # scales above zero
+LEAST = {torch.bfloat16: torch.finfo(torch.bfloat16).smallest_normal, torch.float16: 2.0**-24}  # least scale above zero
 
 
 def rescaled(scale: Tensor, slope: Tensor, curvature: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales times 1 + slope / curvature, not beyond zero, as they will be read back; those without curvature as they are."""
+    """Multiply scales by max(0, 1 + slope / curvature), and round to a dtype; keep those whose curvature is 0."""
     found = (scale * (1 + slope / curvature).clamp(min=0)).to(dtype).float()
     found = found.abs().clamp(LEAST[dtype], torch.finfo(dtype).max).copysign(scale)
     return torch.where(curvature > 0, found, scale)
 
 
 def groups(features: int, group_size: int, axis: str = "in_features") -> int:
-    """Groups in a row (in a column if axis is `out_features`), one if group_size is -1.
+    """Return the number of groups in a row (in a column if axis is `out_features`); 1 if group_size is -1.
 
     Raises:
-        ValueError: they do not divide it.
+        ValueError: group_size does not divide the number of features.
     """
     size = features if group_size == -1 else group_size
     if features % size:
@@ -51,15 +51,15 @@ def groups(features: int, group_size: int, axis: str = "in_features") -> int:
 
 @dataclass(frozen=True)
 class IntGrid:
-    """Codes are uint8 in [0, 2**bits)."""
+    """Scales and zero points fitted to one weight. Codes are uint8 in [0, 2**bits)."""
 
     format: Format
     bits: int
-    scale_OG: Tensor  # fp32, values that the stored dtype holds
+    scale_OG: Tensor  # fp32, values that the stored dtype can hold
     zero_OG: Tensor  # fp32, integral, in code units
-    group_size: int  # columns
+    group_size: int  # number of columns
     scale_dtype: torch.dtype
-    symmetric: bool  # no zero points are stored
+    symmetric: bool  # True: no zero points are stored
     step: int = 1
 
     def round(self, w_OC: Tensor, column: int) -> Tensor:
@@ -98,7 +98,7 @@ class IntGrid:
         return self.format.stored(IntCodes(self.bits, codes, scale, zero), (codes.shape[0], codes.shape[1]))
 
     def _groups(self, column: int, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The groups that adjacent columns lie in: which of them, and the group's scale and zero point [O, 1]."""
+        """Yield, for each group of some adjacent columns, its slice of them and its scale and zero point [O, 1]."""
         size = self.group_size
         for group in range(column // size, (column + count - 1) // size + 1):
             part = slice(max(group * size - column, 0), min((group + 1) * size - column, count))
@@ -107,13 +107,13 @@ class IntGrid:
 
 @dataclass(frozen=True)
 class IntFit:
-    """The settings of a fit.
+    """Settings of a fit.
 
     Args:
         bits: Width of a code.
-        group_size: Adjacent input channels that share a scale; -1 for the whole row.
-        symmetric: Zero points are 2**(bits - 1), scales may be negative.
-        scale_dtype: Dtype that scales are stored in: bf16 or fp16.
+        group_size: Number of adjacent input channels that share a scale; -1 for the whole row.
+        symmetric: Whether zero points are 2**(bits - 1) and scales may be negative.
+        scale_dtype: Data type in which scales are stored: bf16 or fp16.
     """
 
     bits: int
@@ -122,7 +122,7 @@ class IntFit:
     scale_dtype: torch.dtype
 
     def grid(self, fmt: Format, w_OI: Tensor, importance_I: Tensor | None, search: bool) -> IntGrid:
-        """The grid of a format for one weight; arguments and errors as of `Format.fit`."""
+        """Fit a grid of a format to one weight; arguments and errors are those of `Format.fit`."""
         columns = w_OI.shape[1]
         count = groups(columns, self.group_size)
         importance = torch.ones(columns, device=w_OI.device) if importance_I is None else importance_I.float()
@@ -135,7 +135,7 @@ class IntFit:
         return IntGrid(fmt, self.bits, scale, zero, columns // count, self.scale_dtype, self.symmetric)
 
     def _fit_rows(self, w_OGE: Tensor, importance_GE: Tensor, search: bool) -> tuple[Tensor, Tensor]:
-        """Scale and zero point [O, G] of some rows."""
+        """Return scale and zero point [O, G] for some rows."""
         if not search:
             return self._range(w_OGE, torch.ones(()), torch.ones(()))
         signs = (1.0, -1.0) if self.symmetric else (1.0,)
@@ -146,8 +146,13 @@ class IntFit:
         return self._range(w_OGE, share, sign)
 
     def _least(self, w_OGE: Tensor, importance_GE: Tensor, shares: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first of K shares of the range, and its sign, with the least error, [O, G]; shares and signs are [K, O,
-        G], or one for all groups.
+        """Return the share of the range and the sign with the least error, [O, G]; of equal ones the first.
+
+        Args:
+            w_OGE: Weights.
+            importance_GE: Importance of each element's input channel.
+            shares: K shares to try, [K, O, G], or [K, 1, 1] for all groups.
+            signs: Their signs, of the same shape.
         """
         least = torch.full(w_OGE.shape[:2], torch.inf, device=w_OGE.device)
         share, sign = torch.ones_like(least), torch.ones_like(least)
@@ -165,7 +170,7 @@ class IntFit:
         return share, sign
 
     def _range(self, w_OGE: Tensor, share: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale (rounded as stored) and zero point when `share` of the group's range is represented."""
+        """Return scale (rounded as stored) and zero point when `share` of the group's range is represented."""
         top = 2**self.bits - 1
         if self.symmetric:
             scale = self._stored(w_OGE.abs().amax(-1) * (2 * share / top))
@@ -175,13 +180,13 @@ class IntFit:
         return scale, (-low * share / scale).round().clamp(0, top)
 
     def _error(self, w_OGE: Tensor, importance_GE: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> Tensor:
-        """Weighted squared error [O, G] of rounding to a grid."""
+        """Return the weighted squared error of rounding to a grid, [O, G], with leading dimension K if scales have it."""
         scale, zero = scale_OG[..., None], zero_OG[..., None]
         codes = (w_OGE / scale).add_(zero).round_().clamp_(0, 2**self.bits - 1)
         missed = codes.sub_(zero).mul_(scale).sub_(w_OGE)
         return missed.square_().mul_(importance_GE).sum(-1)
 
     def _stored(self, scale: Tensor) -> Tensor:
-        """The scale as it will be read back; a group of zeros gets 1, one that underflows the least that is stored."""
+        """Round a scale as it will be read back. A group of zeros gets 1; underflow gives the least scale above zero."""
         rounded = scale.to(self.scale_dtype).float()
         return torch.where(scale == 0, 1.0, rounded.clamp(LEAST[self.scale_dtype], torch.finfo(self.scale_dtype).max))

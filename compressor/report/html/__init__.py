@@ -1,1 +1,1 @@
-"""Reports as one self-contained HTML page: `page.render` makes it, `plots.plot_data` says what its plots show."""
+"""Reports as one self-contained HTML page: `page.render` makes the page, `plots.plot_data` the data of its plots."""

@@ -1,6 +1,6 @@
-"""The page's figures for Plotly, as plain dictionaries.
+"""Figures of the page for Plotly, as plain dictionaries.
 
-A colour is `var(--name)`: the page's script looks it up in the style sheet, so that one figure serves light and dark.
+A colour is `var(--name)`: the page's script looks it up in the style sheet, so that one figure works in light and dark mode.
 """
 
 import html
@@ -18,10 +18,10 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
 def figures(plots: Mapping[str, Any]) -> dict[str, Figure]:
-    """Every figure by the id of its place on the page.
+    """Return every figure by the id of its element on the page.
 
     Args:
-        plots: From `plot_data`.
+        plots: Result of `plot_data`.
     """
     found: dict[str, Figure] = {}
     shown = plots["quality_size"]
@@ -48,7 +48,7 @@ def quality_panels(plots: Mapping[str, Any]) -> list[str]:
 
 
 def position_panels(plots: Mapping[str, Any]) -> list[str]:
-    """Return the measures that are plotted against the place in the sample: losses if there is nothing else."""
+    """Return the measures that are plotted against the position in the sample; plain losses if there is nothing else."""
     present = [
         key for key in ("kl", "delta_nll") if any(value is not None for one in plots["positions"] for value in one[key])
     ]
@@ -56,7 +56,7 @@ def position_panels(plots: Mapping[str, Any]) -> list[str]:
 
 
 def quality_figure(points: Sequence[Mapping[str, Any]], key: str, *, front: bool) -> Figure:
-    """Size against perplexity or KL. Filled points are on the Pareto front, which `front` draws as a line."""
+    """Plot perplexity or KL against size. Filled points are on the Pareto front, which `front` draws as a line."""
     points = sorted((point for point in points if point[key] is not None), key=lambda point: not point["original"])
     largest = max(point["size_bytes"] for point in points)
     scale, unit = next(((s, u) for s, u in _UNITS if largest >= s), _UNITS[-1])
@@ -101,7 +101,7 @@ def quality_figure(points: Sequence[Mapping[str, Any]], key: str, *, front: bool
 
 
 def _kl_axis(values: Sequence[float]) -> tuple[list[float], dict[str, Any]]:
-    """Heights on a logarithmic axis whose lowest tick stands for 0 and less."""
+    """Return heights on a logarithmic axis whose lowest tick stands for 0 and less, and the axis."""
     positive = [value for value in values if value > 0] or [1e-3]
     low, high = math.floor(math.log10(min(positive))) - 1, math.ceil(math.log10(max(positive)) + 0.1)
     ticks = range(low, high + 1)
@@ -111,7 +111,7 @@ def _kl_axis(values: Sequence[float]) -> tuple[list[float], dict[str, Any]]:
 
 
 def _perplexity_axis(values: Sequence[float]) -> tuple[list[float], dict[str, Any]]:
-    """Logarithmic where models differ tenfold, with room for names above and below."""
+    """Return heights and axis: logarithmic if models differ tenfold, with room for names above and below."""
     low, high = min(values), max(values)
     if high < 10 * low:
         room = 0.15 * (high - low) or 0.05 * high
@@ -124,7 +124,7 @@ def _perplexity_axis(values: Sequence[float]) -> tuple[list[float], dict[str, An
 
 
 def error_figure(one: Mapping[str, Any], errors: Sequence[float]) -> Figure:
-    """Error of each layer, colours on a logarithmic scale that all models share."""
+    """Plot the error of each layer, with colours on a logarithmic scale that all models share."""
     low, high = (math.log10(f(errors)) for f in (min, max)) if errors else (-1.0, 0.0)
     if high - low < 0.01:  # one colour needs a scale too
         low, high = low - 0.5, high + 0.5
@@ -137,12 +137,12 @@ def error_figure(one: Mapping[str, Any], errors: Sequence[float]) -> Figure:
 
 
 def _log(error: float | None, least: float) -> float | None:
-    """Where an error stands on the scale; none at all at its end."""
+    """Return the place of an error on the scale; an error of 0 is at its lower end."""
     return None if error is None else math.log10(error) if error > 0 else least
 
 
 def bits_figure(one: Mapping[str, Any], bits: Sequence[float]) -> Figure:
-    """Bits per weight of each layer, colours between whole numbers that all models share."""
+    """Plot the bits per weight of each layer, with colours between whole numbers that all models share."""
     low, high = math.floor(min(bits)), math.floor(max(bits)) + 1
     step = max(1, (high - low) // 6)
     text = [[f"{value:.2f}" if value is not None else "" for value in line] for line in one["bits_per_weight"]]
@@ -152,7 +152,7 @@ def bits_figure(one: Mapping[str, Any], bits: Sequence[float]) -> Figure:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Exponents of round numbers in a range: decades, or 1-2-5 where there are few of those."""
+    """Return exponents of round numbers in a range: decades, or 1-2-5 if there are few decades."""
     decades = [float(n) for n in range(math.ceil(low), math.floor(high) + 1)]
     if len(decades) >= 3:
         return decades[:: max(1, len(decades) // 5)]
@@ -169,7 +169,7 @@ def _heat_map(
     limits: tuple[float, float],
     ticks: Sequence[tuple[float, str]],
 ) -> Figure:
-    """Kinds of layers from top to bottom in the order of computation, blocks from left to right."""
+    """Draw a heat map: kinds of layers from top to bottom in the order of computation, blocks from left to right."""
     said = [
         [_cell_text(*cell) for cell in zip(*line, strict=True)]
         for line in zip(one["layer"], one["option"], one["bits_per_weight"], one["error"], strict=True)
@@ -216,7 +216,7 @@ def _cell_text(layer: str | None, option: str | None, bits: float | None, error:
 
 
 def position_figure(series: Sequence[Mapping[str, Any]], key: str, order: Sequence[str]) -> Figure:
-    """A measure against the place in the sample, places in powers of two on a logarithmic axis."""
+    """Plot a measure against the position in the sample, on a logarithmic axis with ticks at powers of two."""
     data = []
     for one in series:
         index = order.index(one["label"])
@@ -255,7 +255,7 @@ def position_figure(series: Sequence[Mapping[str, Any]], key: str, order: Sequen
 
 
 def search_figure(one: Mapping[str, Any]) -> Figure:
-    """Fitness of the choices of a search over the seconds, by stage; the allocators' at its start."""
+    """Plot the fitness of a search's choices over time in seconds, by stage; the allocators' choices are at its start."""
     data = []
     for index, stage in enumerate(dict.fromkeys(one["stage"])):
         shown = [n for n, of in enumerate(one["stage"]) if of == stage]
@@ -282,7 +282,7 @@ def search_figure(one: Mapping[str, Any]) -> Figure:
 
 
 def _powers(lasts: Iterable[Sequence[int]]) -> list[int]:
-    """Exponents for the ticks, at most eight."""
+    """Return exponents for the ticks, at most eight."""
     most = math.floor(math.log2(max(last for one in lasts for last in one)))
     return list(range(0, most + 1, 1 + most // 8))
 

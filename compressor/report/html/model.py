@@ -1,4 +1,4 @@
-"""One report as the page looks at it: every figure by name, None where it was not measured."""
+"""View of one report for the page: every figure by name, None if it was not measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ _FIGURES = (
     "tokens",
 )
 
-# What measures what a report leaves out.
+# Commands and settings that measure what a report lacks.
 JUDGE = "`compress eval DIR --reference MODEL --save`"
 BENCH = "`compress bench DIR --reference MODEL --save`"
 TASKS = "`compress eval DIR --reference MODEL --tasks NAME --save`"
@@ -53,7 +53,7 @@ class Tile:
 
     name: str
     value: str
-    note: str  # `code` between backticks
+    note: str  # prose, with `code` between backticks
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,17 @@ class Model:
 
     report: Mapping[str, Any]
     label: str
-    comparable: bool  # judged on the same text as the others
-    front: bool
+    comparable: bool  # evaluated on the same text as the others
+    front: bool  # on the Pareto front
 
     @classmethod
     def of(cls, report: Mapping[str, Any], label: str, *, comparable: bool, front: bool) -> "Model":
-        """Fills what the report leaves out with None."""
+        """Make a model from a report; keys that the report lacks become None."""
         return cls({**dict.fromkeys(_OPTIONAL), **report}, label, comparable, front)
 
     @property
     def name(self) -> str:
-        """The label, marked if its figures do not compare with the others'."""
+        """The label, marked if the model's figures are not comparable with the others'."""
         return self.label if self.comparable else f"{self.label} †"
 
     @cached_property
@@ -87,7 +87,7 @@ class Model:
 
     @property
     def protocol(self) -> str | None:
-        """How text became predictions, in words."""
+        """Evaluation protocol in words: how text became predictions."""
         known = (self.report["quality"] or {}).get("protocol")
         return protocol(known) if known else None
 
@@ -103,7 +103,7 @@ class Model:
 
     @property
     def decoding(self) -> tuple[int, float, float | None] | None:
-        """The smallest batch that was decoded, its tokens per second, and those of the original."""
+        """Smallest batch that was decoded, its tokens per second, and those of the original."""
         rows = [row for row in self.speed_rows if row["phase"] == "decode"]
         if not rows:
             return None
@@ -112,7 +112,7 @@ class Model:
         return batch, rates[-1], rates[0] if len(rates) > 1 else None
 
     def tiles(self) -> list[Tile]:
-        """The headline."""
+        """Return the headline's figures."""
         report, quality = self.report, self.quality
         share = report["size_bytes"] / report["source_size_bytes"] if report["source_size_bytes"] else None
         whole = f"{report['model_bits_per_weight']:.2f} over the whole model"
@@ -160,29 +160,29 @@ class Model:
 
 
 def protocol(known: Mapping[str, Any]) -> str:
-    """How text became predictions, in words."""
+    """Describe in words how text became predictions."""
     begin = "begun with BOS" if known["bos"] else "no BOS"
     how = "one document each" if known["documents"] else f"stride {known['stride']}"
     return f"samples of {'up to ' if known['documents'] else ''}{known['seq_len']}, {how}, {begin}, {known['dtype']}"
 
 
 def figures(given: Mapping[str, Any]) -> dict[str, Any]:
-    """All figures of quality by name, None for those that are not given."""
+    """Return all figures of quality by name, None for those that are not given."""
     return {key: given.get(key) for key in _FIGURES}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and how the text, the original and the models go on."""
+    """A prompt, and its continuation in the text, by the original and by the models."""
 
     prompt: str
     text: str | None
     reference: str
-    models: list[tuple[str, str, str]]  # label, what is as the original wrote it, what is not
+    models: list[tuple[str, str, str]]  # label, the beginning that equals the original's continuation, the rest
 
 
 def samples(models: Sequence[Model]) -> list[Sample]:
-    """Generated samples, those of one prompt together."""
+    """Collect the generated samples of all models, grouped by prompt."""
     found: dict[tuple[str, str], Sample] = {}
     for model in models:
         for one in model.report["samples"] or ():
@@ -193,7 +193,7 @@ def samples(models: Sequence[Model]) -> list[Sample]:
 
 
 def _divided(reference: str, written: str) -> tuple[str, str]:
-    """The part of a text that begins as another does, and the rest."""
+    """Split a text into the prefix that it shares with the reference, and the rest."""
     length = next((n for n, (a, b) in enumerate(zip(reference, written, strict=False)) if a != b), None)
     length = min(len(reference), len(written)) if length is None else length
     return written[:length], written[length:]

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them."""
+"""Formatting of numbers for readers."""
 
 import math
 
@@ -7,12 +7,12 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def finite(value: float | None) -> float | None:
-    """None for what cannot be drawn."""
+    """Return a value that can be drawn; None for NaN and infinities."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def number(value: float | None, digits: int = 4, *, signed: bool = False) -> str:
-    """A number with so many significant digits; powers of ten where it is very small or large."""
+    """Format a number with a number of significant digits; with a power of ten if it is very small or large."""
     if value is None or math.isnan(value):
         return MISSING
     sign = "−" if value < 0 else "+" if signed and value > 0 else ""
@@ -28,19 +28,19 @@ def number(value: float | None, digits: int = 4, *, signed: bool = False) -> str
 
 
 def power_of_ten(exponent: int) -> str:
-    """10ⁿ."""
+    """Format 10ⁿ."""
     return "10" + str(exponent).translate(_SUPERSCRIPT)
 
 
 def percent(share: float | None, decimals: int = 1, *, signed: bool = False) -> str:
-    """A share of one in percent."""
+    """Format a fraction in percent."""
     if share is None or not math.isfinite(share):
         return MISSING
     return f"{share:{'+' if signed else ''}.{decimals}%}".replace("-", "−")
 
 
 def size(count: float | None) -> str:
-    """Bytes, in decimal units."""
+    """Format a number of bytes in decimal units."""
     if count is None:
         return MISSING
     for unit in ("B", "kB", "MB", "GB"):
@@ -51,7 +51,7 @@ def size(count: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time in its two largest units."""
+    """Format a time in its two largest units; below a minute in one."""
     if seconds is None:
         return MISSING
     if seconds < 1:

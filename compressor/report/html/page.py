@@ -1,4 +1,4 @@
-"""Builds the page: style, script, Plotly and data in one file that loads nothing."""
+"""HTML page of one or several reports: style, script, Plotly and data in one file that loads nothing else."""
 
 import functools
 import json
@@ -16,12 +16,12 @@ from compressor.report.html.plots import Reports, common_text, judged_text, orig
 
 
 def render(reports: Reports, title: str | None = None, plots: Mapping[str, Any] | None = None) -> str:
-    """A page about one model, or one that compares several.
+    """Render a page about one model, or one that compares several.
 
     Args:
         reports: Contents of report.json files, at least one.
-        title: None takes the model's name, or how many there are.
-        plots: Their `plot_data`, if it is known already.
+        title: Title of the page; None takes the model's name, or the number of models.
+        plots: Result of `plot_data` for the reports, if it has been computed already.
     """
     from plotly.offline import get_plotlyjs
 
@@ -51,7 +51,7 @@ def render(reports: Reports, title: str | None = None, plots: Mapping[str, Any] 
 
 @functools.cache
 def _template() -> Template:
-    """Compile the page's template, once in a process."""
+    """Compile the page's template, once per process."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["prose"] = tables.prose
     return environment.from_string(_own("page.html"))
@@ -79,7 +79,7 @@ def _title(reports: Reports) -> str:
 
 
 def _notes(models: list[Model], plots: Mapping[str, Any]) -> list[str]:
-    """Return notes on why figures cannot be compared."""
+    """Return notes on figures that cannot be compared."""
     found = []
     others = [one.label for one in models if not one.comparable]
     if others:
@@ -97,7 +97,7 @@ def _notes(models: list[Model], plots: Mapping[str, Any]) -> list[str]:
 
 
 def _embedded(data: Any) -> Markup:
-    """JSON inside a script element: `<` could end it."""
+    """Encode data as JSON for a script element; `<` is escaped, because it could end the element."""
     return Markup(json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
 
 

@@ -1,8 +1,8 @@
-"""Finds room for the names of points in a plot."""
+"""Placement of the names of points in a plot, without overlaps."""
 
 from collections.abc import Sequence
 
-_WIDTH, _HEIGHT = 330.0, 240.0  # pixels of a plot on a telephone, where there is least room
+_WIDTH, _HEIGHT = 330.0, 240.0  # size of a plot on a phone in pixels, where there is least room
 _LETTER, _LINE, _GAP = 6.3, 14.0, 6.0
 _SIDES = (("top", "right"), ("top", "left"), ("bottom", "right"), ("bottom", "left"))
 
@@ -10,11 +10,11 @@ Box = tuple[float, float, float, float]  # left, right, low, high
 
 
 def place(points: Sequence[tuple[float, float]], names: Sequence[str]) -> list[str | None]:
-    """Where each name goes, as Plotly's `textposition`; None where there is no room: the point is named when touched.
+    """Choose the place of each name, as Plotly's `textposition`; None if there is no room, so that only hovering shows it.
 
     Args:
-        points: In parts of the plot's width and height.
-        names: One for each.
+        points: Positions as fractions of the plot's width and height.
+        names: Names of the points.
     """
     centres = [(x * _WIDTH, y * _HEIGHT) for x, y in points]
     taken: list[Box] = [(x - _GAP, x + _GAP, y - _GAP, y + _GAP) for x, y in centres]

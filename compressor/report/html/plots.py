@@ -1,4 +1,4 @@
-"""Collect what the plots show, as small plain data: it can be computed again from the reports alone."""
+"""Data of the plots, as small plain data that can be recomputed from the reports alone."""
 
 import re
 from collections import Counter
@@ -8,16 +8,17 @@ from typing import Any
 from compressor.report.html.numbers import finite
 
 Reports = Sequence[Mapping[str, Any]]
-_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")  # in the name of a layer: the number of its block
+_BLOCK = re.compile(r"(?:^|\.)(\d+)\.")  # the number of the block in the name of a layer
 
 
 def plot_data(reports: Reports) -> dict[str, Any]:
-    """Points of the quality/size plot, error and bits of each layer by block, quality by place in the sample, searches.
+    """Collect the data of all plots: quality by size, error and bits by layer, quality by position in the sample, searches.
 
     Args:
         reports: Contents of report.json files.
 
-    Returns: plain data for JSON, without infinities.
+    Returns:
+        Plain data for JSON, without infinities.
     """
     names = labels(reports)
     return {
@@ -37,7 +38,7 @@ def plot_data(reports: Reports) -> dict[str, Any]:
 
 
 def labels(reports: Reports) -> list[str]:
-    """A short name for each report: without the original's where all have the same, the path where names repeat."""
+    """Return a short name for each report: without the original's name if all share it, the path if names repeat."""
     names = [str(report["out"]) for report in reports]
     prefix = f"{reports[0]['model']}-"
     if len(names) > 1 and all(name.startswith(prefix) and name != prefix for name in names):
@@ -49,10 +50,10 @@ def labels(reports: Reports) -> list[str]:
 
 
 def quality_size(reports: Reports, names: Sequence[str]) -> dict[str, Any]:
-    """Every judged model and the originals: size, quality, whether on the Pareto front.
+    """Return size, quality and Pareto-front membership of every evaluated model and of the originals.
 
-    Only models judged on the same text are compared: those on the text that most were judged on. The loss that the front is
-    about is KL, or perplexity where a model has no KL.
+    Only models evaluated on the same text are compared: those on the text that most models share. The loss of the front is
+    KL, or perplexity if a model has no KL.
     """
     judged = [(report, name) for report, name in zip(reports, names, strict=True) if report.get("quality")]
     common = common_text(reports)
@@ -76,8 +77,9 @@ def quality_size(reports: Reports, names: Sequence[str]) -> dict[str, Any]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """Return the points (size, loss) that no other point beats. A point beats another if it is at most as large in both and
-    smaller in one.
+    """Return the indices of the points (size, loss) on the Pareto front.
+
+    A point is not on it if another is at most as large in both coordinates and smaller in one.
     """
     return {
         i
@@ -87,19 +89,19 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> set[int]:
 
 
 def judged_text(report: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return what distinguishes one evaluation text from another; None where the report does not say."""
+    """Return hashes that identify the text a model was evaluated on; None if the report has none."""
     texts = (report.get("quality") or {}).get("texts")
     return tuple(sorted(text["sha256"] for text in texts)) if texts else None
 
 
 def common_text(reports: Reports) -> tuple[str, ...] | None:
-    """The text that most models were judged on; of several, the first one's."""
+    """Return the text that most models were evaluated on; of equally frequent ones the first."""
     count = Counter(judged_text(report) for report in reports if report.get("quality"))
     return count.most_common(1)[0][0] if count else None
 
 
 def origins(reports: Reports) -> set[str]:
-    """Fingerprints of the models that reports start from, where they are known."""
+    """Return the fingerprints of the original models, as far as they are known."""
     return {known for report in reports if (known := (report.get("fingerprint") or {}).get("model"))}
 
 
@@ -109,7 +111,7 @@ def _originals(reports: Reports) -> list[dict[str, Any]]:
         perplexity = finite(report["quality"].get("reference_perplexity"))
         if perplexity is not None:
             found.setdefault(
-                (report["source_size_bytes"], f"{perplexity:.5g}"),  # one original, however often it was judged
+                (report["source_size_bytes"], f"{perplexity:.5g}"),  # one original, however often it was evaluated
                 {
                     "label": f"{report['model']}, original",
                     "original": True,
@@ -125,9 +127,9 @@ def _originals(reports: Reports) -> list[dict[str, Any]]:
 
 
 def layer_map(rows: Sequence[Mapping[str, Any]], label: str) -> dict[str, Any]:
-    """Layers by kind (rows of the matrices) and block (columns).
+    """Arrange layers by kind (rows of the matrices) and block (columns).
 
-    Layers of one kind in one block, as the experts of a mixture, share a cell: their largest error and their mean bits.
+    Layers of one kind in one block, such as experts, share a cell, which shows their largest error and their mean bits.
     """
     cells: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     outside: list[Mapping[str, Any]] = []
@@ -164,7 +166,7 @@ def _cell(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _short(kinds: Sequence[str]) -> list[str]:
-    """Last parts of names if that tells them apart."""
+    """Return the last parts of names if they are distinct, else the full names."""
     last = [kind.rsplit(".", 1)[-1] for kind in kinds]
     return last if len(set(last)) == len(last) else list(kinds)
 
@@ -180,6 +182,6 @@ def _positions(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _trajectory(search: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The fitness of each step over the seconds."""
+    """Return stage, number, time in seconds and fitness of each step that has a finite fitness."""
     steps = [step for step in search["steps"] if finite(step["fitness"]) is not None]
     return {key: [step[key] for step in steps] for key in ("stage", "number", "seconds", "fitness")}

@@ -1,6 +1,6 @@
-"""Check that a report.json holds what a page and a card are made of, by pydantic models.
+"""Pydantic models of the content that a report.json must have for a page and a card to be made from it.
 
-Whole parts may be missing or null: they were not measured. Keys that no page shows are not looked at.
+Sections may be missing or null if they were not measured. Keys that no page shows are not checked.
 """
 
 import re
@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from compressor.reading import elide
 
-MAX_BLOCKS = 10_000  # the page has a column for each
-KINDS = {  # what pydantic found a value not to be, by its name of the fault
+MAX_BLOCKS = 10_000  # the page has a column for each block
+KINDS = {  # wording of faults, by pydantic's name of the fault
     **{"list_type": "is no list", "model_type": "is no object", "dict_type": "is no object", "string_type": "is no text"},
     **{"float_type": "is no number", "int_type": "is no whole number", "bool_type": "is neither true nor false"},
 }
@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _layer(name: str) -> str:
-    """Return the name of a layer if the numbers in it can be those of blocks; raise ValueError otherwise."""
+    """Return the name of a layer if all numbers in it are possible block numbers; raise ValueError otherwise."""
     for digits in re.findall(r"\d+", name):
         if len(digits) > len(str(MAX_BLOCKS)) or int(digits) >= MAX_BLOCKS:
             raise ValueError(f"names block {elide(digits, 20)}, where fewer than {MAX_BLOCKS:,} are expected")
@@ -171,7 +171,7 @@ class _Pruning(_Part):
 
     @model_validator(mode="after")
     def _check_prompt(self) -> "_Pruning":
-        """Check what the card says of a soft prompt; what other passes put down is shown nowhere."""
+        """Check the values that the card shows for a soft prompt; notes of other passes are not shown anywhere."""
         pair = self.kl if isinstance(self.kl, list) else []
         if self.step == "soft_prompt" and not (
             len(pair) == 2 and all(type(one) in (int, float) for one in pair) and type(self.tokens) is int
@@ -213,7 +213,7 @@ NEEDED = tuple(name for name, field in _Report.model_fields.items() if field.is_
 
 
 def fault(report: Any) -> str | None:
-    """Return what keeps the content of a report.json from being shown, as a part of a sentence; None if nothing does."""
+    """Return why the content of a report.json cannot be shown, as part of a sentence; None if it can."""
     missing = [key for key in NEEDED if not isinstance(report, dict) or key not in report]
     if missing:
         return f"{len(missing)} of {len(NEEDED)} needed keys are missing ({', '.join(missing)})"

@@ -1,4 +1,4 @@
-"""The page's tables, cells as text."""
+"""Tables of the page, with cells as text."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from compressor.report.html.numbers import MISSING, duration, number, percent, s
 
 Cell = str  # or Markup
 _WORST = 5
-_CLASS = {outcome: outcome for outcome in ("passed", "failed", "skipped")}  # in the style sheet
+_CLASS = {outcome: outcome for outcome in ("passed", "failed", "skipped")}  # classes in the style sheet
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,23 @@ class Table:
 
     header: tuple[Cell, ...]
     rows: list[tuple[Cell, ...]]
-    words: int = 1
+    words: int = 1  # number of columns of words
 
 
 def code(text: object) -> Markup:
-    """A name from the machine."""
+    """Mark up a name as code."""
     return Markup("<code>{}</code>").format(text)
 
 
 def prose(text: str) -> Markup:
-    """Text with `code` between backticks."""
+    """Mark up text; parts between backticks become code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _by_model(
     models: Sequence[Model], header: Sequence[Cell], rows: Callable[[Model], Iterable[Sequence[Cell]]], words: int = 1
 ) -> Table | None:
-    """Every model's rows, under its name if there are several; None if there is no row."""
+    """Join the rows of all models, with a column of model names if there are several; None if there is no row."""
     several = len(models) > 1
     found: list[tuple[Cell, ...]] = []
     for model in models:
@@ -47,7 +47,7 @@ def _by_model(
 
 
 def search(models: Sequence[Model]) -> Table | None:
-    """The choices that a search came to, the worst first."""
+    """Show the final candidates of a search, the worst first."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         found = model.report.get("search") or {}
@@ -59,7 +59,7 @@ def search(models: Sequence[Model]) -> Table | None:
 
 
 def comparison(models: Sequence[Model]) -> Table:
-    """The headline of several models, the smallest last."""
+    """Compare the headline figures of several models, the smallest last."""
     header = (
         "model",
         "size",
@@ -104,7 +104,7 @@ def _change(quality: Mapping[str, Any]) -> float | None:
 
 
 def texts(models: Sequence[Model]) -> Table | None:
-    """Quality by text."""
+    """Show quality by text."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         for text in model.texts:
@@ -140,7 +140,7 @@ def texts(models: Sequence[Model]) -> Table | None:
 
 
 def tasks(models: Sequence[Model]) -> Table | None:
-    """Scores of tasks, those of the original beside them."""
+    """Show the scores of tasks, next to those of the original."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         for task in model.report["tasks"] or ():
@@ -168,7 +168,7 @@ def _with_error(value: float | None, error: float | None) -> Cell:
 
 
 def speed(models: Sequence[Model]) -> Table | None:
-    """Tokens per second, and how much of the memory's bandwidth that takes."""
+    """Show tokens per second, and the share of the memory bandwidth that they use."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         bandwidth = (model.report["speed"] or {}).get("bandwidth_gb_s")
@@ -189,7 +189,7 @@ def speed(models: Sequence[Model]) -> Table | None:
 
 
 def plan(models: Sequence[Model]) -> Table | None:
-    """Tabulate how many layers of which kind got which option."""
+    """Show, for each option, the kinds and the number of layers that have it, their bits and errors."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         by_option: dict[str, list[Mapping[str, Any]]] = {}
@@ -218,7 +218,7 @@ def _mean_error(layers: Sequence[Mapping[str, Any]]) -> float:
 
 
 def worst_layers(models: Sequence[Model]) -> Table | None:
-    """The layers that lost most."""
+    """Show the layers with the largest errors."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         for row in sorted(model.report["rows"], key=lambda row: -float(row["error"]))[:_WORST]:
@@ -228,7 +228,7 @@ def worst_layers(models: Sequence[Model]) -> Table | None:
 
 
 def verification(models: Sequence[Model]) -> Table | None:
-    """Tabulate what was checked and found."""
+    """Show the checks that verification made, and their outcomes."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         for check in model.report["verification"] or ():
@@ -243,7 +243,7 @@ def verification(models: Sequence[Model]) -> Table | None:
 
 
 def calibration(models: Sequence[Model]) -> Table | None:
-    """Where the calibration data came from."""
+    """Show the source and the amount of calibration data."""
 
     def rows(model: Model) -> Iterable[Sequence[Cell]]:
         data = model.report["calibration"]
@@ -261,7 +261,7 @@ def calibration(models: Sequence[Model]) -> Table | None:
 
 
 def run(models: Sequence[Model]) -> Table:
-    """Tabulate what ran, with which settings, and its cost; a column for each model."""
+    """Show inputs, software versions, time and memory of each run, one column per model."""
     columns = [_facts(model) for model in models]
     names = list(dict.fromkeys(name for column in columns for name in column))
     header = ("", *(model.label for model in models)) if len(models) > 1 else ("", "")
