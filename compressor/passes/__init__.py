@@ -1,1 +1,1 @@
-"""One file per algorithm; a recipe names it by the file: `pass: gptq`."""
+"""Compression algorithms, one file each. A recipe names an algorithm by its file: `pass: gptq`."""

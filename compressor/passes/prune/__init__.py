@@ -1,1 +1,1 @@
-"""Remove blocks, sub-layers, channels, heads or single weights."""
+"""Passes that remove blocks, sub-layers, channels, heads or single weights."""

@@ -1,1 +1,1 @@
-"""Round weights, and keys and values of the cache, to the numbers of a format."""
+"""Passes that round weights, or cached keys and values, to the numbers of a format."""

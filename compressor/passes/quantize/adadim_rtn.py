@@ -1,6 +1,6 @@
 """AdaDim without error feedback: each layer is rounded to nearest in the format that leaves the smaller error.
 
-With data that is the error of the layer's output, as in the paper; without, of its weights. See
+With calibration this is the error of the layer's output, as in the paper; without, the error of its weights. See
 compressor/passes/quantize/adadim.py.
 
 Shape suffixes: O out_features, I in_features.
@@ -25,7 +25,7 @@ class AdaDimRTN(WeightRounding):
     """Round to nearest in the best of the options.
 
     Args:
-        calibrated: False reads no text and chooses by the error of the weights.
+        calibrated: Choose by the error of outputs on calibration text. False reads no text and uses the error of weights.
     """
 
     search: bool = False
@@ -34,7 +34,7 @@ class AdaDimRTN(WeightRounding):
 
     @property
     def needs(self) -> tuple[type[Accumulator], ...]:
-        """The Hessian, or nothing."""
+        """Return the Hessian if calibrated, and the statistics that the options need."""
         return (Hessian, *self.looks) if self.calibrated else self.looks
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, OneOf]) -> Outcome:
@@ -49,7 +49,7 @@ class AdaDimRTN(WeightRounding):
         return Outcome(edits, errors)
 
     def _rounded(self, w_OI: Tensor, fmt: Format, h_II: Tensor | None) -> tuple[QuantizedTensor, float]:
-        """A weight in a format, and its relative error."""
+        """Return a weight rounded to a format, and its relative error."""
         grid = fmt.fit(w_OI, None if h_II is None else h_II.diagonal(), search=self.search)
         packed = grid.pack(grid.round(w_OI, 0))
         missed = packed.dequantize().sub_(w_OI)

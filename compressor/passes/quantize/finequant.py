@@ -1,15 +1,16 @@
-"""FineQuant: the coarsest groups that each layer can take, chosen from the weights alone.
+"""FineQuant: the coarsest groups that each layer tolerates, chosen from the weights alone.
 
-The options of the recipe are a ladder, from the fewest stored bits (whole rows, say) to the most (groups of 32). A unit takes
+The options of the recipe form a ladder, from the fewest stored bits (for example one group per row) to the most (for example
+groups of 32). The rung of a unit is chosen
 
-* by `tolerance`: the first rung whose error the next one would not lower by more than that share; or
-* by `budget_bits_per_weight`: what fits the budget of the block. From the coarsest rung on, the step that lowers the relative
-  errors most for each bit it adds is taken, until none fits.
+* by `tolerance`: the first rung whose error exceeds that of the next by no more than this fraction; or
+* by `budget_bits_per_weight`: within a budget for the block. All units start on the coarsest rung. The step that lowers
+  the relative errors most for each added bit is taken, until none fits.
 
 Source: Kim et al., "FineQuant: Unlocking Efficiency with Fine-Grained Weight-Only Quantization for LLMs", 2023, section 4.
-It starts with whole rows and halves groups while that shrinks their ranges enough. What differs: errors are compared and
-not ranges, so that scales may be fitted (compressor/passes/quantize/hqq.py); layers that are fused when served take the same
-rung; the budget is ours.
+It starts with one group per row and halves groups while that shrinks their ranges enough. Differences: errors are compared
+instead of ranges, so scales may be fitted (compressor/passes/quantize/hqq.py). Layers that are fused when served use the
+same rung. The budget is our addition.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -33,8 +34,8 @@ class FineQuant(HQQ):
     """Round to nearest, in groups as fine as each unit needs; no calibration.
 
     Args:
-        tolerance: Share by which an error may exceed that of the next finer rung.
-        budget_bits_per_weight: Stored bits of a block's layers for each of their weights at most; replaces `tolerance`.
+        tolerance: Fraction by which an error may exceed that of the next finer rung.
+        budget_bits_per_weight: Maximum number of stored bits per weight of a block's layers. Replaces `tolerance`.
     """
 
     tolerance: float = 0.15
@@ -52,7 +53,7 @@ class FineQuant(HQQ):
         units = self.units(block)
         if self.budget_bits_per_weight is None:
             taken = {unit: climb(self._ladder(block, units[unit]), self.tolerance) for unit in choice}
-        else:  # shared by the whole block, so every rank looks at all of it
+        else:  # the budget is for the block, so every rank considers all of its units
             weights = sum(block.weight(name).numel() for layers in units.values() for name in layers)
             ladders = {unit: self._ladder(block, layers) for unit, layers in units.items()}
             try:
@@ -63,12 +64,12 @@ class FineQuant(HQQ):
         return rounded(block, self.formats(block, stats, taken), self.fit)
 
     def _ladder(self, block: Block, layers: Sequence[str]) -> list["Rung"]:
-        """The options that can hold a unit's layers, from the fewest stored bits to the most."""
+        """Return a rung for each option that can store a unit's layers, from the fewest stored bits to the most."""
         rungs = []
         for fmt in self.options:
             try:
                 bits = sum(fmt.stored_bits(block.shape(name)) for name in layers)
-            except ValueError:  # groups do not divide a row: the plan counts with the other rungs only, too
+            except ValueError:  # groups do not divide a row: the plan skips this rung too
                 continue
             error = 0.0
             for name in layers:
@@ -89,7 +90,7 @@ class Rung:
 
 
 def climb(ladder: Sequence[Rung], tolerance: float) -> Format:
-    """The first rung whose error exceeds that of the next by no more than `tolerance`, a share of it."""
+    """Return the first rung whose error exceeds that of the next by at most the fraction `tolerance`."""
     for rung, finer in pairwise(ladder):
         if rung.error <= (1 + tolerance) * finer.error:
             return rung.format
@@ -97,10 +98,10 @@ def climb(ladder: Sequence[Rung], tolerance: float) -> Format:
 
 
 def spend(ladders: Mapping[str, Sequence[Rung]], budget: int) -> dict[str, Format]:
-    """The rung of each unit that a budget of stored bits pays for: greedily by error saved for each bit added.
+    """Choose each unit's rung within a budget of stored bits, greedily by error saved for each added bit.
 
     Raises:
-        ValueError: not even the lowest rungs fit.
+        ValueError: Not even the coarsest rungs fit.
     """
     taken = {unit: ladder[0] for unit, ladder in ladders.items()}
     left = budget - sum(rung.bits for rung in taken.values())

@@ -1,15 +1,15 @@
 """GPTQ: round a weight column by column, pushing each rounding error onto the columns not yet rounded.
 
-Source: Frantar et al., "GPTQ", ICLR 2023, algorithm 1. What differs:
+Source: Frantar et al., "GPTQ", ICLR 2023, algorithm 1. Differences:
 
 * Rounding `step` columns jointly is the same elimination on blocks of the Cholesky factor, so vector formats need no code
   of their own.
-* Grids are fitted once, to the original weight with the Hessian's diagonal as importance, and stay fixed while columns are
-  visited in the order of that diagonal ("static" act-order): nothing about the order has to be stored. Or scales are chosen
-  when the sweep reaches their group; groups are then visited whole (group-aware reordering, arXiv 2505.14638).
-* A channel that no calibration token used is rounded to nearest. The original zeroes it, which changes the model on other
-  text.
-* The Hessian is factorised in fp32, and again in fp64 if the factor shows it to be ill-conditioned.
+* By default grids are fitted once, to the original weight with the Hessian's diagonal as importance. They are then fixed
+  while columns are visited in the order of that diagonal ("static" act-order), so the order need not be stored.
+* Optionally, scales are chosen when the sweep reaches their group. The columns of a group are then visited one after the
+  other (group-aware reordering, arXiv 2505.14638).
+* A channel that no calibration token used is rounded to nearest. The paper zeroes it, which changes the model on other text.
+* The Hessian is factorised in fp32, and again in fp64 if the factor shows that it is ill-conditioned.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -31,12 +31,12 @@ from compressor.pipeline.calibration.stats import Hessian, Mismatch, strips
 from compressor.pipeline.contract import Accumulator, Outcome, PairedAccumulator, Stats
 from compressor.recipe.registry import node
 
-CONDITION_FP32 = 1e3  # largest to smallest pivot of a factor that fp32 is trusted with
+CONDITION_FP32 = 1e3  # largest ratio of pivots at which an fp32 factor is trusted
 MAX_DAMP = 1.0
 
 
 class SingularHessianError(ArithmeticError):
-    """No damping that was tried makes the Hessian positive definite."""
+    """The Hessian is not positive definite with any damping tried."""
 
 
 @node
@@ -44,15 +44,16 @@ class GPTQ(WeightRounding):
     """Round every layer with error feedback.
 
     Args:
-        damp: Added to the diagonal of the Hessian, as a fraction of its mean. Raised, with a warning, until the
-            Hessian can be factorised. Of several, each layer takes the one with the least loss.
+        damp: Damping added to the diagonal of the Hessian, as a fraction of its mean. It is raised, with a warning, until
+            the Hessian can be factorised. Of several values, each layer uses the one with the lowest loss.
         act_order: Round the input channels with the largest second moment first.
-        static_groups: Choose scales before, from the weight as it was; False chooses a group's when it is reached, from the
-            weights as they are then. Worth 6 % of KL with NVFP4, nothing where measured with groups of 32 and more.
-        refine: Sweeps of coordinate descent over scales and codes that follow.
-        asymmetric_calibration: How far weights are moved towards making up for what the compression of earlier layers did to
-            their inputs: 0 not at all, 1 as far as it can be made up for. 0.5 loses least where measured, 3 to 5 % less KL
-            than 0, but takes 1.7 times as long: it sends two streams through the model.
+        static_groups: Choose all scales in advance, from the original weight. False chooses the scales of a group when it
+            is reached, from its updated weights. That lowers KL by 6 % with NVFP4, and made no difference in measurements
+            with groups of 32 and more.
+        refine: Number of sweeps of coordinate descent over scales and codes afterwards.
+        asymmetric_calibration: Strength, from 0 to 1, of the correction of weights for the errors that earlier compressed
+            layers cause in their inputs. 0 is none, 1 the full correction. 0.5 measured best: KL 3 to 5 % lower than with
+            0. It takes 1.7 times as long, because two streams run through the model.
     """
 
     damp: float | tuple[float, ...] = 0.01
@@ -99,11 +100,11 @@ class GPTQ(WeightRounding):
             )
             edits[layer.name], loss = min(tried, key=lambda found: found[1])
             errors[layer.name] = loss / max(output_energy(layer.w_OI, layer.h_II), 1e-30)
-            del layer  # the next tap may be the widest
+            del layer  # free memory first: the next tap may be the widest
         return Outcome(edits, errors, tuple(warnings))
 
     def layers_of(self, block: Block, stats: Stats, names: Iterable[str], warnings: list[str]) -> Iterator["Layer"]:
-        """Yield the layers to round, one after the other. Layers that read the same input follow each other."""
+        """Yield the layers to round. Layers with the same input follow each other."""
         for layers in stats.taps(names):
             where = f"{block.prefix}.{layers[0]}"
             h_II, tokens = stats[layers[0], Hessian].value, stats[layers[0], Hessian].count
@@ -119,7 +120,7 @@ class GPTQ(WeightRounding):
             del h_II, factor
 
     def solve(self, w_OI: Tensor, fmt: Format, h_II: Tensor, factor: "Factors", damp: float) -> tuple[QuantizedTensor, float]:
-        """A weight in a format, and its loss tr((W - Q) H (W - Q)ᵀ), without damping."""
+        """Return a weight rounded to a format, and its loss tr((W - Q) H (W - Q)ᵀ), without damping."""
         grid = fmt.fit(w_OI, h_II.diagonal(), search=self.search)
         late = not self.static_groups
         codes, _, grid = gptq(w_OI, factor(damp, grid.width if late else 1), grid, static_groups=not late, search=self.search)
@@ -128,7 +129,7 @@ class GPTQ(WeightRounding):
         return grid.pack(codes), output_energy(w_OI - grid.decode(codes, 0), h_II)
 
     def refined(self, w_OI: Tensor, h_II: Tensor, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-        """Codes on a grid whose loss is not above that of the given ones."""
+        """Return codes and a grid whose loss is at most that of the given ones."""
         if not isinstance(grid, Rescalable):
             raise RecipeError("gptq: scales of this format cannot be changed one by one; use `refine: 0`, or `vptq` for vq")
         return refined(w_OI, h_II, codes, grid, sweeps=self.refine)
@@ -136,32 +137,39 @@ class GPTQ(WeightRounding):
 
 @dataclass(frozen=True)
 class Factor:
-    """A Hessian made ready for elimination."""
+    """A Hessian factorised for elimination."""
 
     u_II: Tensor  # fp32, upper: inverse(H + damping) = UᵀU, rows and columns in visiting order
     order_I: Tensor  # the input channels in visiting order
     damp: float  # the damping that was needed
 
 
-Factors = Callable[[float, int], Factor]  # of a damping and a width
+Factors = Callable[[float, int], Factor]  # damping, width of the groups kept together -> factor
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that is to be rounded."""
+    """A weight to round."""
 
     name: str
     w_OI: Tensor  # fp32
     h_II: Tensor  # second moment of its input, fp32
-    factor: Factors  # of that
-    factors_of: Callable[[Tensor], Factors]  # of another second moment of the same tokens
+    factor: Factors  # factors of `h_II`
+    factors_of: Callable[[Tensor], Factors]  # makes the factors of another second moment of the same tokens
 
 
 def factors_of(where: str, tokens: int, warnings: list[str], h_II: Tensor, *, act_order: bool) -> Factors:
-    """The Hessian of some calibration tokens, ready for elimination with a damping, and groups of a width kept whole.
+    """Return a function that factorises a Hessian for a damping and a width of groups to keep together. Results are cached.
+
+    Args:
+        where: Name of the layer, for messages.
+        tokens: Number of calibration tokens, for messages.
+        warnings: List to which a warning is added if the damping has to be raised.
+        h_II: Second moment of the layer's input, fp32; not modified.
+        act_order: Visit channels with the largest second moment first.
 
     Raises:
-        CalibrationError: (also by the function) it is not finite, or cannot be factorised.
+        CalibrationError: (also by the returned function) the Hessian is not finite, or cannot be factorised.
     """
     if not torch.isfinite(h_II.diagonal()).all():
         raise CalibrationError(f"{where}: its inputs overflow on the calibration text; compute with --dtype float32")
@@ -184,17 +192,17 @@ def factors_of(where: str, tokens: int, warnings: list[str], h_II: Tensor, *, ac
 
 @torch.no_grad()
 def factorise(h_II: Tensor, *, damp: float = 0.01, act_order: bool = True, step: int = 1, group: int = 1) -> Factor:
-    """Upper Cholesky factor of the inverse of a damped Hessian.
+    """Compute the upper Cholesky factor of the inverse of a damped Hessian.
 
     Args:
         h_II: Second moment of the layer's input, fp32; not modified.
-        damp: Added to the diagonal, as a fraction of its mean; raised tenfold as often as needed, up to 1.
+        damp: Damping added to the diagonal, as a fraction of its mean. It is raised tenfold as often as needed, up to 1.
         act_order: Visit channels with the largest second moment first, in runs of `step`.
-        step: Adjacent channels that stay together.
-        group: Adjacent channels, a multiple of `step`, that are visited one run after the other.
+        step: Number of adjacent channels that are rounded together.
+        group: Number of adjacent channels, a multiple of `step`, whose runs are visited one after the other.
 
     Raises:
-        SingularHessianError: not positive definite with any damping tried.
+        SingularHessianError: The Hessian is not positive definite with any damping tried.
     """
     diagonal = h_II.diagonal()
     dead = diagonal <= 0
@@ -213,7 +221,7 @@ def factorise(h_II: Tensor, *, damp: float = 0.01, act_order: bool = True, step:
         for dtype in (torch.float32, torch.float64):
             u, sound = _inverse_factor(h, tried * mean, dtype)
             if sound:
-                # over the Hessian, which is not needed again
+                # overwrites the permuted Hessian, which is not needed again
                 return Factor(h.T.copy_(u), order, damp if tried == max(damp, 1e-12) else tried)
         if tried >= MAX_DAMP:
             raise SingularHessianError
@@ -221,7 +229,7 @@ def factorise(h_II: Tensor, *, damp: float = 0.01, act_order: bool = True, step:
 
 
 def _inverse_factor(h_II: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """The upper factor, and whether arithmetic in this dtype was good enough for it."""
+    """Return the upper factor, and whether this dtype was precise enough for it."""
     work_II = h_II.to(dtype, copy=True)
     work_II.diagonal().add_(damping)
     work_II = work_II.T  # symmetric, and now in LAPACK's column order: each step below replaces its argument
@@ -239,27 +247,29 @@ def _inverse_factor(h_II: Tensor, damping: float, dtype: torch.dtype) -> tuple[T
 def gptq(
     w_OI: Tensor, factor: Factor, grid: Grid, *, static_groups: bool = True, search: bool = True, lazy: int = 128
 ) -> tuple[Tensor, float, Grid]:
-    """Codes on `grid` whose values Q keep tr((W - Q) H (W - Q)ᵀ) small, H being the damped Hessian of `factor`.
+    """Round a weight to codes whose values Q keep tr((W - Q) H (W - Q)ᵀ) small. H is the damped Hessian of `factor`.
 
     Args:
         w_OI: Weight, any float dtype; not modified.
         factor: Factor of the Hessian of the layer's input.
         grid: The format fitted to `w_OI`.
-        static_groups: Leave the grid as it is but for columns that share no scale with others; False fits every group anew
-            when it is reached, to what has become of its columns. The factor's order has to keep groups whole.
-        search: How they are fitted anew, as of `Format.fit`.
-        lazy: Columns whose errors are collected before the rest of W is updated; affects speed only.
+        static_groups: Keep the grid fixed, except for columns that share no scale with others. False refits every group
+            when it is reached, to its updated columns. The factor's order must then keep groups together.
+        search: Choose refitted scales by least error, as in `Format.fit`.
+        lazy: Number of columns whose errors are collected before the rest of W is updated; affects speed only.
 
     Returns:
-        Codes [O, I / grid.step] in the original column order; the loss above: the squared errors, each in units of its pivot,
-        add up to it exactly; and the grid of the codes.
+        The codes [O, I / grid.step] in the original column order, the loss above, and the grid of the codes. The loss is
+        exactly the sum of the squared errors, each in units of its pivot.
     """
     order, step, u = factor.order_I, grid.step, factor.u_II
     late = not static_groups or grid.width == step
     unit = grid.width if late else step
     w_IO = w_OI.float().T[order].contiguous()  # a column of W is then contiguous
     n_in, lazy = len(w_IO), max(lazy // unit, 1) * unit if unit <= lazy else lazy // step * step
-    bounds = sorted({*range(0, n_in, lazy), *range(0, n_in, max(unit, lazy)), n_in})  # a unit's columns are up to date there
+    bounds = sorted(
+        {*range(0, n_in, lazy), *range(0, n_in, max(unit, lazy)), n_in}
+    )  # there the columns of a unit are up to date
     columns = order.tolist()
     codes: list[Tensor] = [torch.empty(0)] * (n_in // step)
     loss = torch.zeros((), dtype=torch.float64, device=w_IO.device)
@@ -268,7 +278,7 @@ def gptq(
         for c in range(lo, hi, step):
             now, column = slice(c, c + step), columns[c]
             if late and c % unit == 0:
-                own = order[c : c + unit].argsort() + c  # in their own order, each as important as its pivot makes it
+                own = order[c : c + unit].argsort() + c  # in original order; the pivot gives the importance
                 grid = grid.refit(w_IO[own].T, min(columns[c : c + unit]), u.diagonal()[own] ** -2, search=search)
             code = grid.round(w_IO[now].T, column)
             missed = w_IO[now] - grid.decode(code, column).T
@@ -283,15 +293,15 @@ def gptq(
 
 @torch.no_grad()
 def correction(w_OI: Tensor, mismatch_II: Tensor, factor: Factor) -> Tensor:
-    """Return what to add to a weight so that its output on the compressed model's input comes nearest to its dense output.
+    """Return the correction C to a weight that brings its output on the compressed model's input nearest to its dense output.
 
-    The minimum of |(W + C) x - W x_dense|² + damping |C|², averaged over tokens, is at C = W M (H + damping)⁻¹, M being the
-    mean of (x_dense - x) xᵀ. GPTQ of W + C then minimises the loss against dense activations exactly, in blocks of any size.
-    Source of the objective: Li et al., "GPTAQ", ICML 2025, which instead adds to each column what the ones before it missed.
+    C = W M (H + damping)⁻¹ minimises |(W + C) x - W x_dense|² + damping |C|², averaged over tokens. M is the mean of
+    (x_dense - x) xᵀ. GPTQ of W + C then minimises the loss against dense activations exactly, in blocks of any size.
+    Source of the objective: Li et al., "GPTAQ", ICML 2025, which instead corrects each column for the error of those before.
 
     Args:
         w_OI: Weight, fp32.
-        mismatch_II: M, fp32.
+        mismatch_II: The mean M above, fp32.
         factor: Factor of the Hessian of the layer's input.
     """
     order, u = factor.order_I, factor.u_II
@@ -300,9 +310,9 @@ def correction(w_OI: Tensor, mismatch_II: Tensor, factor: Factor) -> Tensor:
 
 
 def output_energy(w_OI: Tensor, h_II: Tensor) -> float:
-    """tr(W H Wᵀ), the mean squared norm of the layer's output: what a loss is relative to."""
+    """Return tr(W H Wᵀ), the mean squared norm of the layer's output, to which losses are relative."""
     energy = 0.0
-    for rows in strips(len(h_II)):  # of the upper triangle; what lies right of the diagonal's square counts twice
+    for rows in strips(len(h_II)):  # of the upper triangle: entries right of the diagonal block count twice
         seen_OI = (w_OI[:, rows] @ h_II[rows, rows.start :]).mul_(w_OI[:, rows.start :])
         inside, all_ = (part.sum(1).double().sum() for part in (seen_OI[:, : rows.stop - rows.start], seen_OI))
         energy += float(2 * all_ - inside)

@@ -1,15 +1,15 @@
 """Half-quadratic fit: scales and zero points that keep sum |w - s (q - z)|^p small, from the weights alone.
 
-For a given p the sum is minimised by turns: codes are rounded to nearest; then, each error weighted by |error|^(p - 2), the
-scale is a weighted least-squares fit; zero points, where they are stored, try their neighbours. What is best so far is kept.
+For a given p the sum is minimised by alternation. Codes are rounded to nearest. Then the scale is fitted by least squares,
+each error weighted by |error|^(p - 2). Zero points, where stored, try their neighbours. The best result so far is kept.
 
-Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (HQQ), 2023. What differs:
+Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (HQQ), 2023. Differences:
 
-* The multiplicative form of half-quadratic splitting (Geman and Reynolds, 1992), where HQQ takes the additive one: no penalty
-  has to grow, and for p up to 2 each fit of a scale cannot raise the sum of its codes.
-* Scales are fitted and zero points are integers, as our formats store them; HQQ keeps scales and moves fp16 zero points.
-* The start is the least squared error that the search finds, and p is 2.4: below 2 large weights are given up for the
-  many small ones, which costs KL divergence at every width that was measured (recipes/int4-data-free.yaml).
+* Half-quadratic splitting in the multiplicative form (Geman and Reynolds, 1992); HQQ uses the additive one. No penalty has
+  to grow, and for p up to 2 a fit of the scale cannot raise the sum for the codes it is fitted to.
+* Scales are fitted and zero points are integers, as our formats store them. HQQ keeps scales and moves fp16 zero points.
+* The start is the least squared error that the search finds, and p is 2.4. A p below 2 sacrifices large weights to the many
+  small ones, which costs KL divergence at every width that was measured (recipes/int4-data-free.yaml).
 
 Shape suffixes: O out_features, I in_features, G groups in a row, E elements of a group.
 """
@@ -29,16 +29,16 @@ from compressor.passes.quantize.rounding import WeightRounding, rounded
 from compressor.pipeline.contract import Accumulator, Outcome, Stats
 from compressor.recipe.registry import node
 
-NEGLIGIBLE = 1e-3  # errors below this share of a scale weigh like this one
+NEGLIGIBLE = 1e-3  # errors below this fraction of a scale are weighted as if they were this large
 
 
 @node
 class HQQ(WeightRounding):
-    """Round to nearest on grids whose p-norm error was minimised; no calibration.
+    """Round to nearest on grids fitted for the least p-norm error; no calibration.
 
     Args:
-        norm: p.
-        steps: Rounds of improvement at most.
+        norm: Exponent p.
+        steps: Maximum number of rounds of improvement.
     """
 
     norm: float = 2.4
@@ -56,7 +56,7 @@ class HQQ(WeightRounding):
         return rounded(block, self.formats(block, stats, choice), self.fit)
 
     def fit(self, fmt: Format, w_OI: Tensor) -> IntGrid:
-        """The grid of a format for a weight, fp32 [O, I]."""
+        """Return the grid of a format fitted to a weight, fp32 [O, I]."""
         grid = fmt.fit(w_OI, search=self.search)
         if not isinstance(grid, IntGrid):
             raise RecipeError(f"{fmt.label}: this format has no scales of integers to fit; use `rtn`, or another format")
@@ -64,13 +64,13 @@ class HQQ(WeightRounding):
 
 
 def half_quadratic(w_OI: Tensor, grid: IntGrid, *, norm: float, steps: int) -> IntGrid:
-    """A grid whose error in the p-norm is at most that of the given one, in every group.
+    """Improve a grid: the p-norm error does not rise in any group.
 
     Args:
         w_OI: Weight, fp32; not modified.
-        grid: Fitted to it: the start.
-        norm: p.
-        steps: Rounds at most; ends before if no group gains.
+        grid: Grid fitted to the weight, as the start.
+        norm: Exponent p.
+        steps: Maximum number of rounds. It stops early when no group improves.
     """
     columns, count = w_OI.shape[1], grid.scale_OG.shape[1]
     rows = max(1, AT_ONCE // columns)
@@ -82,15 +82,15 @@ def half_quadratic(w_OI: Tensor, grid: IntGrid, *, norm: float, steps: int) -> I
 
 @dataclass(frozen=True)
 class _Groups:
-    """Some rows of a weight. Errors are in units of the first scale, so that no power of them leaves fp32."""
+    """Some rows of a weight. Errors are in units of the first scale, so that their powers do not overflow fp32."""
 
     w_OGE: Tensor
-    first_OG: Tensor  # the scale that the grid came with
+    first_OG: Tensor  # the scale of the initial grid
     grid: IntGrid
     norm: float
 
     def improve(self, zero: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-        """The best scale and zero point [O, G] found in so many rounds."""
+        """Return the best scale and zero point [O, G] found within `steps` rounds."""
         scale = self.first_OG
         least = self._loss(scale, zero)
         for _ in range(steps):
@@ -108,7 +108,7 @@ class _Groups:
         return scale, zero
 
     def _rounded(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes less their zero point, and errors [O, G, E]."""
+        """Return codes minus their zero point, and errors [O, G, E]."""
         top = 2**self.grid.bits - 1
         steps = (self.w_OGE / scale[..., None]).add_(zero[..., None]).round_().clamp_(0, top).sub_(zero[..., None])
         return steps, (self.w_OGE - steps * scale[..., None]).div_(self.first_OG[..., None])
@@ -117,7 +117,7 @@ class _Groups:
         return self._rounded(scale, zero)[1].abs_().pow_(self.norm).sum(-1)
 
     def _refit(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """The scale, as it is stored, that fits best the codes that the given one leads to."""
+        """Return the stored-precision scale that fits best the codes that the given scale produces."""
         steps, error = self._rounded(scale, zero)
         weighted = error.abs_().clamp_(min=NEGLIGIBLE).pow_(self.norm - 2).mul_(steps)
         energy = (weighted * steps).sum(-1)

@@ -1,7 +1,7 @@
-"""Scales for a key-value cache of 8 bits, from the largest key and value of each block on the calibration text.
+"""Scales for an 8-bit key-value cache, from the largest key and value of each block on the calibration text.
 
-Put it behind the passes that change weights: keys and values are then those of the compressed model. What is rounded, and who
-reads it, is in compressor/model/surgery/kv_cache.py.
+List it after the passes that change weights, so that keys and values are those of the compressed model. For what is rounded
+and which runtimes support it, see compressor/model/surgery/kv_cache.py.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,10 @@ from compressor.recipe.registry import node
 
 @node
 class KVCache(Pass):
-    """Round keys and values of the cache by scales from calibration.
+    """Round cached keys and values, with scales from calibration.
 
     Args:
-        dtype: Numbers of the cache: fp8 (E4M3), which vLLM stores, or int8.
+        dtype: Number format of the cache: fp8 (E4M3), which vLLM supports, or int8.
     """
 
     dtype: Literal["fp8", "int8"] = "fp8"
@@ -30,14 +30,14 @@ class KVCache(Pass):
 
     @property
     def offers(self) -> tuple[CacheRounding, ...]:
-        """The one that `dtype` names."""
+        """Return the rounding that `dtype` names."""
         return (CacheRounding(kv_cache=self.dtype),)
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """The attention modules of a block; no layer is rewritten.
+        """Return the attention modules of a block, without layers, because no weight changes.
 
         Raises:
-            RecipeError: none whose keys and values can be got at.
+            RecipeError: The block has no attention whose keys and values are accessible.
         """
         names = attentions(block.module)
         if not names:

@@ -1,10 +1,10 @@
 """Coordinate descent after GPTQ: one scale or one code at a time is set to the best value that can be stored.
 
-The loss tr((W - Q) H (W - Q)ᵀ) is quadratic in any single scale and in any single code, so the value nearest to the minimum
-is the best: no step raises the loss. GPTQ cannot take back a code once later columns have moved; these sweeps can.
+The loss tr((W - Q) H (W - Q)ᵀ) is quadratic in any single scale and in any single code, so the storable value nearest to the
+minimum is the best, and no step raises the loss. GPTQ cannot revise a code once later columns have moved; these sweeps can.
 
-Source: our own; the scales of fixed codes by least squares are folklore, and the descent over codes is that of Nair and
-Suggala, "CDQuant", 2024.
+Source: our own. Scales of fixed codes by least squares are folklore; the descent over codes is that of Nair and Suggala,
+"CDQuant", 2024.
 
 Shape suffixes: O out_features, I in_features, C adjacent columns.
 """
@@ -18,22 +18,22 @@ from compressor.formats.base import Rescalable
 
 AT_ONCE = 128  # columns whose changes are collected before the rest of the gradient is updated; affects speed only
 
-Step = Callable[[int, Tensor, Tensor], Tensor]  # first column, slopes [C, O], Hessian [C, C] -> change of the values [O, C]
+Step = Callable[[int, Tensor, Tensor], Tensor]  # first column, slopes [C, O], Hessian [C, C] -> change of values [O, C]
 
 
 @torch.no_grad()
 def refined(w_OI: Tensor, h_II: Tensor, codes: Tensor, grid: Rescalable, *, sweeps: int) -> tuple[Tensor, Rescalable]:
-    """Codes and scales whose loss is not above that of the given ones.
+    """Improve codes and scales. The loss does not rise.
 
     Args:
         w_OI: Weight, fp32; not modified.
         h_II: Second moment of the layer's input, fp32; not modified.
-        codes: [O, I], to start from; not modified.
-        grid: Grid that the codes are on.
-        sweeps: Over all scales, then over all codes.
+        codes: Initial codes [O, I]; not modified.
+        grid: Grid of the codes.
+        sweeps: Number of sweeps, each over all scales, then over all codes.
     """
     codes = codes.clone()
-    slope_IO = h_II @ (w_OI - grid.decode(codes, 0)).T  # minus half the gradient by the values
+    slope_IO = h_II @ (w_OI - grid.decode(codes, 0)).T  # minus half the gradient with respect to the values
 
     def rescale(column: int, slope_CO: Tensor, h_CC: Tensor) -> Tensor:
         nonlocal grid
@@ -45,7 +45,7 @@ def refined(w_OI: Tensor, h_II: Tensor, codes: Tensor, grid: Rescalable, *, swee
     def recode(column: int, slope_CO: Tensor, h_CC: Tensor) -> Tensor:
         now = codes[:, column : column + 1]
         values = grid.decode(now, column)
-        if h_CC > 0:  # an input that no token has used may be anything: its code stays
+        if h_CC > 0:  # no token used this input: keep its code
             now.copy_(grid.round(values + slope_CO.T / h_CC, column))
         return grid.decode(now, column) - values
 

@@ -1,4 +1,4 @@
-"""Base class of passes that round weights: the formats on offer and the layers they are for."""
+"""Base class of passes that round weights: the formats on offer and the layers to round."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
@@ -17,13 +17,13 @@ from compressor.recipe.registry import named, node
 
 @node
 class WeightRounding(Pass):
-    """Fields of every rounding pass.
+    """Base class of passes that round weights.
 
     Args:
-        options: The formats on offer; more than one leaves the choice to the plan.
-        layers: Patterns of layer names to work on (`*.down_proj`, or `re:` and a regular expression).
-        ignore: Patterns of layer names to leave as they are.
-        search: Choose scales by least error; False takes them from the range of the weights.
+        options: Formats on offer. With more than one, the plan chooses.
+        layers: Patterns of layer names to round (`*.down_proj`, or `re:` and a regular expression).
+        ignore: Patterns of layer names not to round.
+        search: Choose scales by least error. False derives them from the range of the weights.
     """
 
     options: tuple[Annotated[Format, named("format")], ...]
@@ -43,15 +43,15 @@ class WeightRounding(Pass):
 
     @property
     def looks(self) -> tuple[type[Accumulator], ...]:
-        """Return the statistics of layers' inputs that are needed because of how some option rounds them."""
+        """Return the statistics of layer inputs that options with static rounding of inputs need."""
         return (Spread,) if any(isinstance(fmt, Contextual) and fmt.static_inputs for fmt in self.options) else ()
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """Units of a block: layers that are fused when served are stored alike."""
+        """Return the units of a block. Layers that are fused when served form one unit, since they need the same format."""
         return units(block, self.layers, self.ignore)
 
     def formats(self, block: Block, stats: Stats, choice: Mapping[str, Format | OneOf]) -> dict[str, tuple[Format, ...]]:
-        """The formats that each layer of the chosen units may have: one, unless the pass chooses by itself."""
+        """Return the formats on offer for each layer of the chosen units: one, unless the pass chooses itself."""
         units = self.units(block)
         found: dict[str, tuple[Format, ...]] = {}
         for unit, option in choice.items():
@@ -61,13 +61,13 @@ class WeightRounding(Pass):
 
 
 def units(block: Block, layers: Sequence[str], ignore: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-    """The layers that some patterns name and others do not, those together that are fused when served."""
+    """Return the layers that match `layers` but not `ignore`, grouped by what is fused when served."""
     full = {name: f"{block.prefix}.{name}" for name in block.layers}
     return fused_groups(name for name in block.layers if matches(full[name], layers) and not matches(full[name], ignore))
 
 
 def _within(fmt: Format, block: Block, stats: Stats, layers: Sequence[str]) -> Format:
-    """A format for layers that are fused."""
+    """Return a format adapted to fused layers: to their largest weight and, if needed, their input."""
     if not isinstance(fmt, Contextual):
         return fmt
     weights = [block.weight(name) for name in layers]
@@ -82,11 +82,12 @@ def rounded(block: Block, formats: Mapping[str, tuple[Format, ...]], fit: Callab
     """Round layers to the nearest values of their grids.
 
     Args:
-        block: Holds the layers.
-        formats: One for each layer.
-        fit: Makes the grid of a format for a weight, fp32 [O, I].
+        block: Block with the layers.
+        formats: One format for each layer.
+        fit: Function that fits the grid of a format to a weight, fp32 [O, I].
 
-    Returns: errors are relative to the weights.
+    Returns:
+        The packed weights, with errors relative to the weights.
     """
     edits, errors = {}, {}
     for name, (fmt,) in formats.items():
@@ -98,6 +99,6 @@ def rounded(block: Block, formats: Mapping[str, tuple[Format, ...]], fit: Callab
 
 
 def relative(missed: Tensor, weight: Tensor) -> float:
-    """Squared norm of an error over that of what it is an error of; zero for an all-zero weight."""
+    """Return the squared norm of an error relative to that of the weight; zero for an all-zero weight."""
     part, whole = (float(torch.linalg.vector_norm(rows, dim=1).double().square().sum()) for rows in (missed, weight))
     return part / whole if whole else 0.0

@@ -1,11 +1,11 @@
-"""Reduce a layer to what codebooks of vectors have to hold: its norms and its dense channels are taken out first.
+"""Reduce a layer to the part that vector codebooks store: first its norms and its dense channels are separated.
 
 Norms are a change of variables: W = V diag(n) has the loss of V with the second moment diag(n) H diag(n).
 
-Dense channels D can always be set to what is best for the others R. What is left for these is the loss with the Schur
-complement H_RR - H_RD H_DD⁻¹ H_DR, and the best are W_D + (W_R - Q_R) H_RD H_DD⁻¹.
+Dense channels D can always be set to the optimum given the others R, which is W_D + (W_R - Q_R) H_RD H_DD⁻¹. The loss of R
+is then that with the Schur complement H_RR - H_RD H_DD⁻¹ H_DR as second moment.
 
-Shape suffixes: O out_features, I in_features, R channels that are rounded, D that are dense.
+Shape suffixes: O out_features, I in_features, R rounded channels, D dense channels.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from compressor.formats.numerics.codes import others
 from compressor.formats.vq import VQ, VectorGrid
 from compressor.passes.quantize.gptq import Factors, Layer, output_energy
 
-LEAST = 1e-8  # of the largest norm: a column of zeros has one, too
+LEAST = 1e-8  # lower limit of a norm, relative to the largest: a column of zeros must not get norm 0
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A weight for a grid of vectors."""
+    """A weight to round to a grid of vectors."""
 
     w_OI: Tensor  # fp32, without norms and dense channels
-    h_II: Tensor  # fp32, to match, in units that make the losses of several layers comparable
-    factor: Factors  # of it, but for its unit
-    norm: Tensor | None  # fp32, numbers that bf16 holds
-    channels_D: Tensor | None  # int32, those that are dense
-    dense: Callable[[Tensor], Tensor]  # from the values of the others, [O, R], with norms, to theirs, [O, D]
+    h_II: Tensor  # second moment to match, fp32, scaled so that the losses of several layers are comparable
+    factor: Factors  # factors of `h_II`, up to its scale
+    norm: Tensor | None  # fp32, values representable in bf16
+    channels_D: Tensor | None  # indices of the dense channels, int32
+    dense: Callable[[Tensor], Tensor]  # values of the other channels [O, R], norms included -> dense channels [O, D]
 
     def packed(self, grid: VectorGrid, codes: Tensor) -> QuantizedTensor:
         """Return the packed weight."""
@@ -48,12 +48,12 @@ class Problem:
 
 @torch.no_grad()
 def reduced(layer: Layer, fmt: VQ, damp: float) -> Problem:
-    """Take norms and dense channels out of a layer, and return the rest.
+    """Separate norms and dense channels from a layer, and return the rest.
 
     Args:
         layer: Weight, and second moment of its input.
-        fmt: Says which norms there are, and how many channels are dense: those with the largest second moments.
-        damp: Added to the diagonal of H_DD, as a fraction of its mean.
+        fmt: Format, which defines the norms and the number of dense channels: those with the largest second moments.
+        damp: Damping added to the diagonal of H_DD, as a fraction of its mean.
     """
     w_OI, h_II, count = layer.w_OI, layer.h_II, fmt.dense_channels(layer.w_OI.shape[1])
     channels_D: Tensor | None = None
@@ -64,15 +64,15 @@ def reduced(layer: Layer, fmt: VQ, damp: float) -> Problem:
     norm = _norm(w_OI, h_II, fmt)
     if norm is not None:
         w_OI, h_II = w_OI / norm, h_II * norm * norm.expand(len(h_II))[:, None]
-    if fmt.norm != "none":  # layers may share codebooks: each counts by what part of its output is lost
+    if fmt.norm != "none":  # layers may share codebooks: weigh each by its relative output error
         h_II = h_II / max(output_energy(w_OI, h_II), 1e-30)
-    alone = not count and fmt.norm != "channel"  # then the factor is that of the layer's input
+    alone = not count and fmt.norm != "channel"  # then the factor of the layer's input can be reused
     factor = layer.factor if alone else layer.factors_of(h_II)
     return Problem(w_OI, h_II, factor, norm, None if channels_D is None else channels_D.int(), dense)
 
 
 def _norm(w_OI: Tensor, h_II: Tensor, fmt: VQ) -> Tensor | None:
-    """Root mean squares, of a layer with its input channels weighed by their second moments."""
+    """Return root mean squares of the weight: [I] per channel, or [1] per layer, weighted by the channels' second moments."""
     if fmt.norm == "none":
         return None
     if fmt.norm == "channel":
@@ -88,7 +88,7 @@ def _norm(w_OI: Tensor, h_II: Tensor, fmt: VQ) -> Tensor | None:
 def _without(
     w_OI: Tensor, h_II: Tensor, channels_D: Tensor, damp: float
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Weight and second moment of the channels that are not dense, and what the dense ones become, given these' values."""
+    """Return weight and second moment of the channels that are not dense, and a function from their values to the dense ones."""
     rest_R = others(channels_D, len(h_II))
     h_DD = h_II[channels_D][:, channels_D].double()
     h_DD.diagonal().add_(max(damp, 1e-6) * float(h_DD.diagonal().mean()) + 1e-30)

@@ -1,15 +1,15 @@
-"""VPTQ: GPTQ for vectors of output channels, whose codebooks and indices are then improved in turns.
+"""VPTQ: GPTQ for vectors of output channels, followed by alternating updates of codebooks and indices.
 
-Within an input channel all directions count alike, so that the entry nearest to a vector is the best, and error feedback goes
-from input channel to input channel as in GPTQ: its core does it.
+Within an input channel the loss weighs all directions alike, so the entry nearest to a vector is the best. Error feedback
+runs from input channel to input channel, with the code of GPTQ.
 
-Source: Liu et al., "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models", EMNLP 2024. What
-differs:
+Source: Liu et al., "VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models", EMNLP 2024.
+Differences:
 
-* Entry and residual are chosen together, for the few nearest entries.
-* Afterwards, in turns, all entries of the codebooks are set to the least squares solution of the layers' objective, and each
-  index to the best given the others. No step raises the loss.
-* Channels that are kept dense make up for the others' errors: compressor/passes/quantize/vectors.py.
+* Entry and residual are chosen jointly, among the few nearest entries.
+* Afterwards two updates alternate. All codebook entries are set to the least squares solution of the layers' objective, then
+  each index to the best one given the others. No update raises the loss.
+* Dense channels compensate for the errors of the others: compressor/passes/quantize/vectors.py.
 
 Shape suffixes: O out_features, I in_features, V vectors in a column, D their length, K entries of both codebooks.
 """
@@ -31,21 +31,21 @@ from compressor.passes.quantize.vectors import Problem, reduced
 from compressor.pipeline.contract import Notes, Outcome, Stats
 from compressor.recipe.registry import node
 
-STEPS = 10  # of conjugate gradients, each a product of the weight's size with the Hessian
-SOLVED = 1e-10  # of the first squared residual
+STEPS = 10  # of conjugate gradients; each multiplies a matrix of the weight's size by the Hessian
+SOLVED = 1e-10  # squared residual at which to stop, relative to the first
 Share = Literal["layer", "fused", "block"]
 
 
 @node
 class VPTQ(GPTQ):
-    """Vector quantization with error feedback: fields as of `gptq`, formats `vq`.
+    """Vector quantization with error feedback, for `vq` formats. Other fields are those of `gptq`.
 
     Args:
-        refine: Turns of least squares over codebooks and of a sweep over indices.
-        budget: Bits that a weight of a layer may take, its codebooks counted: of several options, each layer gets the one
-            with the most bits of index that keeps to it, and of these the one with the largest codebooks.
-        share: Layers that have codebooks in common, fitted to all of them in turn: only a layer itself, those that are fused
-            when served, or all of a block. It is for layers so small that codebooks weigh much.
+        refine: Number of alternations of least squares over codebooks and a sweep over indices.
+        budget: Maximum number of bits per weight of a layer, including its codebooks. Of the options within it, each layer
+            gets one with the most index bits, and among those the one with the largest codebooks.
+        share: Layers that share codebooks: none (`layer`), those that are fused when served (`fused`), or all of a block
+            (`block`). Meant for layers so small that codebooks are a large part of their size.
     """
 
     budget: float | None = None
@@ -61,11 +61,15 @@ class VPTQ(GPTQ):
 
     @property
     def together(self) -> bool:
-        """Layers of a block that share codebooks are not divided among ranks: each comes to the same result."""
+        """Return whether every rank compresses all layers, with the same result: layers that share codebooks are not divided."""
         return self.share == "block"
 
     def pick(self, options: Sequence[VQ], block: Block, layers: Sequence[str]) -> VQ:
-        """The best of the options that keep to the budget. Raises ValueError if there is none."""
+        """Return the best option within the budget.
+
+        Raises:
+            ValueError: There is none, or `budget` is not set.
+        """
         if self.budget is None:
             raise ValueError(f"{len(options)} options and no `budget`; name one option, or the bits that a weight may take")
         if self.share == "block":
@@ -85,7 +89,7 @@ class VPTQ(GPTQ):
         return max(fitting, key=lambda fmt: (fmt.index_bits / fmt.vector, sizes[fmt]))
 
     def shared(self, block: Block, formats: Mapping[str, Format]) -> dict[str, Format]:
-        """The formats of layers once they share codebooks: the first one lends its own to others of the same format."""
+        """Return formats in which layers share codebooks: the first layer of a group lends its own to those of equal format."""
         unit_of = {name: unit for unit, names in self.units(block).items() for name in names}
         lenders: dict[object, str] = {}
         found: dict[str, Format] = {}
@@ -112,13 +116,17 @@ class VPTQ(GPTQ):
                 edits |= {name: packed for name, (packed, _) in best.items()}
                 errors |= {name: error for name, (_, error) in best.items()}
                 del waiting[lender[layer.name]]
-            del layer, group  # the next tap may be the widest
+            del layer, group  # free memory first: the next tap may be the widest
         return Outcome({name: edits[name] for name in formats}, errors, tuple(warnings))
 
     def solve_together(
         self, layers: Sequence[Layer], formats: Mapping[str, Format], damp: float, notes: Notes
     ) -> dict[str, tuple[QuantizedTensor, float]]:
-        """Layers that share codebooks, and the losses tr((W - Q) H (W - Q)ᵀ) without damping, relative to tr(W H Wᵀ)."""
+        """Round layers that share codebooks.
+
+        Returns:
+            Each layer's packed weight and loss tr((W - Q) H (W - Q)ᵀ), without damping, relative to tr(W H Wᵀ).
+        """
         formats_of = [fmt for fmt in (formats[layer.name] for layer in layers) if isinstance(fmt, VQ)]
         problems = [reduced(layer, fmt, damp) for layer, fmt in zip(layers, formats_of, strict=True)]
         solution = self.solution(problems, formats_of[0], damp, notes, f"{layers[0].name}.{damp:g}")
@@ -130,7 +138,7 @@ class VPTQ(GPTQ):
         return found
 
     def solution(self, problems: Sequence[Problem], fmt: VQ, damp: float, notes: Notes, key: str) -> "Solution":
-        """Codebooks and codes, from where an interrupted run has left them under a key."""
+        """Compute codebooks and codes. Progress is stored under a key, from which an interrupted run resumes."""
         found = Solution.read(notes.load(key), fmt)
         if found is None:
             found = Solution(self.first_books(problems, fmt))
@@ -147,7 +155,7 @@ class VPTQ(GPTQ):
         return found
 
     def first_books(self, problems: Sequence[Problem], fmt: VQ) -> VectorGrid:
-        """Codebooks by k-means of the vectors of all layers, each with the second moment of its input channel as weight."""
+        """Return codebooks by k-means of all layers' vectors, weighted by the second moments of their input channels."""
         x_ND = torch.cat([vectors(p.w_OI, fmt.vector) for p in problems])
         importance = [p.h_II.diagonal().expand(len(p.w_OI) // fmt.vector, -1).flatten() for p in problems]
         return fmt.books(x_ND, torch.cat(importance), search=self.search)
@@ -155,21 +163,21 @@ class VPTQ(GPTQ):
 
 @dataclass(frozen=True)
 class Solution:
-    """How far layers that share codebooks have come."""
+    """Progress of layers that share codebooks."""
 
     grid: VectorGrid
-    codes: tuple[Tensor, ...] = ()  # of the layers that error feedback has been through
-    turns: int = 0  # that are done
+    codes: tuple[Tensor, ...] = ()  # of the layers already rounded with error feedback
+    turns: int = 0  # number of refinements done
 
     def tensors(self) -> dict[str, Tensor]:
-        """As notes hold it."""
+        """Return the tensors to store in notes."""
         books = {"codebook": self.grid.codebook_KD, "turns": torch.tensor(self.turns)}
         residual = {} if self.grid.residual_KD is None else {"residual": self.grid.residual_KD}
         return {**books, **residual, **{f"codes.{i}": codes for i, codes in enumerate(self.codes)}}
 
     @staticmethod
     def read(tensors: Mapping[str, Tensor], fmt: VQ) -> "Solution | None":
-        """From notes; None if there are none."""
+        """Return the progress stored in notes, or None if there is none."""
         if not tensors:
             return None
         grid = VectorGrid(fmt, tensors["codebook"], tensors.get("residual"))
@@ -179,16 +187,16 @@ class Solution:
 
 @torch.no_grad()
 def solved(problems: Sequence[Problem], codes: Sequence[Tensor], grid: VectorGrid, steps: int = STEPS) -> VectorGrid:
-    """The grid with the codebooks that leave the least sum of tr((W - Q) H (W - Q)ᵀ) with given codes, as far as `steps` go.
+    """Refit codebooks to given codes: minimise the sum of tr((W - Q) H (W - Q)ᵀ) by some steps of conjugate gradients.
 
-    Conjugate gradients, preconditioned by the moments of the inputs that an entry meets. The loss falls apart into one for
-    each place in a vector, with one matrix for all.
+    The preconditioner is the sum of the second moments of the inputs that an entry is multiplied by. The loss separates into
+    one problem for each place in a vector, all with the same matrix.
 
     Args:
         problems: Weights and second moments.
-        codes: [V, I] of each.
-        grid: Grid that the codes are on. It is returned unchanged if its stored codebooks are no worse.
-        steps: Number of steps of conjugate gradients.
+        codes: Codes [V, I] of each problem.
+        grid: Grid of the codes. It is returned unchanged unless the new codebooks, as stored, lower the loss.
+        steps: Maximum number of steps of conjugate gradients.
     """
     maps = [linear_maps(own, grid) for own in codes]
     each = list(zip(problems, maps, strict=True))
@@ -202,7 +210,7 @@ def solved(problems: Sequence[Problem], codes: Sequence[Tensor], grid: VectorGri
     for _ in range(steps):
         scaled_KD = left_KD / scale_K1
         energies.append((left_KD.double() * scaled_KD).sum(0))
-        going_D = energies[-1] > SOLVED * energies[0]  # beyond, rounding errors are all that is left
+        going_D = energies[-1] > SOLVED * energies[0]  # below that, only rounding errors remain
         if not going_D.any():
             break
         if len(energies) > 1:
@@ -227,7 +235,7 @@ def entries(grid: VectorGrid) -> Tensor:
 
 
 def linear_maps(codes: Tensor, grid: VectorGrid) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """From entries to the weight [O, I] that they make, and the transpose of this map."""
+    """Return the linear map from entries [K, D] to the weight [O, I], and its transpose."""
     fmt = grid.format
     numbers = [(codes & 2**fmt.bits - 1).flatten()]
     if grid.residual_KD is not None:
@@ -251,14 +259,14 @@ def linear_maps(codes: Tensor, grid: VectorGrid) -> tuple[Callable[[Tensor], Ten
 
 @torch.no_grad()
 def recoded(w_OI: Tensor, h_II: Tensor, codes: Tensor, grid: VectorGrid) -> Tensor:
-    """Codes whose loss is not above that of the given ones: one input channel after the other, each vector's best."""
+    """Set each vector's code to the best one, one input channel after the other. The loss does not rise."""
     codes = codes.clone()
-    slope_IO = h_II @ (w_OI - grid.decode(codes, 0)).T  # minus half the gradient by the values
+    slope_IO = h_II @ (w_OI - grid.decode(codes, 0)).T  # minus half the gradient with respect to the values
 
     def recode(column: int, slope_CO: Tensor, h_CC: Tensor) -> Tensor:
         now = codes[:, column : column + 1]
         values = grid.decode(now, column)
-        if h_CC <= 0:  # an input that no token has used may be anything: its codes stay
+        if h_CC <= 0:  # no token used this input: keep its codes
             return torch.zeros_like(values)
         wanted = values + slope_CO.T / h_CC
         new = grid.round(wanted, column)
@@ -273,7 +281,7 @@ def recoded(w_OI: Tensor, h_II: Tensor, codes: Tensor, grid: VectorGrid) -> Tens
 
 
 def _lender(block: Block, name: str, fmt: Format) -> str:
-    """The layer of a block whose codebooks a layer has."""
+    """Return the layer of a block whose codebooks a layer uses."""
     assert isinstance(fmt, VQ)
     return fmt.lender.removeprefix(f"{block.prefix}.") or name
 

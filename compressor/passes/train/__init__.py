@@ -1,1 +1,1 @@
-"""Train what other passes rounded or left."""
+"""Passes that train what other passes rounded or kept."""

@@ -1,1 +1,1 @@
-"""Change weights so that they round better, with the model computing the same."""
+"""Passes that change weights so that they round with less error, while the model computes the same."""

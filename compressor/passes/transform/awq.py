@@ -2,14 +2,14 @@
 
     s_j = rms(x_j) ** alpha        alpha = 0, 0.05, … 0.95, whichever leaves the smallest error of the layers' outputs
 
-divides channel j of what linear layers read and multiplies column j of their weights; nothing is left to do at run time.
+divides channel j of the input of linear layers and multiplies column j of their weights. There is no cost at run time.
 
-Source: Lin et al., "AWQ", MLSys 2024, section 3.2. What differs:
+Source: Lin et al., "AWQ", MLSys 2024, section 3.2. Differences:
 
-* The error tr(E H Eᵀ) of the readers' outputs, H = XᵀX / T, is exact and needs no forward; the original tries every alpha on
-  the output of the attention, or of the MLP. Each reader counts relative to its own output.
-* The root mean square, which H holds, stands for the mean magnitude of a channel.
-* Heads of values that several query heads read are scaled too, by the mean over these.
+* The error tr(E H Eᵀ) of the readers' outputs, H = XᵀX / T, is exact and needs no forward pass. The paper tries every alpha
+  on the output of the attention, or of the MLP. The error of each reader is relative to its own output.
+* The root mean square, from the diagonal of H, replaces the mean magnitude of a channel.
+* Value heads shared by several query heads are scaled too, by the mean over these.
 * Clipping is left to the format's search for scales.
 
 Shape suffixes: I in_features of the readers, W channels of the writer, O out_features.
@@ -29,16 +29,16 @@ from compressor.pipeline.calibration.stats import Hessian
 from compressor.pipeline.contract import Accumulator, Stats
 from compressor.recipe.registry import named, node
 
-STEPS = 20  # of alpha
+STEPS = 20  # number of values of alpha
 
 
 @node
 class AWQ(Scaling):
-    """Scale channels so that rounding to a format costs least; a later pass does the rounding.
+    """Scale channels so that rounding to a format loses least. A later pass does the rounding.
 
     Args:
         format: Format that the weights will be rounded to.
-        search: Choose the format's scales by least error while trying, as the later pass does.
+        search: Choose the format's scales by least error in each trial, as the later pass does.
     """
 
     format: Annotated[Format, named("format")]
@@ -60,7 +60,7 @@ class AWQ(Scaling):
         return min((torch.exp(logarithm_W * (i / STEPS)) for i in range(STEPS)), key=cost)
 
     def _missed(self, w_OI: Tensor, s_I: Tensor) -> Tensor:
-        """The rounding error of a weight that is scaled while it is rounded."""
+        """Return the error of a weight that is scaled, rounded and scaled back."""
         scaled_OI = w_OI * s_I
         grid = self.format.fit(scaled_OI, search=self.search)
         return grid.decode(grid.round(scaled_OI, 0), 0).sub_(scaled_OI).div_(s_I)

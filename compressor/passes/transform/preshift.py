@@ -1,17 +1,18 @@
-"""Pre-shifted exponent bias: channels with small activations are multiplied by powers of two, so that one scale serves all.
+"""Pre-shifted exponent bias: channels with small activations are multiplied by powers of two, so that one scale suits all.
 
-Layers then read x_j 2^k_j, and their weights are W_:j 2^-k_j: the norm or the layer before takes the factors up, exactly, and
-nothing is left to do at run time. Meant for formats that round activations to floating-point numbers by one scale.
+Layers then read x_j 2^k_j, and their weights are W_:j 2^-k_j. The norm or the layer before absorbs the factors, exactly, so
+there is no cost at run time. Meant for formats that round activations to floating-point numbers with one scale.
 
-The scale a of the activations and the shifts are searched together. For each a, a channel takes the shift that costs least,
+The scale a of the activations and the shifts are searched jointly. For each a, a channel gets the shift of least cost,
 
     c_j(k) = |W_:j|^2 E|round(x_j 2^k, a) 2^-k - x_j|^2 + E[x_j^2] |round(W_:j 2^-k) 2^k - W_:j|^2
 
-the second part being what the shift takes from the weight, which is rounded afterwards; the a with the least sum is taken.
-Scales of the weights fit the shifts of the round before, in three rounds, of which the first looks at activations alone.
+where the second term is the precision that the weight, rounded afterwards, loses by the shift. The a with the least sum is
+chosen. This takes three rounds. In each, the scales of the weights fit the shifts of the round before; the first round
+considers activations only.
 
-Source: Liu et al., "LLM-FP4", EMNLP 2023, section 4.3. What differs: shifts are chosen by the error that they leave, while
-the paper takes those that bring the largest activations of channels together; there may be more of them than exponents.
+Source: Liu et al., "LLM-FP4", EMNLP 2023, section 4.3. Differences: shifts are chosen by the error that remains, while the
+paper aligns the largest activations of channels. Shifts may exceed the range of the exponents.
 
 Shape suffixes: I in_features of the readers, W channels of the writer, O out_features, K shifts, A scales.
 """
@@ -33,16 +34,16 @@ from compressor.pipeline.calibration.stats import Spread
 from compressor.pipeline.contract import Accumulator, Stats
 from compressor.recipe.registry import named, node
 
-SHIFTS = 8  # tried: from 0 on
+SHIFTS = 8  # number of shifts tried, from 0
 ROUNDS = 3
 
 
 @node
 class Preshift(Scaling):
-    """Even out channels before activations are rounded by one scale; a later pass does the rounding.
+    """Equalize channels before activations are rounded with one scale. A later pass does the rounding.
 
     Args:
-        format: Format that the layers will be rounded to: one with `activations: …-tensor`.
+        format: Format that the layers will be rounded to, with `activations: …-tensor`.
     """
 
     format: Annotated[Format, named("format")]
@@ -60,7 +61,7 @@ class Preshift(Scaling):
         power_I = seen.magnitudes.energy()
         shift_W = torch.zeros(len(feed.gathered(energy_I)), dtype=torch.int64, device=energy_I.device)
         tried = [(self._cost(feed, missed, weights, power_I, shift_W)[1], shift_W)]
-        lost_KI = torch.zeros(SHIFTS, 1, device=energy_I.device)  # at first as if shifting took nothing from the weights
+        lost_KI = torch.zeros(SHIFTS, 1, device=energy_I.device)  # the first round ignores what shifts cost the weights
         for _ in range(ROUNDS):
             shift_W = _best(feed, missed, lost_KI)[0]
             lost_KI, cost = self._cost(feed, missed, weights, power_I, shift_W)
@@ -76,9 +77,7 @@ class Preshift(Scaling):
     def _cost(
         self, feed: Feed, missed: Sequence[Tensor], weights: Mapping[str, Tensor], power_I: Tensor, shift_W: Tensor
     ) -> tuple[Tensor, float]:
-        """Return the error that each shift adds to the weights, [K, I], with scales fitted to the given shifts, and the total
-        cost.
-        """
+        """Return the weights' error for each shift [K, I], with scales fitted to the given shifts, and the cost of those shifts."""
         shift_I = feed.spread(shift_W)
         lost_KI = torch.zeros(SHIFTS, len(power_I), dtype=torch.float64, device=power_I.device)
         for w_OI in weights.values():
@@ -90,7 +89,10 @@ class Preshift(Scaling):
 
 
 def _best(feed: Feed, missed: Sequence[Tensor], lost_KI: Tensor, shift_I: Tensor | None = None) -> tuple[Tensor, float]:
-    """The shifts [W], those given if any, with the scale of activations that costs least, and what they cost together."""
+    """Return shifts [W] and their total cost at the best scale of activations.
+
+    Given shifts [I] are not changed, only their cost is computed.
+    """
     found = []
     for missed_AKI in missed:
         for missed_KI in missed_AKI:

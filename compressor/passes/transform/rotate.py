@@ -1,18 +1,18 @@
-"""Rotations: turn the residual stream, and each head's values, so that no channel stands out, and fold that into the weights.
+"""Rotations of the residual stream and of each head's values, folded into the weights, so that no channel is an outlier.
 
     embedding E -> E R      writer W -> Rᵀ W      reader, head W -> W diag(g) R      g: the gains of the norm before, now 1
 
-R is orthogonal, so a norm without a mean computes the same from x R as from x, once its gains g have moved into the layers
-that read it. In a head, values are written turned by another rotation that the output projection takes back. Nothing of this
-is left to do at run time. What reads a product (down_proj) can be turned by an online Hadamard matrix only: this package's
-runtime multiplies the activations by it (compressor/model/surgery/online_hadamard.py). The rotated model is rounded to the
-checkpoint's dtype, as if it had been stored so.
+R is orthogonal, so a norm that subtracts no mean commutes with it: norm(x R) = norm(x) R. Its gains g must first move into
+the layers that read it. In a head, the values are rotated by another matrix, which the output projection reverts. None of
+this costs anything at run time. Inputs that are products (down_proj) can be rotated by an online Hadamard matrix only. This
+package's runtime multiplies the activations by it (compressor/model/surgery/online_hadamard.py). The rotated model is
+rounded to the checkpoint's dtype, as if it had been stored like that.
 
-R is random, or learned from there: see compressor/passes/transform/learned_rotation.py.
+R is random, or learned from a random start: see compressor/passes/transform/learned_rotation.py.
 
 Source: Ashkboos et al., "QuaRot", NeurIPS 2024, section 4, stage 1a to 1c; Liu et al., "SpinQuant", ICLR 2025 (R1, R2, R4).
 
-An embedding that is also the head has to be stored twice afterwards: only the head takes up the gains of the norm before it.
+An embedding that is also the head has to be stored twice afterwards: only the head absorbs the gains of the norm before it.
 
 Shape suffixes: O out_features, I in_features, D hidden, S sequence.
 """
@@ -38,22 +38,22 @@ from compressor.pipeline.contract import Pass
 from compressor.recipe.registry import node
 
 Change = Callable[[Tensor], Tensor]
-Norms = Mapping[str, Sequence[str]]  # of a block, with the layers that read them
-SAME = 0.05  # relative difference of a block's output that rounding to the checkpoint's dtype can make
+Norms = Mapping[str, Sequence[str]]  # norm of a block -> layers that read it
+SAME = 0.05  # largest relative difference of a block's output that is explained by rounding to the checkpoint's dtype
 
 
 @node
 class Rotate(Pass):
-    """Rotate the model before its blocks are compressed; to be the first pass.
+    """Rotate the model before its blocks are compressed. It must be the first pass.
 
     Args:
-        residual: Rotate the residual stream, which folds the norms' gains into the layers that read them.
+        residual: Rotate the residual stream. This folds the norms' gains into the layers that read them.
         heads: Rotate the values of each head.
-        online: Turn what the layers read that are left, such as down_proj, when the model runs: other runtimes do not load
-            it then.
-        block: Channels that are turned together when the model runs, a power of two: 16 or 32 keeps within what share a scale
-            in NVFP4 or MXFP4. 0 turns as many as can be.
-        learn: Steps by which residual and head rotations are improved, for weights without outliers.
+        online: Rotate the inputs of the remaining layers, such as down_proj, at run time. Other runtimes cannot load such a
+            model.
+        block: Number of channels that one online rotation mixes, a power of two. 16 or 32 does not exceed the channels that
+            share a scale in NVFP4 or MXFP4. 0 is the largest possible.
+        learn: Number of steps to learn residual and head rotations that reduce outliers of the weights. 0 keeps them random.
         seed: Seed of the rotations.
     """
 
@@ -72,13 +72,13 @@ class Rotate(Pass):
             raise ValueError(f"learn: {self.learn} is no number of steps; give 0 for random rotations")
 
     def rewriting(self, source: ModelSource, tell: Progress = silent, *, sizes_only: bool = False) -> Rewriting:
-        """Return the change to the checkpoint; arguments as of `Pass.rewriting`.
+        """Return the change to the checkpoint. The arguments are those of `Pass.rewriting`.
 
         Raises:
-            RecipeError: the architecture does not allow it.
+            RecipeError: The architecture does not allow it.
         """
         if self.learn:
-            random = replace(self, learn=0).rewriting(source)  # refuses what cannot be rotated before time is spent
+            random = replace(self, learn=0).rewriting(source)  # refuses early what cannot be rotated
             if sizes_only:
                 return random
         width = int(source.model.config.get_text_config().hidden_size)
@@ -122,20 +122,20 @@ class Rotate(Pass):
 
 
 class Changes:
-    """Changes to each tensor of a model, collected step by step.
+    """Changes to the tensors of a model, collected step by step.
 
     Args:
-        source: The model.
+        source: Model to change.
     """
 
     def __init__(self, source: ModelSource) -> None:
         self.source = source
-        self.steps: dict[str, list[Change]] = {}  # by name on disk
+        self.steps: dict[str, list[Change]] = {}  # name in the checkpoint -> changes
         self.untied: dict[str, str] = {}
         self.hadamard: dict[str, int] = {}
 
     def rewriting(self) -> Rewriting:
-        """All of them."""
+        """Return all changes as one."""
         tensors = {name: partial(_in_turn, tuple(steps)) for name, steps in self.steps.items()}
         return Rewriting(tensors, self.untied, {"tie_word_embeddings": False} if self.untied else {}, self.hadamard)
 
@@ -143,7 +143,7 @@ class Changes:
         """Move the gains of the last norm into the head.
 
         Raises:
-            RecipeError: there is more outside the blocks than that and the embedding.
+            RecipeError: The model has other tensors outside its blocks than embedding, head and one norm.
         """
         embedding, head = self.source.ends
         others = [name for name in self.source.outside if name not in (embedding, head)]
@@ -160,7 +160,7 @@ class Changes:
         self._flatten(norm)
 
     def turn_outside(self, turn: Rotation) -> None:
-        """The embedding and the head."""
+        """Rotate the embedding and the head."""
         for name in self.source.ends:
             self._add(name, turn)
 
@@ -172,20 +172,20 @@ class Changes:
             self._flatten(f"{block.prefix}.{norm}")
 
     def residual(self, block: Block, norms: Norms, turn: Rotation) -> None:
-        """Rotate what reads the residual stream through a norm, and what writes to it."""
+        """Rotate the layers that read the residual stream through a norm, and those that write to it."""
         for reader in chain.from_iterable(norms.values()):
             self._layer(block, reader, turn)
         for name in residual_writers(block, norms, len(turn.signs_N)):
             self._writer(block, name, turn)
 
     def head(self, block: Block, feed: Feed, turn: Rotation) -> None:
-        """Rotate what writes the values of heads, and what reads their mixture."""
+        """Rotate the layer that writes the values of heads, and those that read their mixture."""
         self._writer(block, feed.writer, turn)
         for reader in feed.readers:
             self._layer(block, reader, turn)
 
     def online(self, block: Block, layers: Iterable[str], most: int) -> None:
-        """Layers whose activations will be turned when the model runs, in blocks of at most `most` channels; 0 is any."""
+        """Rotate the inputs of layers at run time, in blocks of at most `most` channels (0: no limit)."""
         for name in layers:
             size = largest_block(block.shape(name)[1])
             size = min(size, most) if most else size
@@ -194,24 +194,24 @@ class Changes:
                 self.hadamard[f"{block.prefix}.{name}"] = size
 
     def residual_vectors(self, blocks: Sequence[Block], norms: Norms, width: int, step: int) -> Tensor:
-        """Vectors [X, D] that the weights of one block read from the residual stream, and that they write to it."""
+        """Return weight vectors [X, D] of one block: rows that read the residual stream and columns that write to it."""
         block = blocks[step % len(blocks)]
         read = [self._now(block, name) for name in chain.from_iterable(norms.values())]
         written = [self._now(block, name).T for name in residual_writers(block, norms, width)]
         return self._some(read + written, width, step)
 
     def head_vectors(self, block: Block, feed: Feed) -> Vectors:
-        """The same, [X, run], of what heads' values are written and read with."""
+        """Return a function that draws weight vectors [X, run] with which heads' values are written and read."""
         weights = [self._now(block, feed.writer).T, *(self._now(block, reader) for reader in feed.readers)]
         return partial(self._some, [weight.reshape(-1, feed.run) for weight in weights], feed.run)
 
     def _some(self, weights: Sequence[Tensor], size: int, seed: int) -> Tensor:
-        """Vectors of several weights, as many of each."""
+        """Draw vectors of several weights, the same number from each."""
         each = -(-batch(size) // len(weights))
         return torch.cat([some_vectors(weight, each, seed) for weight in weights]).to(self.source.device)
 
     def _now(self, block: Block, layer: str) -> Tensor:
-        """The weight [O, I] of a layer after the steps so far, fp32."""
+        """Return the weight [O, I] of a layer after the changes so far, fp32."""
         name = f"{block.prefix}.{layer}.weight"
         stored = self.source.names[name]
         return block.layers[layer].parameter(_in_turn(self.steps.get(stored, ()), self.source.read(name).float()))
@@ -222,16 +222,16 @@ class Changes:
             self._add(f"{block.prefix}.{layer}.bias", turn)
 
     def _layer(self, block: Block, layer: str, change: Change) -> None:
-        """A change to a weight as [O, I]."""
+        """Add a change to a weight, which gets it as [O, I]."""
         kind = block.layers[layer]
         self._add(f"{block.prefix}.{layer}.weight", lambda w: kind.parameter(change(kind.parameter(w))))
 
     def _gain(self, norm: str) -> Change:
-        """Multiply columns by what a norm multiplies channels by."""
+        """Return the change that multiplies columns by the gains of a norm."""
         return lambda w_OI: w_OI * (self.source.read(f"{norm}.weight").float() + self._offset(norm))
 
     def _flatten(self, norm: str) -> None:
-        """Have a norm multiply by one."""
+        """Set the gains of a norm to one."""
         self._add(f"{norm}.weight", lambda gain_D: torch.full_like(gain_D, 1 - self._offset(norm)))
 
     def _offset(self, norm: str) -> float:
@@ -248,13 +248,13 @@ def _in_turn(steps: Sequence[Change], tensor: Tensor) -> Tensor:
 
 
 def residual_writers(block: Block, norms: Norms, width: int) -> list[str]:
-    """The layers of a block that write to the residual stream."""
+    """Return the layers of a block that write to the residual stream."""
     readers = set(chain.from_iterable(norms.values()))
     return [name for name in block.layers if name not in readers and block.shape(name)[0] == width]
 
 
 def residual_norms(source: ModelSource, width: int) -> Norms:
-    """The norms of a block that are as wide as the residual stream, with the layers that read them."""
+    """Return the norms of a block that are as wide as the residual stream, with the layers that read them."""
     block = source.block(0)
     norms, _ = run_norms(block, some_hidden(block, width))
     found = {norm: readers for norm, readers in norms.items() if len(block.module.get_parameter(f"{norm}.weight")) == width}
@@ -263,10 +263,10 @@ def residual_norms(source: ModelSource, width: int) -> Norms:
 
 
 def check(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation | None) -> None:
-    """See that the first block computes the same, rotated.
+    """Check that the first block still computes the same, up to the rotation.
 
     Raises:
-        RecipeError: it does not.
+        RecipeError: It does not.
     """
     missed = off(source, rewriting, width, turn)
     if not missed <= SAME:
@@ -278,7 +278,7 @@ def check(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation 
 
 @torch.no_grad()
 def off(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation | None) -> float:
-    """How far the first block is from what it computed, rotated, relative to that."""
+    """Return the relative error of the rotated first block's output against the rotated original output."""
     outputs = []
     for changes, ahead in (((), None), ((rewriting,), turn)):
         one = ModelSource(source.path, source.device, torch.float32, (*source.rewritings, *changes))

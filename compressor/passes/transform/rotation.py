@@ -2,9 +2,9 @@
 
     R = diag(signs) · (H ⊗ H ⊗ … ⊗ Q)        H: normalised Hadamard matrices, Q: a random orthogonal one of odd size
 
-A row times R spreads each entry over the whole row, so that none stands out.
+Multiplying a row by R spreads each entry over the entire row, so that no outlier remains.
 
-Source: Ashkboos et al., "QuaRot", NeurIPS 2024, section 3. What differs: any size is possible, not only those with a known
+Source: Ashkboos et al., "QuaRot", NeurIPS 2024, section 3. Difference: any size is possible, not only those with a known
 Hadamard matrix.
 
 Shape suffixes: X anything, N the size of the rotation.
@@ -18,19 +18,19 @@ from torch import Tensor
 
 from compressor.model.surgery.online_hadamard import FACTOR, sylvester
 
-STRIP = 2**22  # numbers that are rotated together, in fp64
+STRIP = 2**22  # numbers rotated at a time, in fp64
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """x -> x R along the last axis."""
+    """An orthogonal map x -> x R along the last axis."""
 
-    signs_N: Tensor  # fp64, as are the factors
+    signs_N: Tensor  # fp64, like the factors
     factors: tuple[Tensor, ...]
 
     @classmethod
     def random(cls, size: int, seed: int) -> "Rotation":
-        """The rotation of a size that a seed stands for: the same on every machine, up to the last digit."""
+        """Return the rotation of a size that belongs to a seed. It is the same on every machine, up to the last digit."""
         generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
         odd, power = size, 1
@@ -42,29 +42,29 @@ class Rotation:
             power //= len(factors[-1])
         if odd > 1:
             q, r = torch.linalg.qr(torch.randn(odd, odd, generator=generator, dtype=torch.float64))
-            factors.append(q * r.diagonal().sign())  # of all orthogonal matrices, none likelier than another
+            factors.append(q * r.diagonal().sign())  # uniform over the orthogonal matrices
         return cls(signs, tuple(factors))
 
     def __call__(self, x_XN: Tensor) -> Tensor:
-        """x R, fp32; the last axis may hold several vectors of size N."""
+        """Return x R, fp32. The last axis may hold several vectors of size N."""
         sizes = [len(factor) for factor in self.factors]
         rows_XN = x_XN.reshape(-1, prod(sizes))
         out_XN = torch.empty(rows_XN.shape)
         height = max(1, STRIP // prod(sizes))
         for done, strip in zip(out_XN.split(height), rows_XN.split(height), strict=True):
             turned = (strip.double() * self.signs_N).view(-1, *sizes)
-            for factor in self.factors:  # each turns the first axis and moves it to the end: all come back to their places
+            for factor in self.factors:  # each rotates the first axis and moves it to the end: finally all are in order
                 turned = torch.tensordot(turned, factor, ([1], [0]))
             done.copy_(turned.reshape(strip.shape))
         return out_XN.view(x_XN.shape)
 
     def transposed(self, w_NX: Tensor) -> Tensor:
-        """Rᵀ W, fp32: what writes N channels, or several times N, writes them rotated."""
+        """Return Rᵀ W, fp32, whose output is rotated. W has N output channels, or a multiple of N."""
         rotated_NX: Tensor = self(w_NX.T).T
         return rotated_NX
 
 
 def _hadamard(size: int) -> Tensor:
-    """Normalised: orthogonal, and its own inverse."""
+    """Return a normalised Hadamard matrix, which is orthogonal and its own inverse."""
     normalised: Tensor = sylvester(size) / size**0.5
     return normalised

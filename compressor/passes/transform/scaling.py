@@ -1,4 +1,4 @@
-"""Base class of passes that scale channels: the model computes the same, but can be rounded better.
+"""Base class of passes that scale channels: the model computes the same, but rounds with less error.
 
 Shape suffixes: I in_features of the readers, W channels of the writer.
 """
@@ -20,11 +20,11 @@ from compressor.recipe.registry import node
 
 @node
 class Scaling(Pass):
-    """Fields of every scaling pass.
+    """Base class of passes that scale channels.
 
     Args:
         layers: Patterns of the layers whose inputs to scale (`*.down_proj`, or `re:` and a regular expression).
-        ignore: Patterns of layers whose inputs stay as they are.
+        ignore: Patterns of layers whose inputs not to scale.
     """
 
     layers: tuple[str, ...] = ("*",)
@@ -37,7 +37,7 @@ class Scaling(Pass):
             check_pattern(pattern)
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """The layers whose inputs may be scaled; there is nothing to plan."""
+        """Return the layers whose inputs may be scaled, each as a unit of its own. There is nothing to plan."""
         full = {name: f"{block.prefix}.{name}" for name in block.layers}
         return {
             name: (name,)
@@ -62,10 +62,10 @@ class Scaling(Pass):
 
     @abstractmethod
     def factors(self, feed: Feed, weights: Mapping[str, Tensor], stats: Stats) -> Tensor:
-        """Return the factors of the readers' channels, which the writer's are divided by: positive, fp32 [W].
+        """Return the factors that multiply the readers' channels and divide the writer's: positive, fp32 [W].
 
         Args:
-            feed: Where.
+            feed: The writer and its readers.
             weights: Weights of the readers, fp32 [O, I].
             stats: Statistics of the block.
         """

@@ -1,12 +1,12 @@
-"""Smoothing: move the outliers of activations into the weights, where rounding can bear them better.
+"""Smoothing: move the outliers of activations into the weights, where they do less harm when rounded.
 
     s_j = max |x_j| ** alpha / max |w_j| ** (1 - alpha)
 
-divides channel j of what linear layers read and multiplies column j of their weights. Meant for formats that round
+divides channel j of the input of linear layers and multiplies column j of their weights. Meant for formats that round
 activations.
 
-Source: Xiao et al., "SmoothQuant", ICML 2023, equation 4. What differs: also what down_proj and o_proj read is smoothed,
-where the layer before can take it up.
+Source: Xiao et al., "SmoothQuant", ICML 2023, equation 4. Difference: the inputs of down_proj and o_proj are smoothed too,
+where the layer before can absorb the factors.
 
 Shape suffixes: I in_features of the readers, W channels of the writer, O out_features.
 """
@@ -26,10 +26,10 @@ from compressor.recipe.registry import node
 
 @node
 class Smooth(Scaling):
-    """Even out the ranges of activations and weights.
+    """Balance the ranges of activations and weights.
 
     Args:
-        alpha: How much of the range goes to the weights: 0 to 1.
+        alpha: Fraction of the range that moves to the weights, 0 to 1.
     """
 
     alpha: float = 0.5
