@@ -1,9 +1,8 @@
-"""Blocks, or their attention and MLP one by one, that go as a whole, and which: by how far each turns what passes it, evenly
-spaced, or by search.
+"""Depth pruning: drop blocks, or single attention and MLP layers, chosen by cosine similarity, at even spacing, or by search.
 
 Sources: Men et al., "ShortGPT", ACL 2025 findings, equation 1 (`cosine`); Liu et al., "Accelerating Inference in Large
 Language Models with a Unified Layer Skipping Strategy", 2024 (`even`); Sieberling et al., "EvoPress", ICML 2025, for
-attention and MLP by themselves; the search is that of compressor/pipeline/search.
+dropping attention and MLP separately. The search is that of compressor/pipeline/search.
 """
 
 import itertools
@@ -35,14 +34,14 @@ Parts = Literal["blocks", "sublayers"]
 
 @dataclass(frozen=True)
 class Depth:
-    """Blocks, or attentions and MLPs, as levels of a search: each goes or stays.
+    """Blocks, or attentions and MLPs, as units of a search with two levels: dropped or kept.
 
     Args:
         source: The model.
-        parts: Kind of unit: whole blocks, or sub-layers.
+        parts: Kind of unit: blocks or sub-layers.
 
     Raises:
-        RecipeError: (by `units`) blocks cannot do without their sub-layers.
+        RecipeError: (by `units`) The sub-layers of this architecture cannot be dropped.
     """
 
     source: ModelSource
@@ -50,7 +49,7 @@ class Depth:
 
     @cached_property
     def units(self) -> Sequence[Unit]:
-        """One for each, in the order of computation."""
+        """Return the units, in the order of computation."""
         found = []
         for block in (self.source.block(index, load=False) for index in range(len(self.source.layers))):
             if self.parts == "blocks":
@@ -79,10 +78,14 @@ class Depth:
         return Trial({}, {}, skips=() if whole else (unit.rpartition(".")[2],), whole=whole)
 
     def enough(self, going: int, way: Callable[[int], Choice]) -> Choice:
-        """The first choice by a number of units that takes so many parameters away.
+        """Return the choice with the fewest dropped units that drops at least `going` parameters.
+
+        Args:
+            going: Number of parameters to drop.
+            way: Function from a number of dropped units to a choice.
 
         Raises:
-            RecipeError: not one unit would stay.
+            RecipeError: No unit would be kept.
         """
         for count in range(len(self.units)):
             choice = way(count)
@@ -95,10 +98,10 @@ class Depth:
         )
 
     def without(self, choice: Choice) -> Rewriting:
-        """The model without what goes.
+        """Return the change to the checkpoint that drops units.
 
         Raises:
-            RecipeError: blocks have different parameters, so that one cannot take the place of another.
+            RecipeError: Blocks have different parameters, so they cannot be renumbered.
         """
         if self.parts == "blocks":
             return fewer_blocks(self.source, choice)
@@ -108,7 +111,7 @@ class Depth:
 
 @torch.no_grad()
 def turns(job: Job, stream: CalibrationStream, parts: Parts, tell: Tell) -> list[float]:
-    """How far each block, attention or MLP turns what passes it: 1 - the mean cosine of what enters and what leaves."""
+    """Compute 1 - the mean cosine similarity of input and output hidden states, for each block, attention or MLP."""
     found: list[float] = []
     for index in range(len(job.source.layers)):
         block = job.source.block(index)
@@ -132,23 +135,23 @@ def turns(job: Job, stream: CalibrationStream, parts: Parts, tell: Tell) -> list
 
 
 def least(turned: Sequence[float], count: int) -> Choice:
-    """Without those that turn least."""
+    """Return the choice that drops the units with the smallest values."""
     going = sorted(range(len(turned)), key=lambda index: (turned[index], index))[:count]
     return tuple(GOES if index in going else STAYS for index in range(len(turned)))
 
 
 def even(units: int, count: int) -> Choice:
-    """With the first and the last, and those between at equal distances."""
+    """Return the choice that keeps the first, the last, and units at equal distances between them."""
     staying = units - count
     kept = {round(i * (units - 1) / max(staying - 1, 1)) for i in range(staying)}
     return tuple(STAYS if index in kept else GOES for index in range(units))
 
 
 def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
-    """The model without the blocks that go, the others numbered anew; lists in its config with an entry for each too.
+    """Return the change that drops blocks and renumbers the others, also in config lists with an entry for each block.
 
     Raises:
-        RecipeError: blocks have different parameters, or one would compute something else under its new number.
+        RecipeError: Blocks have different parameters, or one would compute something else under its new number.
     """
     kept = [index for index, level in enumerate(choice) if level == STAYS]
     inside = [_parameters(source, index) for index in range(len(choice))]
@@ -165,7 +168,7 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
             f"{source.path}: config.json does not have the number of blocks in `{number}`, so whole blocks cannot go; "
             "attentions and MLPs may (parts: sublayers, --by sublayers)"
         )
-    lists = {**source.model.config.to_dict(), **source.raw_config}  # also what is derived from the number of a block
+    lists = {**source.model.config.to_dict(), **source.raw_config}  # to_dict adds lists derived from block numbers
     config: dict[str, Any] = {
         key: [entry[index] for index in kept]
         for key, entry in lists.items()
@@ -185,6 +188,6 @@ def fewer_blocks(source: ModelSource, choice: Choice) -> Rewriting:
 
 
 def _parameters(source: ModelSource, index: int) -> Mapping[str, str]:
-    """Names on disk by names inside the block."""
+    """Return the names in the checkpoint by names inside the block."""
     start = f"{source.prefix}.{index}."
     return {name.removeprefix(start): stored for name, stored in source.names.items() if name.startswith(start)}

@@ -1,21 +1,21 @@
-"""Gates before the writers of parts, one for each unit, that learn which units go: numbers from 0 to 1, often exactly 0 or 1.
+"""Gates before the writers of parts, one for each unit, that learn which units to drop. Values are 0 to 1, often exactly 0 or 1.
 
-A gate is a hard concrete variable: with u uniform in (0, 1), drawn anew in every step,
+A gate is a hard concrete variable. With u uniform in (0, 1), drawn anew in every step,
 
     z = min(1, max(0, s (ζ - γ) + γ))    s = σ((log u - log(1 - u) + log α) / β)    β = 2/3, γ = -0.1, ζ = 1.1
 
-so that it is open, above 0, with the chance σ(log α - β log(-γ / ζ)). The mean of that over the units of a part is the share
-that the part is expected to keep. Multipliers hold the expected sparsity s of every part to its target t: the loss has
+so it is open (above 0) with probability σ(log α - β log(-γ / ζ)). The mean of that over the units of a part is the expected
+fraction of units kept. Lagrange multipliers hold the expected sparsity s of every part to its target t. The loss gets the term
 
     λ₁ (s - t) + λ₂ (s - t)²
 
-added to it, which the gates lower and the multipliers raise. Once all is trained a unit stays or goes, and what a gate is
-without noise, min(1, max(0, σ(log α) (ζ - γ) + γ)), is folded into the columns of the writer.
+which the gates minimise and the multipliers maximise. After training, a unit is kept or dropped. The gate without noise,
+min(1, max(0, σ(log α) (ζ - γ) + γ)), is folded into the columns of the writer.
 
 Sources: Louizos et al., "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018, equations 10 to 13; Wang et
 al., "Structured Pruning of Large Language Models", EMNLP 2020, equation 7, for the multipliers.
 
-Shape suffixes: G gates of all parts, one part after the other; P parts; U units of one.
+Shape suffixes: G gates of all parts, one part after the other; P parts; U units of one part.
 """
 
 import math
@@ -30,16 +30,16 @@ from compressor.model.source import ModelSource
 from compressor.passes.prune.prunable import Part
 
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # β, γ, ζ
-CLOSED = 0.01  # 1 - σ(log α) in the beginning
+CLOSED = 0.01  # initial 1 - σ(log α)
 
 
 def sampled(log_alpha: Tensor, noise: Tensor) -> Tensor:
-    """Gates with noise, uniform in (0, 1)."""
+    """Return gates for given noise, uniform in (0, 1)."""
     return _stretched(torch.sigmoid((noise.log() - (1 - noise).log() + log_alpha) / BETA))
 
 
 def settled(log_alpha: Tensor) -> Tensor:
-    """Gates without noise."""
+    """Return gates without noise."""
     return _stretched(torch.sigmoid(log_alpha))
 
 
@@ -53,13 +53,13 @@ def _stretched(s: Tensor) -> Tensor:
 
 
 class Gates:
-    """Gates of a model in memory, and what holds them to how many shall stay.
+    """Gates of a model in memory, with the multipliers that enforce how many units are kept.
 
     Args:
         model: Model of transformers, or of peft, whose writers have no low-rank change.
-        source: Checkpoint that the model was read from.
-        parts: Parts that have gates, by full name.
-        keep: Units of each that shall stay.
+        source: Checkpoint that the model was loaded from.
+        parts: Parts that get gates, by full name.
+        keep: Number of units of each part to keep.
         seed: Seed of the noise.
     """
 
@@ -92,11 +92,11 @@ class Gates:
         return self.model(tokens, **options)
 
     def sparsity(self) -> Tensor:
-        """Expected share of units that go [P]."""
+        """Return the expected fraction of units dropped [P]."""
         return 1 - torch.stack([chance_U.mean() for chance_U in self.by_part(chance(self.log_alpha_G)).values()])
 
     def penalty(self, share: float) -> Tensor:
-        """Return the term that is added to the loss while a share of the targets is asked for."""
+        """Return the term added to the loss when a fraction `share` of the target sparsities is demanded."""
         over_P = self.sparsity() - share * self.targets_P
         first_P, second_P = self.multipliers_2P
         penalty: Tensor = (first_P * over_P + second_P * over_P.square()).sum()

@@ -1,4 +1,4 @@
-"""Scores by which weights of a layer go, and what those that stay become without them.
+"""Scores by which single weights are dropped, and the least squares refit of those that are kept.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-CLOSE = 1e-6  # what is left of a row's gradient, of what it is at zero, when the row is solved: stored numbers are coarser
+CLOSE = 1e-6  # relative gradient at which a row counts as solved (1: at zero weights): stored numbers are coarser
 MOST_STEPS = 300
 
 
 def magnitude(w_OI: Tensor, square_I: Tensor) -> Tensor:
-    """|w|, whatever the input."""
+    """Score by |w|, regardless of the input."""
     return w_OI.abs()
 
 
 def wanda(w_OI: Tensor, square_I: Tensor) -> Tensor:
-    """|w| · ‖x‖: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, equation 1.
+    """Score by |w| · ‖x‖: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, eq. 1.
 
     Args:
         w_OI: Weight, fp32.
@@ -28,8 +28,10 @@ def wanda(w_OI: Tensor, square_I: Tensor) -> Tensor:
 
 
 def ria(w_OI: Tensor, square_I: Tensor) -> Tensor:
-    """(|w| / sum of its column + |w| / sum of its row) · ‖x‖^½: Zhang et al., "Plug-and-Play: An Efficient Post-training
-    Pruning Method for Large Language Models" (RIA), ICLR 2024, section 3. Arguments as of `wanda`.
+    """Score by (|w| / sum of its column + |w| / sum of its row) · ‖x‖^½.
+
+    Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (RIA), ICLR
+    2024, section 3. The arguments are those of `wanda`.
     """
     size_OI = w_OI.abs()
     share_OI = size_OI / size_OI.sum(0).clamp(min=1e-30) + size_OI / size_OI.sum(1, keepdim=True).clamp(min=1e-30)
@@ -41,19 +43,19 @@ SCORES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"magnitude": magnitu
 
 @torch.no_grad()
 def least_squares(w_OI: Tensor, start_OI: Tensor, stays_OI: Tensor, h_II: Tensor) -> Tensor:
-    """The weight V that is zero where weights go and keeps tr((W - V) H (W - V)ᵀ) least.
+    """Compute the weight V that minimises tr((W - V) H (W - V)ᵀ) and is zero where weights are dropped.
 
-    Each row is a problem of its own, V_S = (W H)_S H_SS⁻¹ with S what stays of it. All are solved at once, by conjugate
-    gradients with H's diagonal as preconditioner: a step is one product with H, where an inverse for each row would take
-    as long as hundreds, and no step raises the loss of any row.
+    Each row is a separate problem, V_S = (W H)_S H_SS⁻¹, where S are its kept columns. All rows are solved at once by
+    conjugate gradients with H's diagonal as preconditioner. A step is one product with H; an inverse for each row would
+    take as long as hundreds of them. No step raises the loss of any row.
 
     Args:
         w_OI: Weight, fp32.
-        start_OI: V to start from, zero where weights go.
-        stays_OI: bool.
+        start_OI: Initial V, zero where weights are dropped.
+        stays_OI: Mask of the kept weights, bool.
         h_II: Second moment of the layer's input, damped: positive definite.
     """
-    inverse_OI = stays_OI / h_II.diagonal()  # no step leads to where weights go
+    inverse_OI = stays_OI / h_II.diagonal()  # zero for dropped weights, so no step changes them
     v_OI = start_OI.clone()
     goal_O = ((w_OI @ h_II).square() * inverse_OI).sum(1) * CLOSE**2
     residual_OI = (w_OI - v_OI) @ h_II
@@ -73,7 +75,7 @@ def least_squares(w_OI: Tensor, start_OI: Tensor, stays_OI: Tensor, h_II: Tensor
 
 
 def damped(h_II: Tensor, damp: float) -> Tensor:
-    """With a share of its mean diagonal added to the diagonal; of nothing seen, the identity."""
+    """Add a fraction of the mean diagonal to the diagonal. If H is zero, `damp` times the identity results."""
     mean = float(h_II.diagonal().mean()) or 1.0
     h_II = h_II.clone()
     h_II.diagonal().add_(max(damp, 1e-12) * mean)

@@ -1,12 +1,13 @@
-"""Learn which hidden channels can go, while the model learns to do without them, then take them away.
+"""PAT: learn which hidden channels to drop while the model adapts, then drop them.
 
-Operators behind all that writes the hidden state, with one mask for all (compressor/passes/prune/pat_operators.py), and a
-LoRA beside every linear layer are trained towards the original's predictions (compressor/passes/train/distillation.py), all
-merged at the end. It needs the model in memory, in float32. The result is of the same architecture with a smaller
+Operators after every layer that writes the hidden state share one mask (compressor/passes/prune/pat_operators.py). They and a
+LoRA for every linear layer are trained towards the original's predictions (compressor/passes/train/distillation.py), and all
+are merged at the end. The pass needs the model in memory, in float32. The result is of the same architecture with a smaller
 `hidden_size`.
 
-Source: Liu et al., "PAT: Pruning-Aware Tuning for Large Language Models", AAAI 2025. What differs: the loss is the divergence
-from the original's predictions in the place of that on text; channels can be principal components; and see the operators.
+Source: Liu et al., "PAT: Pruning-Aware Tuning for Large Language Models", AAAI 2025. Differences: the loss is the divergence
+from the original's predictions instead of the loss on text. Channels can be principal components. For the operators see
+their module.
 """
 
 from dataclasses import replace
@@ -26,22 +27,23 @@ from compressor.passes.transform.rotate import residual_writers
 from compressor.pipeline.prune_stage import Pruned, Work, read_tensors, stored
 from compressor.recipe.registry import node
 
-KEPT, LOSSES = "kept", "losses"  # channels that stay, and what all steps lost, beside the tensors
+KEPT, LOSSES = "kept", "losses"  # kept channels and losses of all steps, stored with the tensors
 ALPHA = 4  # of the LoRA
-RANK = 20  # of an operator: of so many hidden channels, one
+RANK = 20  # default rank of an operator: hidden size divided by this
 
 
 @node
 class Pat(HiddenPass):
-    """Args as of `HiddenPass`, and
+    """Drop hidden channels that a trained mask selects. The other fields are those of `HiddenPass`.
 
-    steps: Number of training steps.
-    batch: Samples in a step.
-    lr: Highest learning rate of the operators and the LoRA; it rises to that and falls to zero with a cosine.
-    mask_lr: The same of the mask.
-    rank: Rank of the LoRA.
-    operator_rank: Rank of the operators; null takes a twentieth of the hidden size.
-    seed: Seed of the order of samples, and of the initial values of what is trained.
+    Args:
+        steps: Number of training steps.
+        batch: Number of samples per step.
+        lr: Peak learning rate of the operators and the LoRA, after warm-up. It decays to zero as a cosine.
+        mask_lr: Peak learning rate of the mask, with the same schedule.
+        rank: Rank of the LoRA.
+        operator_rank: Rank of the operators. Null is a twentieth of the hidden size.
+        seed: Seed of the order of samples and of the initial values of trained parameters.
     """
 
     steps: int = 300
@@ -63,7 +65,7 @@ class Pat(HiddenPass):
         Schedule(self.steps, self.batch, self.lr, self.seed)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of finding the basis and of the training, in which operators are few beside the LoRA."""
+        """Return the peak memory in bytes of finding the basis and of training. Operators are small relative to the LoRA."""
         if not self.ratio:
             return 0
         return max(
@@ -71,7 +73,7 @@ class Pat(HiddenPass):
         )
 
     def prune(self, work: Work) -> Pruned:
-        """Train, merge, take away."""
+        """Train, merge, and drop channels."""
         if not self.ratio:
             return self.done(work, None)
         basis = turned(work, self.basis)
@@ -88,7 +90,7 @@ class Pat(HiddenPass):
         return self.done(work, rewriting, loss=[first, last])
 
     def _trained(self, work: Work, whole: ModelSource, basis: Turned, size: int, unfinished: Path) -> dict[str, Tensor]:
-        """The new tensors by name on disk, with zeros in channels that go."""
+        """Return the trained tensors by name in the checkpoint, with zeros in dropped channels, the kept channels and losses."""
         width = len(basis.strength_D)
         writers = [
             f"{block.prefix}.{name}"

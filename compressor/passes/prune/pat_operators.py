@@ -1,19 +1,19 @@
-"""Operators behind everything that writes the residual stream, with one mask over its channels that learns which go.
+"""Operators on the outputs of all residual stream writers, with one mask over channels that learns which to drop.
 
     y = v ⊙ g ⊙ (x + D₂ D₁ x)        g(m, t) = sigmoid(T m) + max(½ - t/G, 0),    T = 1 / (1 - ln t / ln G)
 
-stand behind the embedding, every attention and every MLP; the mask m is the same in all. T grows, so that the gates g become
-zeros and ones; from 0.8 of the G steps on they are, with ones for as many channels as shall stay, and m changes no more.
-Operators are linear, so at the end a writer W becomes diag(v g) (I + D₂ D₁) W, with zeros in the rows of channels that go.
+follows the embedding, every attention and every MLP. All share the mask m. T grows, so that the gates g approach zeros and
+ones. After 0.8 of the G steps they are exactly that, with ones for the S kept channels, and m is frozen. Operators are
+linear, so at the end a writer W becomes diag(v g) (I + D₂ D₁) W, with zeros in the rows of dropped channels.
 
-Penalties: 10 |#(m ≥ 0) - S| / S, whose gradient passes straight through the comparison; the mean of (m - ½)² where m ≥ 0 and
+Penalties: 10 |#(m ≥ 0) - S| / S, with a straight-through gradient for the comparison; the mean of (m - ½)² where m ≥ 0 and
 (m + ½)² elsewhere; and ‖D₁ D₁ᵀ - I‖², the mean over operators.
 
-Source: Liu et al., "PAT: Pruning-Aware Tuning for Large Language Models", AAAI 2025. What differs: the mask starts from how
-strong channels are, the strongest S at or above 0; the second penalty is a mean, so that the first can outweigh it; an
-embedding that is the head too is only masked, and stays that.
+Source: Liu et al., "PAT: Pruning-Aware Tuning for Large Language Models", AAAI 2025. Differences: the mask is initialised
+from the strength of channels, with the strongest S at or above 0. The second penalty is a mean, so that the first can
+outweigh it. An embedding that is also the head is only masked, and remains tied.
 
-Shape suffixes: D hidden, R rank of D₁ and D₂, S channels that stay, I in_features.
+Shape suffixes: D hidden, R rank of D₁ and D₂, S kept channels, I in_features.
 """
 
 import math
@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from compressor.model.source import ModelSource
 from compressor.passes.train.lora import merged, student
 
-FROZEN = 0.8  # of the steps, after which the mask stays
+FROZEN = 0.8  # fraction of the steps after which the mask is frozen
 COUNT = 10.0  # weight of the first penalty
 
 
 class Operator(nn.Module):
-    """x + D₂ D₁ x, scaled by v and by what gates it; at the start x.
+    """An operator x + D₂ D₁ x, scaled by v and by gates. Initially it is the identity, but for the gates.
 
     Args:
-        width: D.
-        rank: R.
+        width: Number of hidden channels D.
+        rank: Rank R.
     """
 
     def __init__(self, width: int, rank: int) -> None:
@@ -51,27 +51,27 @@ class Operator(nn.Module):
 
     @torch.no_grad()
     def merged(self, w_DI: Tensor, gate_D: Tensor) -> Tensor:
-        """The writer that writes so by itself."""
+        """Return the weight of the writer with the operator merged."""
         return (self.scale_D * gate_D)[:, None] * (w_DI + self.up_DR @ (self.down_RD @ w_DI))
 
     @property
     def skew(self) -> Tensor:
-        """‖D₁ D₁ᵀ - I‖²."""
+        """Return ‖D₁ D₁ᵀ - I‖²."""
         inner = self.down_RD @ self.down_RD.T
         return (inner - torch.eye(len(inner), device=inner.device)).square().sum()
 
 
 class Masked:
-    """A model in memory, in float32, with operators, and a low-rank change beside every linear layer of its blocks.
+    """A model in memory, in float32, with operators and a low-rank change to every linear layer of its blocks.
 
     Args:
         source: The model.
         writers: Layers of its blocks that write the residual stream, by full name.
         start_D: Initial values of the mask.
-        size: S.
-        steps: G.
-        rank: R.
-        changes: Rank and alpha of the changes to layers.
+        size: Number of kept channels S.
+        steps: Number of training steps G.
+        rank: Rank R of the operators.
+        changes: Rank and alpha of the low-rank changes.
     """
 
     def __init__(
@@ -104,22 +104,22 @@ class Masked:
         return self.model(tokens, **options)
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained but the mask."""
+        """Return all trained parameters except the mask."""
         inside = [p for p in self.model.parameters() if p.requires_grad]
         return [*inside, *(p for operator in self.operators.values() for p in operator.parameters())]
 
     def penalty(self, step: int) -> Tensor:
-        """Return the term that is added to the loss of a step."""
+        """Return the term added to the loss of a step."""
         skew = torch.stack([operator.skew for operator in self.operators.values()]).mean()
         if frozen(step, self.steps):
             return skew
         up_D = (self.mask_D >= 0).float()
-        count = (up_D + self.mask_D - self.mask_D.detach()).sum()  # its gradient is that of the mask
+        count = (up_D + self.mask_D - self.mask_D.detach()).sum()  # straight-through: its gradient is that of the mask
         return skew + COUNT * (count - self.size).abs() / self.size + (self.mask_D + 0.5 - up_D).square().mean()
 
     @torch.no_grad()
     def settle(self, done: int) -> None:
-        """Hold the mask once it is frozen, against what an optimizer still makes of gradients before."""
+        """Reset the mask once it is frozen, because the optimizer's momentum still moves it."""
         if frozen(done, self.steps):
             self.mask_D.copy_(largest(self.mask_D, self.size) - 0.5)
 
@@ -141,19 +141,19 @@ class Masked:
 
 
 def start(strength_D: Tensor, size: int) -> Tensor:
-    """A mask with the strongest channels at or above 0, the farther the more their strength is from where it is cut."""
+    """Return the initial mask: at or above 0 for the strongest channels, farther from 0 the farther from the cut-off."""
     logs_D = strength_D.clamp(min=1e-9 * strength_D.max()).log()
     ordered = logs_D.sort(descending=True).values
     return torch.tanh(logs_D - (ordered[size - 1] + ordered[size]) / 2) / 2
 
 
 def frozen(step: int, steps: int) -> bool:
-    """Whether gates are zeros and ones in a step, the first of which is 0."""
+    """Return whether gates are zeros and ones in a step, counted from 0."""
     return step + 1 > FROZEN * steps
 
 
 def gates(mask_D: Tensor, step: int, steps: int, size: int) -> Tensor:
-    """Return the factors of the channels in a training step."""
+    """Return the gates of the channels in a training step."""
     if frozen(step, steps):
         return largest(mask_D, size)
     time = step + 1
@@ -162,5 +162,5 @@ def gates(mask_D: Tensor, step: int, steps: int, size: int) -> Tensor:
 
 
 def largest(mask_D: Tensor, size: int) -> Tensor:
-    """Ones for as many channels, zeros for the others."""
+    """Return ones for the `size` channels with the largest mask, zeros for the others."""
     return torch.zeros_like(mask_D).index_fill(0, mask_D.detach().argsort(descending=True, stable=True)[:size], 1.0)

@@ -1,15 +1,15 @@
 """Find what can be dropped from a decoder block: channels of its MLP, groups of its attention heads.
 
-A part of a block computes units side by side, and one linear layer, the writer, adds them up. Unit u has `rows[name]`
-adjacent rows of each layer and bias before, from u * rows[name] on, and `columns` adjacent columns of the writer, likewise:
+A part of a block computes units in parallel, and one linear layer, the writer, sums them. Unit u has `rows[name]` adjacent
+rows of each layer and bias before the writer, starting at u * rows[name], and `columns` adjacent columns of the writer:
 
     mlp        unit: a channel                    rows: of gate_proj, up_proj           columns: of down_proj
     self_attn  unit: a head of keys and values    rows: of k_proj, v_proj, and of its   columns: of o_proj
                with the query heads that read it  query heads in q_proj
 
-Without a unit's rows and columns a block computes what it did with the unit's columns at zero.
+A block without a unit's rows and columns computes the same as one where the unit's columns are zero.
 
-Shape suffixes: O out_features, I in_features, U units, S columns that stay.
+Shape suffixes: O out_features, I in_features, U units, S kept columns.
 """
 
 from collections.abc import Mapping
@@ -28,20 +28,20 @@ FAMILIES = "Llama, Mistral, Qwen2, Qwen3, Gemma, Granite, SmolLM3 and others of 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One sub-layer of a block."""
+    """A sub-layer of a block whose units can be dropped."""
 
     name: str
-    writer: str  # by name inside the block
-    count: int  # of units
-    columns: int  # of the writer, for each unit
-    rows: Mapping[str, int]  # for each unit, by layer, or by parameter for a bias
+    writer: str  # name inside the block
+    count: int  # number of units
+    columns: int  # columns of the writer per unit
+    rows: Mapping[str, int]  # layer, or parameter name of a bias -> rows per unit
 
     def columns_of(self, units_U: Tensor) -> Tensor:
-        """The columns of the writer [S] of some units."""
+        """Return the columns of the writer [S] that belong to some units."""
         return spread(units_U, self.columns)
 
     def sliced(self, block: Block, units_U: Tensor) -> dict[str, Tensor]:
-        """The rows of some units, of every layer and bias before the writer."""
+        """Return the rows of some units, of every layer and bias before the writer."""
         return {name: values(block, name)[spread(units_U, rows)].clone() for name, rows in self.rows.items()}
 
     def parameters(self, block: Block) -> int:
@@ -51,24 +51,24 @@ class Part:
 
 
 def spread(units_U: Tensor, run: int) -> Tensor:
-    """Rows or columns of units that have `run` adjacent ones each."""
+    """Return the rows or columns of units that have `run` adjacent ones each."""
     return (units_U[:, None] * run + torch.arange(run, device=units_U.device)).flatten()
 
 
 def values(block: Block, name: str) -> Tensor:
-    """A layer's weight [O, I], or another parameter."""
+    """Return a layer's weight [O, I], or another parameter."""
     return block.weight(name) if name in block.layers else block.module.get_parameter(name)
 
 
 def find_parts(source: ModelSource, block: Block) -> list[Part]:
-    """The parts of a block, in the order of computation.
+    """Find the parts of a block, in the order of computation.
 
     Args:
         source: The model, for its config.
-        block: Need not be resident.
+        block: Block of the model. It need not be resident.
 
     Raises:
-        RecipeError: the block is built otherwise.
+        RecipeError: The block has a different structure, or lacks a sub-layer.
     """
     gone = [name for name in (ATTENTION, MLP) if f"{block.prefix}.{name}" in source.absent]
     if gone:
@@ -107,13 +107,13 @@ def find_parts(source: ModelSource, block: Block) -> list[Part]:
 
 
 def find_all(source: ModelSource) -> dict[str, tuple[Block, Part]]:
-    """The parts of all blocks by full name, in the order of computation; blocks on the meta device."""
+    """Find the parts of all blocks, by full name, in the order of computation. The blocks are on the meta device."""
     blocks = [source.block(index, load=False) for index in range(len(source.layers))]
     return {f"{block.prefix}.{part.name}": (block, part) for block in blocks for part in find_parts(source, block)}
 
 
 def _rows(block: Block, part: str, layers: Mapping[str, int]) -> dict[str, int]:
-    """The same for biases."""
+    """Return rows per unit by layer, with those of the layers' biases added."""
     names = {f"{part}.{layer}": rows for layer, rows in layers.items()}
     parameters = dict(block.module.named_parameters())
     return names | {bias: rows for name, rows in names.items() if (bias := f"{name}.bias") in parameters}

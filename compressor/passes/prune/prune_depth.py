@@ -1,8 +1,8 @@
-"""Fewer blocks, or attentions and MLPs: those go without which the model's predictions stay nearest to what they were.
+"""Depth pruning: remove the blocks, or the attention and MLP layers, whose absence changes the model's predictions least.
 
-Without whole blocks the result is of the same architecture, which stock software loads; what does without single attentions
-and MLPs, which are more to choose among, only our loader reads. Which go is searched for (successive integer programmes and
-evolution, compressor/pipeline/search) from the better of two rules; they can also be taken by themselves.
+If entire blocks are dropped, the result is of the same architecture, which stock software loads. Single attention and MLP
+layers give the search more candidates, but only our loader supports the result. The search (successive integer programmes and
+evolution, compressor/pipeline/search) starts from the better of two rules, which can also be used alone.
 """
 
 from collections.abc import Mapping
@@ -27,11 +27,10 @@ class PruneDepth(PruningPass):
     """Drop the blocks, or the attentions and MLPs, whose absence changes the model's predictions least.
 
     Args:
-        ratio: Minimum share of the parameters to drop.
-        of: Basis of the ratio: the whole model, embeddings included, or its blocks.
-        parts: Kind of unit that is dropped: `blocks`, or `sublayers`: single attentions and MLPs, which only our loader
-            reads.
-        by: Way to choose: `search`; `cosine`, the units that change their input least; `even`, evenly spaced units.
+        ratio: Minimum fraction of the parameters to drop.
+        of: Parameters that the ratio refers to: those of the entire model, embeddings included, or of its blocks.
+        parts: Kind of unit to drop: `blocks`, or `sublayers` (single attentions and MLPs), which only our loader supports.
+        by: Method of choice: `search`; `cosine`, the units that change their input least; `even`, evenly spaced units.
         search: Settings of the search; `minutes` has no effect here.
     """
 
@@ -47,11 +46,11 @@ class PruneDepth(PruningPass):
 
     @property
     def label(self) -> str:
-        """File-name safe."""
+        """Return a label that is safe in file names."""
         return f"shorten{100 * self.ratio:g}" if self.ratio else ""
 
     def sketch(self, source: ModelSource) -> Sketch:
-        """Without the first found that is small enough."""
+        """Predict the shapes from the evenly spaced choice that is small enough."""
         if not self.ratio:
             return Sketch(None)
         levels, wanted = Depth(source, self.parts), going(source, self.ratio, self.of)
@@ -61,12 +60,12 @@ class PruneDepth(PruningPass):
         return Sketch(levels.without(choice), alike, 0 if alike else gone - wanted)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of finding how far blocks turn what passes them, and of comparing what goes."""
+        """Return the peak memory in bytes of measuring cosines and of comparing candidates."""
         turning = collecting(source, tokens, batch) if self.ratio and self.by != "even" else 0
         return max(turning, comparing(source, self.search, batch) if self.ratio and self.by == "search" else 0)
 
     def prune(self, work: Work) -> Pruned:
-        """Take blocks, or parts of them, away."""
+        """Drop blocks, or attentions and MLPs."""
         source, before = work.source, parameters(work.source)
         if not self.ratio:
             return Pruned(None, {"pass": "prune_depth", "parameters": [before, before]})
@@ -91,7 +90,7 @@ class PruneDepth(PruningPass):
     def _searched(
         self, work: Work, levels: Depth, wanted: int, ways: Mapping[str, tuple[int, ...]], text_NS: Tensor
     ) -> list[Contestant]:
-        """Everything on the way to the best choice that the search found."""
+        """Return the choices that the search went through."""
         costs = [[0, unit.weights] for unit in levels.units]
         limit = sum(unit.weights for unit in levels.units) - wanted
         with compared(work, levels, self.search, text_NS) as fitness:

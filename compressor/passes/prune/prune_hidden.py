@@ -1,8 +1,7 @@
-"""A narrower hidden state: channels of the residual stream go in the whole model at once, from every layer that reads or
-writes them.
+"""Hidden-size pruning: drop channels of the residual stream from every layer of the model that reads or writes them.
 
-Before that the stream can be turned into the basis of its principal components (compressor/passes/prune/basis.py), so that
-what goes is what it is weakest in; afterwards what reads it is fitted to what it read before
+First the stream can be rotated into the basis of its principal components (compressor/passes/prune/basis.py), so that the
+weakest components are dropped. Afterwards the layers that read it are refitted to what they read before
 (compressor/passes/prune/readers.py). The result is of the same architecture with a smaller `hidden_size`, which stock
 software loads.
 
@@ -22,10 +21,11 @@ from compressor.recipe.registry import node
 
 @node
 class PruneHidden(HiddenPass):
-    """Args as of `HiddenPass`, and
+    """Drop the weakest hidden channels. The other fields are those of `HiddenPass`.
 
-    refit: Fit what reads the hidden state to what it read.
-    damp: Damping of the fit: added to the diagonal of the second moments, as a fraction of its mean.
+    Args:
+        refit: Refit the layers that read the hidden state.
+        damp: Damping of the refit, added to the diagonal of the second moments as a fraction of its mean.
     """
 
     refit: bool = True
@@ -37,7 +37,7 @@ class PruneHidden(HiddenPass):
             raise ValueError(f"damp: {self.damp} is not a positive number")
 
     def prune(self, work: Work) -> Pruned:
-        """Choose a basis, take channels away, fit the rest."""
+        """Change the basis, drop channels, and refit the rest."""
         if not self.ratio:
             return self.done(work, None)
         source, basis = work.source, turned(work, self.basis)

@@ -1,18 +1,18 @@
-"""Narrower blocks, step by step: what a unit matters is its weights times their gradients, looked at again after every step.
+"""Iterative width pruning by Taylor importance: weights times their gradients, computed again after every step.
 
     importance of unit u = Σ |w · ∂L/∂w|    over all of its weights: rows before the writer, and the writer's columns,
 
-to first order what L would change without them. In every step the least important units that are left in a part are put to
-zero, and stay so; shapes are the same in every block, so units of a part compete among themselves. L is the mean over
-calibration tokens of the divergence from the original's predictions, KL(original || model). Its gradient is zero as long as
-nothing is gone, so in the first step L is the loss of the next token. One step is one-shot Taylor pruning. In the end the
-writers are fitted as by `prune_width`, which also says how many heads and channels stay.
+which is a first-order bound of the change of L without them. In every step the least important remaining units of a part are
+set to zero for good. All blocks get the same shape, so the units of a part compete only with each other. L is the divergence
+from the original's predictions, KL(original || model), averaged over calibration tokens. Its gradient is zero until something
+is dropped, so in the first step L is the next-token loss. A single step is one-shot Taylor pruning. At the end the writers
+are refitted as in `prune_width`, which also determines the number of heads and channels to keep.
 
-It needs the model in memory, in float32, and gradients of the same size.
+The pass needs the model in memory, in float32, and gradients of the same size.
 
 Sources: GISP, "Global Iterative Structured Pruning", ACL 2026, for first-order importance in many steps, linearly; Ma et al.,
-"LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023, for the sum over coupled weights. Different
-are: groups of heads, which go whole, with their keys and values; blocks, which stay alike; and L after the first step.
+"LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023, for the sum over coupled weights. Differences:
+groups of heads are dropped as a unit, with their keys and values; all blocks have the same shape; and L after the first step.
 
 Shape suffixes: U units.
 """
@@ -38,18 +38,19 @@ from compressor.pipeline.job import Event
 from compressor.pipeline.prune_stage import Pruned, Work, read_tensors
 from compressor.recipe.registry import node
 
-STEP = "step"  # how many are done, beside the units
+STEP = "step"  # number of steps done, stored with the units
 
 
 @node
 class PruneTaylor(WidthPass):
-    """Args as of `WidthPass`, and
+    """Drop the least important units in several steps. The other fields are those of `WidthPass`.
 
-    steps: Number of steps in which units are dropped.
-    batch: Samples of calibration, drawn anew in every step, on which gradients are taken.
-    schedule: `linear`: as many units in every step; `cubic`: most of them early.
-    refit: Fit the rest to the model's own outputs.
-    seed: Seed of the order of samples.
+    Args:
+        steps: Number of steps in which units are dropped.
+        batch: Number of calibration samples for the gradients of a step, drawn anew in every step.
+        schedule: Pace of dropping: `linear`, the same number of units in every step; `cubic`, most of them early.
+        refit: Refit the rest to the model's own outputs.
+        seed: Seed of the order of samples.
     """
 
     steps: int = 30
@@ -65,13 +66,13 @@ class PruneTaylor(WidthPass):
                 raise ValueError(f"{name}: {getattr(self, name)} is not a positive number")
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of comparing shapes and of gradients, of which every weight has one."""
+        """Return the peak memory in bytes of comparing shapes and of computing a gradient for every weight."""
         if not self.ratio:
             return 0
         return max(super().expected_memory(source, tokens, batch), expected_memory(source, tokens, weights(source) // 4))
 
     def prune(self, work: Work) -> Pruned:
-        """Choose a shape, then units step by step, then fit the writers."""
+        """Choose a shape, then units step by step, then refit the writers."""
         if not self.ratio:
             return self.untouched(work)
         found = self.shapes(work.source)
@@ -82,7 +83,7 @@ class PruneTaylor(WidthPass):
         return self.narrowed(work, Chosen(units, self.refit, self.damp), found, tried)
 
     def _chosen(self, work: Work, keep: Mapping[str, int], unfinished: Path) -> dict[str, Tensor]:
-        """Choose the units to keep, by part under its full name: one byte for each unit."""
+        """Choose the units to keep: one byte per unit, by full name of the part."""
         source, ranks = work.source, work.ranks
         model = ModelSource(source.path, source.device, torch.float32, source.rewritings)
         parts = {name: found for name, found in find_all(model).items() if keep[name] < found[1].count}
@@ -99,13 +100,13 @@ class PruneTaylor(WidthPass):
                 chosen = drawn(self.seed, step, self.batch, len(lesson.tokens_NS))
                 loss = lesson.backward(whole, chosen, divergence if step else next_token)
                 trained = [p for p in whole.parameters() if p.requires_grad]
-                for p in trained:  # those of a rank that none of the samples fell to have none
+                for p in trained:  # a rank without samples in this step has no gradients
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 ranks.sum_([loss, *(p.grad for p in trained if p.grad is not None)])
                 share = SCHEDULES[self.schedule]((step + 1) / self.steps)
                 for name, (block, part) in parts.items():
                     score_U = importance(block, part).cpu()
-                    score_U[stays[name] == 0] = -1  # what is gone stays gone
+                    score_U[stays[name] == 0] = -1  # dropped units are not revived
                     best = score_U.argsort(descending=True, stable=True)[: left(part.count, keep[name], share)]
                     stays[name] = torch.zeros_like(stays[name]).index_fill(0, best, 1)
                     silence(block, part, stays[name])
@@ -117,7 +118,7 @@ class PruneTaylor(WidthPass):
 
 
 def next_token(found_BSV: Tensor, wanted_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
-    """The loss of language models, summed over tokens."""
+    """Return the next-token cross-entropy, summed over tokens."""
     return cross_entropy(found_BSV[:, :-1].float().flatten(0, 1), tokens_BS[:, 1:].flatten(), reduction="sum")
 
 
@@ -130,13 +131,13 @@ def importance(block: Block, part: Part) -> Tensor:
 
 @torch.no_grad()
 def silence(block: Block, part: Part, stays_U: Tensor) -> None:
-    """Put the writer's columns of units that do not stay to zero."""
+    """Set the writer's columns of dropped units to zero."""
     gone = part.columns_of((stays_U == 0).nonzero().flatten())
     _parameters(block, part)[part.writer][:, gone] = 0
 
 
 def _parameters(block: Block, part: Part) -> dict[str, torch.nn.Parameter]:
-    """Weights and biases that belong to units, by the names of `Part.rows`, and the writer's."""
+    """Return the weights and biases that belong to units, by the names of `Part.rows`, and the writer's weight."""
     names = {name: f"{name}.weight" if name in block.layers else name for name in (*part.rows, part.writer)}
     return {name: block.module.get_parameter(at) for name, at in names.items()}
 

@@ -1,9 +1,8 @@
-"""Narrower blocks: channels of the MLPs and groups of attention heads go, the same number in every block, and what adds up
-the rest is fitted to the model's own outputs.
+"""Width pruning: drop MLP channels and groups of attention heads, and refit output projections to the model's own outputs.
 
-The result is of the same architecture with smaller numbers in its config, which stock software loads. Which units go, and the
-fit, are in compressor/passes/prune/order.py; of the shapes that are small enough (compressor/passes/prune/shapes.py), the one
-is taken with which the model's predictions stay nearest to what they were.
+By default every block drops the same number. The result is then of the same architecture with smaller numbers in its config,
+which stock software loads. For the choice of units and the refit see compressor/passes/prune/order.py. Of the shapes that are
+small enough (compressor/passes/prune/shapes.py), the one that changes the model's predictions least is chosen.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,15 +26,17 @@ from compressor.recipe.registry import node
 
 @node
 class PruneWidth(WidthPass):
-    """Args as of `WidthPass`, and
+    """Drop channels and groups of heads in one shot. The other fields are those of `WidthPass`.
 
-    score: Score that ranks units: `obs`, their cost once the rest is refitted; wanda, flap, cfsp and magnitude score each by
-        itself.
-    refit: Fit the rest to the model's own outputs; false only with scores.
-    layout: `uniform`: every block has the same shape, which stock software reads; `per-layer`: every block gets widths of its
-        own by search, which loses less and only our loader reads; `block-configs`: every MLP does, of a Llama, which vLLM and
-        transformers read with trust_remote_code (compressor/model/hf_config/decilm.py).
-    search: How to search, too.
+    Args:
+        score: Score that ranks units: `obs`, the cost of dropping a unit once the rest is refitted; or wanda, flap, cfsp or
+            magnitude, which score each unit independently.
+        refit: Refit the rest to the model's own outputs. False is possible with scores other than `obs` only.
+        layout: Shape of the blocks. `uniform`: the same for every block, which stock software loads. `per-layer`: widths
+            found by search for every block, which loses less, but only our loader supports it. `block-configs`: widths for
+            every MLP of a Llama, which vLLM and transformers load with trust_remote_code
+            (compressor/model/hf_config/decilm.py).
+        search: Settings of the search for per-block widths too.
     """
 
     score: Literal["obs", "wanda", "flap", "cfsp", "magnitude"] = "obs"
@@ -55,17 +56,17 @@ class PruneWidth(WidthPass):
 
     @property
     def label(self) -> str:
-        """File-name safe."""
+        """Return a label that is safe in file names."""
         return super().label if self.layout == "uniform" or not self.ratio else f"{super().label}-{self.layout}"
 
     @property
     def alone(self) -> tuple[str, ...]:
-        """Kinds of parts that get widths of their own in every block."""
+        """Return the kinds of parts whose widths differ between blocks."""
         return {"uniform": (), "per-layer": (ATTENTION, MLP), "block-configs": (MLP,)}[self.layout]
 
     @property
     def stock(self) -> bool:
-        """Whether the model type has to take the number of heads."""
+        """Return whether the model class must support the number of heads."""
         return self.layout != "per-layer"
 
     def said(self, source: ModelSource, shape: Shape, keep: Mapping[str, int]) -> Rewriting:
@@ -73,7 +74,7 @@ class PruneWidth(WidthPass):
         named keeps all its units.
 
         Raises:
-            RecipeError: not of this model type.
+            RecipeError: The layout does not support this model type.
         """
         if self.layout == "uniform":
             return super().said(source, shape, keep)
@@ -89,18 +90,18 @@ class PruneWidth(WidthPass):
         return Rewriting({}, config=config, files={DECILM_CODE.name: DECILM_CODE})
 
     def prune(self, work: Work) -> Pruned:
-        """Narrow the model: first in more widths than it will have, then in the best of them by themselves."""
+        """Prune in two sweeps: the first computes all candidate widths, the second only the best ones."""
         if not self.ratio:
             return self.untouched(work)
         found, way = self.shapes(work.source), Way(self.score, self.refit, self.damp)
-        if self.layout == "block-configs":  # all have as many heads as in the best of the uniform shapes
+        if self.layout == "block-configs":  # the number of heads is that of the best uniform shape
             best = nearest(self.compared(work, way, found))
             found = [shape for shape in found if called(shape.keep) == best.name]
         tried = self._allocated(work, way, found) if self.alone else self.compared(work, way, found)
         return self.narrowed(work, way, found, tried)
 
     def _allocated(self, work: Work, way: Way, found: Sequence[Shape]) -> list[Tried]:
-        """Every choice of widths, block by block, on the way to the best one."""
+        """Return the choices of per-block widths that the search went through."""
         wanted = ladders(work.source, found, self.ratio, self.multiple, self.alone)
         text = work.text(self.search.tokens)
         with self.made(work, way, wanted, "ladders") as widths, compared(work, widths, self.search, text) as fitness:

@@ -1,8 +1,8 @@
-"""Blocks under a new number in a shorter model: corrections that keep what they compute, and a check that it was kept.
+"""Renumbered blocks of a shorter model: corrections that preserve what they compute, and a check that it is preserved.
 
-Some families compute with the number of blocks or with a block's own number. `corrected` knows how to make up for that in a
-few of them. `check_renumbered` needs to know no family: it runs every kept block as the original model builds it and as the
-pruned model builds it, with the same random weights on the same hidden states, and refuses where the outputs differ.
+Some families compute with the number of blocks or with a block's own number. `corrected` compensates for that in a few of
+them. `check_renumbered` works for any family. It runs every kept block as built in the original and in the pruned model, with
+the same random weights on the same hidden states, and refuses if the outputs differ.
 
 Sources of the corrections, all in transformers' models/*/modeling_*.py: MiniCPM3 multiplies what a block adds by
 `scale_depth / sqrt(num_hidden_layers)`; GPT-2 with `scale_attn_by_inverse_layer_idx` divides attention scores by the block's
@@ -24,22 +24,22 @@ from compressor.model.source import ModelSource
 from compressor.reading import elide
 
 TOKENS = 16
-WINDOW = 3  # tokens; shorter than the text of the check, so that a block that lost or gained its window is found
+WINDOW = 3  # tokens; shorter than the text of the check, so that a lost or added window is detected
 WINDOWS = ("sliding_window", "window_size", "local_attention", "attention_chunk_size")
-TOLERANCE = 1e-4  # of what a block adds; equal arithmetic in fp32 differs by about 1e-6
+TOLERANCE = 1e-4  # relative to what a block adds; equivalent arithmetic in fp32 differs by about 1e-6
 REMEDY = "take from the width instead (prune_width, --by width)"
 
 
 def corrected(source: ModelSource, kept: Sequence[int], fewer: Rewriting) -> Rewriting:
-    """Add what makes the kept blocks compute the same under their new numbers, for the families that need it.
+    """Add corrections that make kept blocks compute the same under their new numbers, for the families that need them.
 
     Args:
         source: Model with all its blocks.
-        kept: Old number of each block that stays, ascending.
-        fewer: Change that takes the other blocks away.
+        kept: Old number of each kept block, ascending.
+        fewer: Change that drops the other blocks.
 
     Raises:
-        RecipeError: the weights to be corrected are packed.
+        RecipeError: The weights to be corrected are packed.
     """
     correct = CORRECTIONS.get(source.model.config.model_type)
     return fewer if correct is None else correct(source, kept, fewer)
@@ -52,7 +52,7 @@ def _residual_scale(source: ModelSource, kept: Sequence[int], fewer: Rewriting) 
 
 
 def _inverse_number(source: ModelSource, kept: Sequence[int], fewer: Rewriting) -> Rewriting:
-    """Scale GPT-2's queries so that their scores, divided by the new number, are what they were.
+    """Scale GPT-2's queries so that their scores are unchanged after division by the new number.
 
     The weight of `c_attn` is [D, 3 D] and its bias [3 D]; queries are the first D columns.
     """
@@ -73,7 +73,7 @@ def _inverse_number(source: ModelSource, kept: Sequence[int], fewer: Rewriting) 
 
 
 def _scaled_queries(factor: float, qkv: Tensor) -> Tensor:
-    """Scale the first third of the last axis."""
+    """Scale the queries, the first third of the last axis."""
     queries, others = qkv.tensor_split([qkv.shape[-1] // 3], dim=-1)
     return torch.cat([queries * factor, others], dim=-1)
 
@@ -85,11 +85,11 @@ CORRECTIONS: Mapping[str, Callable[[ModelSource, Sequence[int], Rewriting], Rewr
 
 
 def check_renumbered(source: ModelSource, fewer: Rewriting) -> None:
-    """Refuse a shorter model whose blocks do not compute what they did. Reads no weights from disk.
+    """Refuse a shorter model whose blocks compute something else than before. Loads no weights from disk.
 
     Args:
         source: Model with all its blocks.
-        fewer: Change that takes some of them away, with its corrections.
+        fewer: Change that drops some of them, with its corrections.
 
     Raises:
         RecipeError: transformers cannot build the shorter model, or a block's output on random hidden states differs.
@@ -125,19 +125,19 @@ EMPTY = Rewriting({})
 
 
 def _short_windows(source: ModelSource) -> dict[str, int]:
-    """Entries of the config by which windows of attention are shorter than the text of the check."""
+    """Return config entries that make attention windows shorter than the text of the check."""
     config = source.model.config.to_dict()
     return {key: WINDOW for key in WINDOWS if isinstance(size := config.get(key), int) and size > WINDOW}
 
 
 class RandomWeights(ModelSource):
-    """A model with the same random weights in every block, in fp32; nothing is read from disk.
+    """A model with the same random weights in every block, in fp32. No weights are loaded from disk.
 
     Args:
-        like: Model with the paths and device to take.
+        like: Model whose path and device to use.
         rewritings: All changes to it.
-        values: Store for weights, by name inside a block and shape, to be shared with the model to compare.
-        tensors: Changes to weights, by name on disk, that this model has and the other has not.
+        values: Store for weights, by name inside a block and shape, shared with the model to compare.
+        tensors: Changes to weights, by name in the checkpoint, that only this model has.
     """
 
     def __init__(
@@ -157,14 +157,14 @@ class RandomWeights(ModelSource):
 
     @torch.no_grad()
     def output(self, index: int, hidden_BSD: Tensor) -> Tensor:
-        """One block's output [B, S, D]."""
+        """Return the output of a block [B, S, D]."""
         block = self.block(index)
         result = block.forward(hidden_BSD)
         self.release(block)
         return result
 
     def read(self, name: str) -> Tensor:
-        """Random values in the place of a parameter; they are the same in all blocks."""
+        """Return random values for a parameter, the same in all blocks."""
         tensor = self._shapes[name]
         if not tensor.is_floating_point():
             return super().read(name)
@@ -182,14 +182,14 @@ class RandomWeights(ModelSource):
 
 
 def _drawn(name: str, shape: torch.Size, device: torch.device) -> Tensor:
-    """Random values of a size at which attention is not uniform and nothing overflows."""
+    """Draw random values, scaled so that attention is not uniform and nothing overflows."""
     scale = 2 / math.sqrt(shape[-1]) if len(shape) > 1 else 0.3
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     return torch.randn(shape, generator=generator, device=device) * scale
 
 
 def _cheap(name: str, shape: torch.Size, device: torch.device) -> Tensor:
-    """The same with equal rows, which take no memory of their own: the vocabulary can be large."""
+    """Draw random values with equal rows, which share memory, because the vocabulary can be large."""
     if len(shape) < 2:
         return _drawn(name, shape, device)
     return _drawn(name, torch.Size((1, *shape[1:])), device).expand(shape)

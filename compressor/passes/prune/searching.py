@@ -1,4 +1,4 @@
-"""The search of compressor/pipeline/search, for what passes that prune have to choose."""
+"""The search of compressor/pipeline/search, applied to the choices of pruning passes."""
 
 import hashlib
 import time
@@ -25,12 +25,12 @@ BRIEF = Search(
     tokens=16384,
     table_tokens=4096,
     evolve=Evolve(generations=30, offspring=16, stages=((4, 2048), (1, 8192)), patience=5),
-)  # for few units
+)  # defaults for searches over few units
 
 
 @contextmanager
 def compared(work: Work, levels: Levels, settings: Search, text_NS: Tensor) -> Iterator[Fitness]:
-    """Yield the fitness of choices, on text that calibration does not use. The model is in memory as the settings say."""
+    """Yield a fitness function for choices, on text that calibration does not use. `settings.resident` applies."""
     source, resident = work.source, settings.resident
     resident = fits_in_memory(work.job) if resident is None else resident
     kept = int(SHARE * available_memory(source.device)) if resident else 0
@@ -39,7 +39,7 @@ def compared(work: Work, levels: Levels, settings: Search, text_NS: Tensor) -> I
 
 
 def comparing(source: ModelSource, settings: Search, batch: int) -> int:
-    """Bytes that `compared` takes: the model or a block of it, hidden states, what the whole model says of the text."""
+    """Return the bytes that `compared` needs: the model or a block of it, hidden states, and the model's predictions."""
     size = source.dtype.itemsize
     resident = dense_bytes(source) if settings.resident is not False else collecting(source, 0, batch)
     teacher = settings.tokens * min(KEPT, source.vocab_size) * (4 + 8)
@@ -54,15 +54,15 @@ def searched(
     limit: int,
     settings: Search,
 ) -> list[Contestant]:
-    """Every choice on the way to the best one, judged on text that none was made on.
+    """Search, and return the choices along the way, scored on held-out text that no choice was fitted to.
 
     Args:
-        work: Where the steps are put down, so that a search that is broken off goes on, and who is told of them.
+        work: Context: the directory for the log, from which an interrupted search resumes, and the progress callback.
         fitness: Loss of a choice.
-        ways: Choices to begin with, by name.
-        costs: Parameters, by unit, by level.
-        limit: Parameters that a choice may have.
-        settings: How to search; `minutes` is of no effect.
+        ways: Initial choices, by name.
+        costs: Number of parameters, by unit and level.
+        limit: Maximum number of parameters of a choice.
+        settings: Settings of the search. `minutes` has no effect.
     """
     known = repr((sorted(work.known.items()), dict(ways), costs, limit, settings))
     trail = Trail(_place(work, f"search-{hashlib.sha256(known.encode()).hexdigest()[:12]}.jsonl"))
@@ -73,7 +73,7 @@ def searched(
 
 
 def _place(work: Work, name: str) -> Path | None:
-    """A file of the first rank's."""
+    """Return the path of a file on the first rank, None on others."""
     if not work.ranks.first:
         return None
     with writing(work.place):

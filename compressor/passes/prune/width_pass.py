@@ -1,4 +1,4 @@
-"""Base class of passes that make blocks narrower: how small, of which shape, and what is written."""
+"""Base class of width pruning passes: target size, choice of a shape, and the change to the checkpoint."""
 
 import hashlib
 import math
@@ -20,17 +20,17 @@ from compressor.pipeline.search.levels import LevelDB
 from compressor.recipe.registry import node, over
 from compressor.recipe.schema import Search
 
-SQUARES = 4 + 3 * 8  # bytes for each element of a Hessian: as collected, and three such matrices in fp64
+SQUARES = 4 + 3 * 8  # bytes per element of a Hessian: one in fp32 as collected, and three such matrices in fp64
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One choice of widths.
+    """A candidate choice of widths and its score.
 
     Args:
-        name: For people.
-        keep: Units that stay of each part, by full name.
-        kl: How far predictions are from the model's, in nats per token; 0 if there is nothing to compare with.
+        name: Readable name.
+        keep: Number of units kept of each part, by full name.
+        kl: Divergence of its predictions from the model's, in nats per token. 0 if it is the only candidate.
     """
 
     name: str
@@ -40,15 +40,16 @@ class Tried:
 
 @node
 class WidthPass(PruningPass):
-    """Base class of passes that narrow blocks.
+    """Base class of width pruning passes.
 
     Args:
-        ratio: Share of the parameters to drop.
-        of: Basis of the ratio: the whole model, embeddings included, its blocks, or their MLPs, which alone are then pruned.
-        heads: Whether to drop groups of heads too, where that loses less, with their part of the key-value cache.
-        multiple: Divisor of the number of channels; null takes 256 for wide models, down to 16 for small ones.
-        damp: Damping of the fit: added to the diagonal of the second moments, as a fraction of its mean.
-        search: Search for the shape; `tokens` are taken in addition to calibration, `minutes` has no effect here.
+        ratio: Fraction of the parameters to drop.
+        of: Parameters that the ratio refers to: those of the entire model, embeddings included, of its blocks, or of their
+            MLPs. With `mlp` only MLPs are pruned.
+        heads: Also drop groups of heads where that loses less, which shrinks the key-value cache.
+        multiple: Divisor of the number of channels. Null is 256 for wide models, down to 16 for small ones.
+        damp: Damping of the refit, added to the diagonal of the second moments as a fraction of its mean.
+        search: Settings of the search for the shape. `tokens` are in addition to calibration; `minutes` has no effect here.
     """
 
     ratio: float
@@ -68,25 +69,25 @@ class WidthPass(PruningPass):
 
     @property
     def label(self) -> str:
-        """File-name safe."""
+        """Return a label that is safe in file names."""
         return f"prune{100 * self.ratio:g}" if self.ratio else ""
 
     @property
     def alone(self) -> tuple[str, ...]:
-        """Kinds of parts that get widths of their own in every block."""
+        """Return the kinds of parts whose widths differ between blocks."""
         return ()
 
     @property
     def stock(self) -> bool:
-        """Whether the model type has to take the number of heads."""
+        """Return whether the model class must support the number of heads."""
         return True
 
     def shapes(self, source: ModelSource) -> list[Shape]:
-        """Return the shapes that are the same in every block and small enough."""
+        """Return the uniform shapes that are small enough."""
         return shapes(source, self.ratio, self.of, heads=self.heads, multiple=self.multiple, stock=self.stock)
 
     def sketch(self, source: ModelSource) -> Sketch:
-        """The largest of the shapes that are small enough."""
+        """Predict the shapes: the largest ones that are small enough."""
         if not self.ratio:
             return Sketch(None)
         found, new, keep = self.shapes(source), {}, {}
@@ -104,7 +105,7 @@ class WidthPass(PruningPass):
         return Sketch(rewriting, len(found) == 1 and not self.alone, most - largest.parameters)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of orders and fits, which take some square matrices of the width of a writer, and of comparing shapes."""
+        """Return the peak memory in bytes of ranking and refitting (square matrices as wide as a writer) and of comparing."""
         if not self.ratio:
             return 0
         shape = max((block.shape(part.writer) for block, part in find_all(source).values()), key=lambda shape: shape[1])
@@ -119,7 +120,7 @@ class WidthPass(PruningPass):
         return Rewriting({}, config=shape.config)
 
     def compared(self, work: Work, way: Narrows, found: Sequence[Shape]) -> list[Tried]:
-        """The shapes, and how much each loses if units are chosen in some way; of a single one that is not looked at."""
+        """Score the shapes, with units chosen in the given way. A single shape is not scored."""
         if len(found) == 1:
             keep = {name: found[0].keep[part.name] for name, (_, part) in find_all(work.source).items()}
             return [Tried(called(found[0].keep), keep, 0.0)]
@@ -131,12 +132,12 @@ class WidthPass(PruningPass):
             return [Tried(called(s.keep), widths.keep(c), kl) for s, c, kl in zip(found, choices, losses, strict=True)]
 
     def untouched(self, work: Work) -> Pruned:
-        """Return the result if nothing has to be dropped."""
+        """Return the result for ratio 0."""
         count = parameters(work.source)
         return Pruned(None, {"pass": named(self), "parameters": [count, count]})
 
     def narrowed(self, work: Work, way: Narrows, found: Sequence[Shape], tried: Sequence[Tried]) -> Pruned:
-        """The model in the best of what was tried, made in some way."""
+        """Apply the best candidate, with units chosen in the given way."""
         best, parts, before = nearest(tried), find_all(work.source), parameters(work.source)
         shape = next((shape for shape in found if called(shape.keep) == best.name), found[0])
         narrower = {part: count for part, count in best.keep.items() if count < parts[part][1].count}
@@ -154,7 +155,7 @@ class WidthPass(PruningPass):
 
     @contextmanager
     def made(self, work: Work, way: Narrows, wanted: Mapping[str, Sequence[int]], name: str) -> Iterator[Widths]:
-        """Every part in some widths, nobody else writing there."""
+        """Compute every part in the wanted widths, with the directory locked, and yield them."""
         known = {**work.known, "widths": hashlib.sha256(repr((way, sorted(wanted.items()))).encode()).hexdigest()}
         levels = LevelDB(work.place / name, known, ANEW)
         with levels.open() if work.ranks.first else nullcontext():
@@ -163,5 +164,5 @@ class WidthPass(PruningPass):
 
 
 def nearest(tried: Sequence[Tried]) -> Tried:
-    """The one that loses least."""
+    """Return the candidate that loses least."""
     return min(tried, key=lambda one: one.kl)

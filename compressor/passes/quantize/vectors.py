@@ -88,7 +88,7 @@ def _norm(w_OI: Tensor, h_II: Tensor, fmt: VQ) -> Tensor | None:
 def _without(
     w_OI: Tensor, h_II: Tensor, channels_D: Tensor, damp: float
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Return weight and second moment of the channels that are not dense, and a function from their values to the dense ones."""
+    """Return weight and second moment without the dense channels, and a function from the other values to the dense ones."""
     rest_R = others(channels_D, len(h_II))
     h_DD = h_II[channels_D][:, channels_D].double()
     h_DD.diagonal().add_(max(damp, 1e-6) * float(h_DD.diagonal().mean()) + 1e-30)

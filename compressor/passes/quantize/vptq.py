@@ -61,7 +61,7 @@ class VPTQ(GPTQ):
 
     @property
     def together(self) -> bool:
-        """Return whether every rank compresses all layers, with the same result: layers that share codebooks are not divided."""
+        """Return whether every rank compresses all layers, with equal results, because a block shares codebooks."""
         return self.share == "block"
 
     def pick(self, options: Sequence[VQ], block: Block, layers: Sequence[str]) -> VQ:
@@ -89,7 +89,7 @@ class VPTQ(GPTQ):
         return max(fitting, key=lambda fmt: (fmt.index_bits / fmt.vector, sizes[fmt]))
 
     def shared(self, block: Block, formats: Mapping[str, Format]) -> dict[str, Format]:
-        """Return formats in which layers share codebooks: the first layer of a group lends its own to those of equal format."""
+        """Return formats with shared codebooks: the first layer of a group lends its own to others of the same format."""
         unit_of = {name: unit for unit, names in self.units(block).items() for name in names}
         lenders: dict[object, str] = {}
         found: dict[str, Format] = {}
