@@ -1,10 +1,10 @@
-"""The basis in which hidden channels go: as they are, or the principal components of the residual stream.
+"""The basis in which hidden channels are dropped: the model's own, or the principal components of the residual stream.
 
-Turned into the latter, which changes nothing by itself, a stream loses with its last channels what it is weakest in. The
-gains of its norms move into the layers behind them, as in the pass `rotate`.
+Rotating the stream into its principal components does not change the model, and dropping the last channels then loses its
+weakest components. The gains of its norms move into the layers that follow, as in the pass `rotate`.
 
-Source: Ashkboos et al., "SliceGPT", ICLR 2024. What differs: one basis for the whole model, so that no matrix has to be
-multiplied with between blocks.
+Source: Ashkboos et al., "SliceGPT", ICLR 2024. Difference: one basis for the entire model, so that no matrix products are
+needed between blocks.
 
 Shape suffixes: D hidden.
 """
@@ -30,12 +30,12 @@ STRENGTH, VECTORS = "strength", "vectors"
 
 @dataclass(frozen=True)
 class Turned:
-    """A model in such a basis.
+    """A model rotated into a basis.
 
     Args:
-        rewriting: Change to the checkpoint that brings it there.
+        rewriting: Change to the checkpoint that rotates it.
         norms: Norms of a block, with the layers that read them.
-        strength_D: Mean square of each channel behind the norms.
+        strength_D: Mean square of each channel after the norms.
     """
 
     rewriting: Rewriting
@@ -43,12 +43,12 @@ class Turned:
     strength_D: Tensor
 
     def strongest(self, size: int) -> Tensor:
-        """So many channels, in their order."""
+        """Return the strongest `size` channels, in ascending order."""
         return self.strength_D.argsort(descending=True, stable=True)[:size].sort().values
 
 
 def apart(source: ModelSource, basis: Basis) -> Rewriting:
-    """Return the change to names and shapes that a basis makes: an embedding that is also the head is stored twice."""
+    """Return the change to names and shapes by a basis: with `pca` an embedding that is also the head is stored twice."""
     hidden_size(source)
     changes = Changes(source)
     if basis == "pca":
@@ -57,10 +57,10 @@ def apart(source: ModelSource, basis: Basis) -> Rewriting:
 
 
 def turned(work: Work, basis: Basis) -> Turned:
-    """The model in a basis.
+    """Rotate the model into a basis.
 
     Raises:
-        RecipeError: the architecture does not allow it.
+        RecipeError: The architecture does not allow it.
     """
     source = work.source
     norms = residual_norms(source, hidden_size(source))
@@ -79,7 +79,7 @@ def turned(work: Work, basis: Basis) -> Turned:
 
 
 def _components(work: Work, norms: Norms) -> Turned:
-    """The model in the basis of principal components, the strongest first."""
+    """Rotate the model into the basis of principal components, the strongest first."""
     source, width = work.source, hidden_size(work.source)
     blocks = [source.block(index, load=False) for index in range(len(source.layers))]
     changes = Changes(source)
@@ -98,7 +98,11 @@ def _components(work: Work, norms: Norms) -> Turned:
 
 
 def _check(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation | None) -> None:
-    """See that the first block computes the same in another basis."""
+    """Check that the first block computes the same in another basis.
+
+    Raises:
+        RecipeError: It does not.
+    """
     missed = off(source, rewriting, width, turn)
     if not missed <= SAME:
         raise RecipeError(
@@ -108,6 +112,6 @@ def _check(source: ModelSource, rewriting: Rewriting, width: int, turn: Rotation
 
 
 def _eigen(moment_DD: Tensor) -> dict[str, Tensor]:
-    """Principal components, as columns, and their mean squares, the strongest first."""
+    """Return principal components, as columns, and their mean squares, the strongest first."""
     values_D, vectors_DD = torch.linalg.eigh(moment_DD)
     return {STRENGTH: values_D.flip(0), VECTORS: vectors_DD.flip(1)}

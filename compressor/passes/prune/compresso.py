@@ -1,18 +1,18 @@
-"""Learn which channels and groups of heads can go, while the model learns to do without them, then take them away.
+"""Compresso: learn which channels and groups of heads to drop while the model adapts, then drop them.
 
-Gates on channels of the MLPs and on groups of attention heads (compressor/passes/prune/gates.py) and a LoRA beside the layers
-of queries and values are trained towards the original's predictions (compressor/passes/train/distillation.py), with
-multipliers that hold every part of every block to the share it shall lose, so that blocks end alike and stock software reads
-them. That share rises from nothing in the first half of the steps. In the end exactly as many units go, those whose gates are
-the least open; gates are folded into the writers, and the LoRA is merged. It needs the model in memory, in float32. How many
-heads and channels stay is what `prune_width` would take. `recover` may follow, as the second stage of training does in the
-paper.
+Gates on MLP channels and on groups of attention heads (compressor/passes/prune/gates.py) are trained together with a LoRA for
+the query and value layers, towards the original's predictions (compressor/passes/train/distillation.py). Multipliers hold
+every part of every block to the same target sparsity, so that all blocks get the same shape and stock software loads them.
+The target rises from zero during the first half of the steps. At the end exactly the target number of units is dropped, those
+with the least open gates. Gates are folded into the writers, and the LoRA is merged. The pass needs the model in memory, in
+float32. The number of heads and channels to keep is that of `prune_width`. `recover` may follow, like the second training
+stage of the paper.
 
 Source: Guo et al., "Compresso: Structured Pruning with Collaborative Prompting Learns Compact Large Language Models", 2023.
-What differs: the loss is the divergence from the original's predictions in the place of that on instructions; shares are held
-for each part, not for the model; groups of heads go with their keys and values; the hidden state stays as it is; and the
-"collaborative" instruction, a text put before all others in training and for ever after, is left out: a model that needs it
-would not stand in for the original.
+Differences: the loss is the divergence from the original's predictions instead of the loss on instructions. Sparsity is
+controlled for each part, not for the model. Groups of heads are dropped with their keys and values. The hidden size does not
+change. The "collaborative" instruction, a text prepended to every input in training and use, is left out: a model that needs
+it could not replace the original.
 """
 
 from collections.abc import Mapping
@@ -35,22 +35,23 @@ from compressor.passes.train.lora import merged, student
 from compressor.pipeline.prune_stage import Pruned, Work, as_stored, read_tensors, stored
 from compressor.recipe.registry import node
 
-LOSSES, UNITS = "losses", "units."  # of all steps, and what stays of each part, beside the tensors
-RISE = 0.5  # of the steps, in which what shall go rises
-CHANGED = ("q_proj", "v_proj")  # by LoRA, as in the paper
+LOSSES, UNITS = "losses", "units."  # losses of all steps and kept units of each part, stored with the tensors
+RISE = 0.5  # fraction of the steps in which the target sparsity rises
+CHANGED = ("q_proj", "v_proj")  # layers with a LoRA, as in the paper
 
 
 @node
 class Compresso(WidthPass):
-    """Args as of `WidthPass`, and
+    """Drop units that trained gates select. The other fields are those of `WidthPass`.
 
-    steps: Number of training steps.
-    batch: Samples in a step.
-    lr: Highest learning rate of the LoRA; it rises to that and falls to zero with a cosine.
-    gate_lr: The same of gates and multipliers.
-    rank: Rank of the LoRA.
-    refit: Fit the writers to what stays, too.
-    seed: Seed of the order of samples, of the noise of gates, and of the LoRA's initial values.
+    Args:
+        steps: Number of training steps.
+        batch: Number of samples per step.
+        lr: Peak learning rate of the LoRA, after warm-up. It decays to zero as a cosine.
+        gate_lr: Peak learning rate of gates and multipliers, with the same schedule.
+        rank: Rank of the LoRA.
+        refit: Also refit the writers to the kept units.
+        seed: Seed of the order of samples, the noise of gates, and the LoRA's initial values.
     """
 
     steps: int = 300
@@ -70,7 +71,7 @@ class Compresso(WidthPass):
         Schedule(self.steps, self.batch, self.lr, self.seed)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of comparing shapes and of the training."""
+        """Return the peak memory in bytes of comparing shapes and of training."""
         if not self.ratio:
             return 0
         return max(
@@ -78,7 +79,7 @@ class Compresso(WidthPass):
         )
 
     def prune(self, work: Work) -> Pruned:
-        """Choose a shape, train, then take away."""
+        """Choose a shape, train, then drop units."""
         if not self.ratio:
             return self.untouched(work)
         found = self.shapes(work.source)
@@ -97,7 +98,7 @@ class Compresso(WidthPass):
         return Pruned(trained.then(pruned.rewriting), {**pruned.report, "loss": [first, last]})
 
     def _trained(self, work: Work, keep: Mapping[str, int], unfinished: Path) -> dict[str, Tensor]:
-        """The new tensors by name on disk, units that stay, and the losses."""
+        """Return the trained tensors by name in the checkpoint, the kept units, and the losses."""
         source = work.source
         parts = {name: part for name, (_, part) in find_all(source).items() if keep[name] < part.count}
         torch.manual_seed(self.seed)
@@ -127,13 +128,12 @@ class Compresso(WidthPass):
 def folded(
     tensors: Mapping[str, Tensor], gates: Gates, keep: Mapping[str, int]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the changed tensors of a model, with the gates of kept units folded into the writers, and the kept units by
-    part.
+    """Return the changed tensors of a model, with the gates of kept units folded into writers, and each part's kept units.
 
     Args:
-        tensors: By name in the model, merged.
-        gates: As they were trained.
-        keep: How many units stay.
+        tensors: Merged tensors, by name in the model.
+        gates: Trained gates.
+        keep: Number of units to keep of each part.
     """
     new = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight").endswith(CHANGED)}
     units = {}

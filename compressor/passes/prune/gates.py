@@ -1,11 +1,12 @@
-"""Gates before the writers of parts, one for each unit, that learn which units to drop. Values are 0 to 1, often exactly 0 or 1.
+"""Gates before the writers of parts, one for each unit, that learn which units to drop.
 
-A gate is a hard concrete variable. With u uniform in (0, 1), drawn anew in every step,
+Values are from 0 to 1, often exactly 0 or 1. A gate is a hard concrete variable. With u uniform in (0, 1), drawn anew in
+every step,
 
     z = min(1, max(0, s (ζ - γ) + γ))    s = σ((log u - log(1 - u) + log α) / β)    β = 2/3, γ = -0.1, ζ = 1.1
 
 so it is open (above 0) with probability σ(log α - β log(-γ / ζ)). The mean of that over the units of a part is the expected
-fraction of units kept. Lagrange multipliers hold the expected sparsity s of every part to its target t. The loss gets the term
+fraction of units kept. Multipliers hold the expected sparsity s of every part to its target t. The loss gets the term
 
     λ₁ (s - t) + λ₂ (s - t)²
 

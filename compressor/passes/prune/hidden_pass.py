@@ -1,4 +1,4 @@
-"""Base class of passes that drop hidden channels: how many, in which basis, and what that does to shapes."""
+"""Base class of passes that drop hidden channels: number of channels, basis, and the new shapes."""
 
 from typing import ClassVar, Literal
 
@@ -17,11 +17,11 @@ class HiddenPass(PruningPass):
     """Base class of passes that drop channels of the hidden state.
 
     Args:
-        ratio: Minimum share of the parameters to drop.
-        of: Basis of the ratio: the whole model, embeddings included, or its blocks.
+        ratio: Minimum fraction of the parameters to drop.
+        of: Parameters that the ratio refers to: those of the entire model, embeddings included, or of its blocks.
         basis: Basis in which channels are dropped: `pca`, principal components of the hidden state, or `channels`, the
             model's own. With `pca` an embedding that is also the head is stored twice.
-        multiple: Divisor of the hidden size; null takes what suits it, 256 for wide models, down to 16 for small ones.
+        multiple: Divisor of the hidden size. Null is 256 for wide models, down to 16 for small ones.
     """
 
     ratio: float
@@ -38,26 +38,26 @@ class HiddenPass(PruningPass):
 
     @property
     def label(self) -> str:
-        """File-name safe."""
+        """Return a label that is safe in file names."""
         return f"slim{100 * self.ratio:g}" if self.ratio else ""
 
     def sketch(self, source: ModelSource) -> Sketch:
-        """The shapes as they will be."""
+        """Predict the shapes, which are exact."""
         if not self.ratio:
             return Sketch(None)
         twice = apart(source, self.basis)
         return Sketch(twice.then(self.narrower(source, source.rewritten(twice)).sketch))
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of the fit, of two streams and a block of each; what leaves norms is of the width of the hidden state."""
+        """Return the peak memory in bytes of the refit: two streams, a block of each, and moments of hidden states."""
         return 2 * collecting(source, tokens, batch) + 4 * 8 * hidden_size(source) ** 2 if self.ratio else 0
 
     def narrower(self, source: ModelSource, whole: ModelSource) -> Residual:
-        """The widest stream that is narrow enough; what an embedding stored twice adds has to go too.
+        """Return the widest stream that meets the ratio. The parameters of an embedding stored twice have to be saved too.
 
         Args:
             source: The model.
-            whole: The same in the basis.
+            whole: The model in the basis, before channels are dropped.
         """
         most = parameters(source, self.of) - going(source, self.ratio, self.of)
         return fitting(whole, most, self.of, self.multiple)

@@ -90,7 +90,7 @@ class Pat(HiddenPass):
         return self.done(work, rewriting, loss=[first, last])
 
     def _trained(self, work: Work, whole: ModelSource, basis: Turned, size: int, unfinished: Path) -> dict[str, Tensor]:
-        """Return the trained tensors by name in the checkpoint, with zeros in dropped channels, the kept channels and losses."""
+        """Return the trained tensors by checkpoint name, with zeros in dropped channels, the kept channels, and losses."""
         width = len(basis.strength_D)
         writers = [
             f"{block.prefix}.{name}"

@@ -1,19 +1,18 @@
-"""Single weights set to zero: a share of each layer, or N:M, N of every M adjacent weights of a row staying.
+"""Unstructured and N:M pruning: set a fraction of each layer's weights to zero, or keep N of every M adjacent ones of a row.
 
-Which go, by `score`:
+The choice of weights depends on `score`:
 
-* `sparsegpt`: what costs least once the columns to come have made up for it, w² / U_jj², U being the upper Cholesky factor of
-  the inverse Hessian, in runs of 128 columns or of M; the columns to come then take over what is lost. Frantar and
-  Alistarh, "SparseGPT", ICML 2023, algorithm 1. It is the sweep of compressor/passes/quantize/gptq.py on a grid of
-  zeros and numbers. What differs: exactly as many go as are asked for, in every run; the original takes one more, of a
-  layer that was to stay whole too.
-* `wanda` in each row, `ria` and `magnitude` in the whole layer, N:M in each group: see compressor/passes/prune/masks.py.
-RIA's
-  permutation of channels, which makes N:M easier, is left out: few channels of a model can change places freely.
+* `sparsegpt`: drop the weights of least cost w² / U_jj², in runs of 128 columns or of M. U is the upper Cholesky factor of
+  the inverse Hessian, so the cost includes the compensation by later columns, which is then applied. Frantar and Alistarh,
+  "SparseGPT", ICML 2023, algorithm 1. It is the sweep of compressor/passes/quantize/gptq.py on a grid of zeros and numbers.
+  Difference: every run drops exactly the number demanded; the authors' code drops one more, even at sparsity 0.
+* `wanda`, `ria` and `magnitude`: see compressor/passes/prune/masks.py. Scores are compared within each row for `wanda`,
+  within the layer for the other two, and within each group for N:M. RIA's permutation of channels, which makes N:M easier,
+  is left out: few channels of a model can be permuted freely.
 
-With `refit` those that stay become the least squares of the layer's output without the others, whatever chose them. Up to
-damping and the rounding to the stored dtype that cannot lose on the calibrated text, and it is worth more than the score:
-recipes/sparse24.yaml has figures.
+With `refit` the kept weights become the least squares solution for the layer's output, whichever score chose them. Up to
+damping and rounding to the stored dtype this cannot raise the loss on the calibration text. It gains more than the choice of
+score: recipes/sparse24.yaml has figures.
 
 Shape suffixes: O out_features, I in_features.
 """
@@ -45,13 +44,14 @@ class PruneWeights(Pass):
 
     Args:
         score: Score by which weights are dropped.
-        sparsity: Share of them, from 0 up to, without, 1; of several, a search gives each layer one (`target`).
-        pattern: N:M instead, in quotes.
-        refit: Move the weights that stay to the least squares of the layer's output.
-        damp: Added to the diagonal of the Hessian, as a fraction of its mean.
-        stored: `bitmask` stores what stays, which compressor.load reads; `dense` stores the zeros too, as any model.
-        layers: Patterns of layer names to work on (`*.down_proj`, or `re:` and a regular expression).
-        ignore: Patterns of layer names to leave as they are.
+        sparsity: Fraction of the weights to drop, from 0 to below 1. Of several, a search chooses one for each layer
+            (`target`).
+        pattern: Pattern N:M instead of a fraction, in quotes.
+        refit: Refit the kept weights by least squares of the layer's output.
+        damp: Damping added to the diagonal of the Hessian, as a fraction of its mean.
+        stored: Storage: `bitmask`, only the kept weights, for compressor.load; `dense`, with zeros, for any software.
+        layers: Patterns of layer names to prune (`*.down_proj`, or `re:` and a regular expression).
+        ignore: Patterns of layer names not to prune.
     """
 
     score: Literal["sparsegpt", "wanda", "ria", "magnitude"] = "sparsegpt"
@@ -75,7 +75,7 @@ class PruneWeights(Pass):
 
     @property
     def formats(self) -> tuple[SparseBitmask, ...]:
-        """One for each share, or the pattern, and each dtype that a checkpoint may have."""
+        """Return one format for each sparsity (or the pattern) and each dtype that a checkpoint may have."""
         shares = self.sparsity if isinstance(self.sparsity, tuple) else (self.sparsity,)
         return tuple(
             SparseBitmask(sparsity=share, pattern=self.pattern, dtype=dtype) for share in shares for dtype in NUMBERS
@@ -83,7 +83,7 @@ class PruneWeights(Pass):
 
     @property
     def offers(self) -> tuple[SparseBitmask, ...] | tuple[Kept, ...]:
-        """The formats, among which the checkpoint's dtype picks; stored dense, how many of how many weights stay."""
+        """Return the formats, among which the checkpoint's dtype decides; or the fraction kept, if stored dense."""
         if self.stored == "bitmask":
             return self.formats
         if self.sparsity is None:
@@ -97,11 +97,11 @@ class PruneWeights(Pass):
         return (Hessian,) if self.refit or self.score != "magnitude" else ()
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """Units of a block: layers that are fused when served are stored alike."""
+        """Return the units of a block. Layers that are fused when served form one unit, since they need the same format."""
         return units(block, self.layers, self.ignore)
 
     def suits(self, option: SparseBitmask | Kept, block: Block, layers: Sequence[str]) -> bool:
-        """Whether layers lie in the dtype of a format in the checkpoint; stored dense, in that of any."""
+        """Return whether the checkpoint stores layers in the dtype of the format, or of any of them if stored dense."""
         formats = self.formats if isinstance(option, Kept) else (option,)
         dtypes = {block.dtypes[f"{name}.weight"] for name in layers}
         return any(dtypes == {NUMBERS[fmt.dtype][0]} for fmt in formats)
@@ -123,7 +123,7 @@ class PruneWeights(Pass):
         return Outcome(edits, errors, tuple(warnings))
 
     def zeroed(self, w_OI: Tensor, fmt: SparseBitmask, seen: "Seen | None") -> QuantizedTensor:
-        """A weight without those that go."""
+        """Prune a weight, and refit the rest if `refit` is set."""
         if self.score == "sparsegpt":
             assert seen is not None
             codes, _, grid = gptq(w_OI, seen.factor(self.damp, 1), fmt.fit(w_OI), static_groups=False)
@@ -155,11 +155,11 @@ class Seen:
     """Statistics of a layer's input."""
 
     h_II: Tensor  # second moment, fp32
-    factor: Factors  # of that
+    factor: Factors  # factors of `h_II`
 
     @classmethod
     def of(cls, block: Block, layer: str, stats: Stats, warnings: list[str]) -> "Seen":
-        """From its statistic."""
+        """Return the statistics of a layer."""
         hessian = stats[layer, Hessian]
         h_II = hessian.value
         return cls(h_II, factors_of(f"{block.prefix}.{layer}", hessian.count, warnings, h_II, act_order=False))

@@ -1,14 +1,14 @@
-"""Refit the layers that read the residual stream's norms to a narrower stream.
+"""Refit the layers that read the residual stream through norms to a narrower stream.
 
-A reader of the narrower stream is fitted to what it made of the whole one, x, from what it is given now, z, in a model whose
-blocks before are fitted already,
+A reader's output from its new input z is fitted to its output from the old input x. The blocks before it are refitted
+already:
 
     W' = W_S + W E[(x - z) zᵀ] (E[z zᵀ] + damping)⁻¹
 
-with W_S its columns for the channels that stay, and zeros in z for those that go: the least squares of ‖W x - W' z‖², damped
-towards leaving W_S alone.
+where W_S are its columns for the kept channels, and x - z has zeros in z for dropped channels. This minimises ‖W x - W' z‖²,
+damped towards W_S.
 
-Shape suffixes: O out_features, D hidden, S channels that stay, B samples, T tokens.
+Shape suffixes: O out_features, D hidden, S kept channels, B samples, T tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,12 +30,12 @@ from compressor.pipeline.job import Event
 from compressor.pipeline.prune_stage import Work, read_tensors, stored
 from compressor.pipeline.ranks import Ranks
 
-Norms = Mapping[str, Sequence[str]]  # of a block, with the layers that read them
+Norms = Mapping[str, Sequence[str]]  # norm of a block -> layers that read it
 
 
 @torch.no_grad()
 def moment(work: Work, norms: Norms) -> Tensor:
-    """Second moment [D, D] of what leaves the norms of the residual stream, the mean over all of them."""
+    """Compute the second moment [D, D] of the outputs of the residual stream's norms, averaged over all norms."""
     source, stream = work.source, work.stream()
     readers = [layers[0] for layers in norms.values()]
     found = []
@@ -54,15 +54,15 @@ def moment(work: Work, norms: Norms) -> Tensor:
 
 @dataclass(frozen=True)
 class Refit:
-    """Readers of a narrower stream, block after block, each with what the fitted blocks before it give.
+    """Refit of the readers of a narrower stream, block after block, each on the outputs of the refitted blocks before it.
 
     Args:
-        work: Text, and where to put down what is made.
-        whole: The model before.
-        narrow: The model whose readers are fitted.
-        keep_S: Channels of the former that the latter has.
+        work: Context: the text, and the directory for results.
+        whole: The model before channels were dropped.
+        narrow: The model whose readers are refitted.
+        keep_S: Channels of `whole` that `narrow` keeps.
         norms: Norms of a block, with their readers.
-        damp: Added to the diagonal, in parts of its mean.
+        damp: Damping added to the diagonal, as a fraction of its mean.
     """
 
     work: Work
@@ -74,7 +74,7 @@ class Refit:
 
     @torch.no_grad()
     def tensors(self, settings: object) -> dict[str, Callable[[Tensor], Tensor]]:
-        """New weights by their names on disk, made unless they lie there; `settings` as of `Work.once`."""
+        """Return the new weights by name in the checkpoint. Stored results are reused; `settings` is that of `Work.once`."""
         before, after = (replace(self.work, source=source).stream() for source in (self.whole, self.narrow))
         made: dict[str, Callable[[Tensor], Tensor]] = {}
         total = len(self.whole.layers)
@@ -88,7 +88,7 @@ class Refit:
             before.advance(old)
             after.advance(new)
             self.work.tell(Event("readers", new.index + 1, total))
-        if not self.narrow.tied:  # a head that is the embedding too stays with it
+        if not self.narrow.tied:  # a head that is also the embedding is not refitted
             file = self.work.once("readers-head", settings, partial(self._head, before, after))
             made |= stored(file, read_tensors(file)).tensors
         return made
@@ -96,7 +96,7 @@ class Refit:
     def _block(
         self, old: Block, new: Block, before: CalibrationStream, after: CalibrationStream, unfinished: Path
     ) -> dict[str, Tensor]:
-        """The readers of a block, those of each norm after what is before it is fitted."""
+        """Refit the readers of a block, norm by norm, so that later ones see the effect of earlier ones."""
         made = {}
         for names in self.norms.values():
             both = Both.zeros(old.shape(names[0])[1], self.keep_S, before.device)
@@ -111,7 +111,7 @@ class Refit:
         return made
 
     def _head(self, before: CalibrationStream, after: CalibrationStream, unfinished: Path) -> dict[str, Tensor]:
-        """The head."""
+        """Refit the head."""
         head = self.narrow.ends[1]
         w_OD, at = self.whole.read(head).to(self.whole.device), self.narrow.names[head]
         both = Both.zeros(w_OD.shape[1], self.keep_S, before.device)
@@ -124,10 +124,10 @@ class Refit:
 
 @dataclass(frozen=True)
 class Both:
-    """Moments, up to a factor, of what is read of a stream before and after it is narrower.
+    """Moments, up to a factor, of a reader's inputs from the full and the narrower stream.
 
     Args:
-        keep_S: Channels of the former that the latter has.
+        keep_S: Channels of the full stream that the narrower one keeps.
         missing_DS: E[(x - z) zᵀ], fp64.
         moment_SS: E[z zᵀ], fp64.
     """
@@ -153,7 +153,7 @@ class Both:
         ranks.sum_([self.missing_DS, self.moment_SS])
 
     def fitted(self, w_OD: Tensor, damp: float) -> Tensor:
-        """Return the weight that reads the narrower stream, [O, S], fp64, in place of the one that reads the full stream."""
+        """Return the weight for the narrower stream, [O, S], fp64, from the weight for the full one."""
         w_OD = w_OD.double()
         missed_OS = w_OD @ self.missing_DS
         fitted: Tensor = w_OD[:, self.keep_S] + torch.linalg.solve(damped(self.moment_SS, damp), missed_OS.T).T

@@ -1,20 +1,20 @@
 """A narrower residual stream: every tensor that writes it, scales it or reads it loses the same channels.
 
-Where the stream runs is told by the model class: an axis of a tensor belongs to it if its length follows `hidden_size`. With
-d channels before and d' after, the stream's norms divide by the mean square of fewer channels, of which all matter,
+The model class determines where the stream runs: an axis of a tensor belongs to it if its length follows `hidden_size`. With
+d channels before and d' after, the stream's norms average squares over fewer channels,
 
     Σ x² / d' + ε' = (d / d') (Σ x² / d + ε)     with  ε' = ε d / d',      so gains become g √(d / d'),
 
-and an embedding that is multiplied by √d when it is read is stored √(d / d') larger; if it is the head too, the last norm
-takes that back. Nothing then changes if the channels that go were zero, whatever is in the others.
+and an embedding that the model multiplies by √d is stored √(d / d') larger. If it is also the head, the last norm reverts
+that. The model then computes the same if the dropped channels were zero, whatever the others contain.
 
-Norms of queries and keys share the stream's ε. What ε' changes in them is less than what rounding would if the weights before
-them were scaled for it, so they stay as they are.
+Norms of queries and keys use the same ε setting. The effect of ε' on them is smaller than the rounding error of scaling the
+weights before them to compensate, so they are not changed.
 
-Sources: Ashkboos et al., "SliceGPT", ICLR 2024, for taking rows and columns away; Muralidharan et al., "Compact Language
-Models via Pruning and Knowledge Distillation", NeurIPS 2024, for the width of the whole model.
+Sources: Ashkboos et al., "SliceGPT", ICLR 2024, for removing rows and columns; Muralidharan et al., "Compact Language Models
+via Pruning and Knowledge Distillation", NeurIPS 2024, for the width of the entire model.
 
-Shape suffixes: V vocabulary, D hidden, S channels that stay.
+Shape suffixes: V vocabulary, D hidden, S kept channels.
 """
 
 import math
@@ -36,20 +36,20 @@ from compressor.model.surgery.resize import narrow
 from compressor.passes.prune.shapes import multiple_of, parameters
 
 EPS = "rms_norm_eps"
-SAME = 0.05  # relative difference that rounding to the checkpoint's dtype can make
-TOKENS = 16  # that are sent through a model to see whether it computes the same
+SAME = 0.05  # largest relative difference that is explained by rounding to the checkpoint's dtype
+TOKENS = 16  # number of tokens for the check that a model computes the same
 
 
 @dataclass(frozen=True)
 class Residual:
-    """Where the residual stream runs, in a model and in one in which it is narrower.
+    """The location of the residual stream in a model, and the change to a narrower one.
 
     Args:
         source: The model.
-        size: Channels of the narrower one.
-        config: Entries of config.json that differ.
-        axes: Axes of the stream, by the name in the model of each tensor that has one.
-        louder: By how much less the narrower model multiplies its embedding.
+        size: Number of channels of the narrower stream.
+        config: Changed entries of config.json.
+        axes: Axes of the stream, by name in the model, for each tensor that has one.
+        louder: Factor by which the model multiplies its embedding, relative to that of the narrower model.
     """
 
     source: ModelSource
@@ -60,11 +60,11 @@ class Residual:
 
     @classmethod
     def narrowed(cls, source: ModelSource, size: int) -> "Residual":
-        """To a size.
+        """Return the narrower stream of a size.
 
         Raises:
-            SourceError: the model class does not take it.
-            RecipeError: its tensors do not follow the size.
+            SourceError: The model class does not support the size.
+            RecipeError: The shapes of its tensors do not follow the size.
         """
         width, config = hidden_size(source), source.model.config
         changes: dict[str, Any] = {"hidden_size": size, EPS: getattr(config, EPS) * width / size}
@@ -91,7 +91,7 @@ class Residual:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """By name on disk."""
+        """Return the new shapes by name in the checkpoint."""
         found = {}
         for name, axes in self.axes.items():
             stored = self.source.names[name]
@@ -101,11 +101,11 @@ class Residual:
 
     @property
     def sketch(self) -> Rewriting:
-        """Without values."""
+        """Return the change to config and shapes, without values."""
         return Rewriting({}, config=self.config, shapes=self.shapes)
 
     def rewriting(self, keep_S: Tensor) -> Rewriting:
-        """The model with some channels of the stream, in their order."""
+        """Return the change that keeps some channels of the stream, in the given order."""
         model, grown = self.source.model, math.sqrt(hidden_size(self.source) / self.size)
         embedding, head = self.source.ends
         tied = bool({embedding, head} & set(self.source.tied))
@@ -122,10 +122,10 @@ class Residual:
 
     @torch.no_grad()
     def check(self, keep_S: Tensor) -> None:
-        """See that embedding, first block and head compute the same as with zeros in what goes.
+        """Check that embedding, first block and head compute the same as with zeros in the dropped channels.
 
         Raises:
-            RecipeError: they do not.
+            RecipeError: They do not.
         """
         gone = torch.ones(hidden_size(self.source), dtype=torch.bool)
         gone[keep_S] = False
@@ -148,10 +148,10 @@ class Residual:
 
 
 def hidden_size(source: ModelSource) -> int:
-    """Channels of the residual stream.
+    """Return the number of channels of the residual stream.
 
     Raises:
-        RecipeError: config.json does not have it in the usual place.
+        RecipeError: config.json has no integer `hidden_size`, or the config no `rms_norm_eps`.
     """
     size = source.raw_config.get("hidden_size")
     if not isinstance(size, int) or not isinstance(getattr(source.model.config, EPS, None), float):
@@ -163,16 +163,16 @@ def hidden_size(source: ModelSource) -> int:
 
 
 def fitting(source: ModelSource, most: int, of: Literal["model", "blocks"], multiple: int | None) -> Residual:
-    """The widest that leaves so many parameters at most.
+    """Return the widest stream that leaves at most a given number of parameters.
 
     Args:
         source: The model.
-        most: Parameters that may be left.
-        of: Counted in the whole model, or in its blocks.
-        multiple: Divisor of the size; None takes what suits it.
+        most: Maximum number of parameters.
+        of: Parameters that are counted: those of the entire model, or of its blocks.
+        multiple: Divisor of the size. None derives it from the hidden size.
 
     Raises:
-        RecipeError: none is that small, or its model class takes none of them.
+        RecipeError: No size is small enough, or the model class supports none of them.
     """
     if source.absent:
         raise RecipeError(
@@ -202,20 +202,20 @@ def fitting(source: ModelSource, most: int, of: Literal["model", "blocks"], mult
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module's weight multiplies channel by channel."""
+    """Return whether a module's weight multiplies channel by channel."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def _loudness(model: PreTrainedModel) -> float:
-    """Return the factor that a model's embedding multiplies its rows by."""
+    """Return the factor by which a model's embedding multiplies its rows."""
     embedding = model.get_input_embeddings()
     ones = torch.ones(1, 1).expand(embedding.weight.shape)
     return float(torch.func.functional_call(embedding, {"weight": ones}, (torch.zeros(1, dtype=torch.long),))[0, 0])
 
 
 def _narrow(axes: tuple[int, ...], keep_S: Tensor, factor: float, offset: float, old: Tensor) -> Tensor:
-    """The channels that stay; what they are multiplied by is `offset` more than the tensor."""
+    """Select the kept channels and scale them. The effective factor of a channel is the tensor plus `offset`."""
     for axis in axes:
         old = old.index_select(axis, keep_S)
     return (old + offset) * factor - offset
@@ -228,7 +228,7 @@ def _silence(axes: tuple[int, ...], gone_D: Tensor, old: Tensor) -> Tensor:
 
 
 def _glance(source: ModelSource, rewriting: Rewriting, tokens: Tensor) -> Tensor:
-    """Logits of a model as if it had the first block alone, fp32."""
+    """Return the logits of a model reduced to its first block, fp32."""
     one = ModelSource(source.path, source.device, torch.float32, (*source.rewritings, rewriting))
     block = one.block(0)
     (hidden,) = one.first_inputs([tokens])

@@ -1,4 +1,4 @@
-"""From a share of the parameters to shapes of a model: the same for every block, so that stock software reads the result."""
+"""Model shapes for a fraction of parameters to drop: the same for every block, so that stock software loads the result."""
 
 import math
 from collections.abc import Mapping
@@ -20,21 +20,22 @@ MULTIPLES = (
     (1024, 64),
     (512, 32),
     (0, 16),
-)  # channels from which on -> their number is a multiple of this
+)  # from this number of channels on -> divisor of the number
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Units of each part that stay in every block, and what the model then has."""
+    """Number of units of each part kept in every block, and the resulting model size."""
 
     keep: Mapping[str, int]
-    config: Mapping[str, Any]  # what differs in config.json
-    parameters: int  # of the whole model
+    config: Mapping[str, Any]  # changed entries of config.json
+    parameters: int  # of the entire model
 
 
 def parameters(source: ModelSource, of: Of = "model", new: Mapping[str, tuple[int, ...]] = MappingProxyType({})) -> int:
-    """Return the number of parameters of the model, of its blocks, or of their MLPs; `new` gives other shapes of some
-    tensors, by name on disk.
+    """Return the number of parameters of the model, of its blocks, or of their MLPs.
+
+    Shapes in `new`, by name in the checkpoint, replace those of the checkpoint.
     """
     starts = {"model": ("",), "blocks": (f"{source.prefix}.",), "mlp": (f"{source.prefix}.",)}[of]
     names = {stored: name for name, stored in source.names.items() if name.startswith(starts)}
@@ -43,30 +44,30 @@ def parameters(source: ModelSource, of: Of = "model", new: Mapping[str, tuple[in
 
 
 def going(source: ModelSource, ratio: float, of: Of) -> int:
-    """Parameters that have to go."""
+    """Return the number of parameters to drop."""
     return math.ceil(ratio * parameters(source, of))
 
 
 def multiple_of(channels: int) -> int:
-    """Return the divisor that the number of channels keeps, given how many there are."""
+    """Return the default divisor for a number of channels."""
     return next(step for size, step in MULTIPLES if channels >= size)
 
 
 def shapes(
     source: ModelSource, ratio: float, of: Of, *, heads: bool, multiple: int | None, stock: bool = True
 ) -> list[Shape]:
-    """Every split between heads and channels that leaves as much as it may, the most heads first.
+    """Return the largest allowed shape for each number of head groups, the most heads first.
 
     Args:
         source: The model.
-        ratio: Share of the parameters that has to go.
-        of: Basis of the ratio.
-        heads: Whether groups of heads may go.
-        multiple: Divisor of the number of channels; None takes what suits their number.
-        stock: Whether the model type has to take them; if not, its config does not say them.
+        ratio: Fraction of the parameters to drop.
+        of: Parameters that the ratio refers to.
+        heads: Allow dropping groups of heads.
+        multiple: Divisor of the number of channels. None derives it from the number of channels.
+        stock: Require that the model class supports the shape. Otherwise the shape is not stated in the config.
 
     Raises:
-        RecipeError: no shape is that small, or its model type allows none of them.
+        RecipeError: No shape is that small, or the model class supports none of them.
     """
     blocks = [source.block(index, load=False) for index in range(len(source.layers))]
     found = [find_parts(source, block) for block in blocks]

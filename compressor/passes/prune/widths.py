@@ -1,13 +1,13 @@
-"""Narrower blocks: one sweep over the model makes every width of every part, a shape is chosen, and the model is read so.
+"""Width pruning. One sweep refits every part for every candidate width; chosen widths are applied as the checkpoint is read.
 
-A width of a part is the units that stay and the writer refitted to them (compressor/passes/prune/order.py). Blocks further on
-see the mean over all widths of what is before them, so that one sweep serves all, as in "Týr-the-Pruner", NeurIPS 2025, but
-with one forward for the expectation. With a single width that is exactly what will be written.
+A width of a part consists of the kept units and the writer refitted to them (compressor/passes/prune/order.py). Later blocks
+see the mean of the writer over all widths, so that one sweep suffices, as in "Týr-the-Pruner", NeurIPS 2025, but with a
+single forward pass for the expectation. With a single width this is exactly the model that will be written.
 
-What is made lies on disk as levels (compressor/pipeline/search/levels.py): the kept units and the writer, in the checkpoint's
-dtype.
+Results are stored on disk as levels (compressor/pipeline/search/levels.py): the kept units and the writer, in the
+checkpoint's dtype.
 
-Shape suffixes: O out_features, S columns that stay, U units.
+Shape suffixes: O out_features, S kept columns, U units.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,24 +31,24 @@ from compressor.pipeline.job import Event, Job, Tell
 from compressor.pipeline.plan import describe_option
 from compressor.pipeline.search.levels import Choice, Level, LevelDB, Unit
 
-UNITS = "units"  # the name under which those that stay are kept
+UNITS = "units"  # key of the kept units in a level
 
 
 class Narrows(Protocol):
-    """How units are chosen and what becomes of the writer; its `repr` says all of it."""
+    """A choice of units and treatment of the writer. Its `repr` is a cache key and must contain all settings."""
 
     def widths(self, block: Block, part: Part, stats: BlockStats, wanted: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Units that stay [U] and the writer [O, S], for each wanted number, the most first."""
+        """Yield the kept units [U] and the writer [O, S] for each wanted number, the largest first."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """Units are chosen part by part, by what is seen of each.
+    """A choice of units part by part, from the statistics of each.
 
     Args:
-        score: `obs`, or a name in compressor/passes/prune/scores.py.
-        refit: Whether the writer is fitted to what stays.
-        damp: Damping of the fit.
+        score: Score of units: `obs`, or a name in compressor/passes/prune/scores.py.
+        refit: Refit the writer to the kept units.
+        damp: Damping of the refit.
     """
 
     score: str
@@ -56,7 +56,7 @@ class Way:
     damp: float
 
     def widths(self, block: Block, part: Part, stats: BlockStats, wanted: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Units that stay [U] and the writer [O, S], for each wanted number, the most first."""
+        """Yield the kept units [U] and the writer [O, S] for each wanted number, the largest first."""
         w_OI, h_II = block.weight(part.writer), stats[part.writer, Hessian].value
         if self.score == "obs":
             return greedy(w_OI, h_II, part.columns, wanted, self.damp)
@@ -66,12 +66,12 @@ class Way:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Units were chosen before.
+    """A choice of units made in advance.
 
     Args:
-        units: Kept units, by part under its full name.
-        refit: Whether to refit, as in `Way`.
-        damp: The same.
+        units: Kept units, by full name of the part.
+        refit: Refit the writer to the kept units.
+        damp: Damping of the refit.
     """
 
     units: Mapping[str, tuple[int, ...]]
@@ -94,15 +94,15 @@ def sweep(
     levels: LevelDB,
     tell: Tell,
 ) -> None:
-    """Add every part of every block that is not there yet, in some widths.
+    """Compute the widths of all parts that are not stored yet.
 
     Args:
-        job: The model; its passes are not used.
-        open_stream: Makes a stream before the first block.
-        way: How.
-        wanted: Numbers of units, by part, full name; one that is not there stays as it is.
-        levels: Written by the first rank, read by all.
-        tell: Called after each part.
+        job: The model. Its passes are not used.
+        open_stream: Function that opens a stream before the first block.
+        way: Choice of units and treatment of the writer.
+        wanted: Numbers of units, by full name of the part. Parts that are not listed do not change.
+        levels: Store of results, written by the first rank and read by all.
+        tell: Callback for progress, called after each part.
     """
     total, source = len(job.source.layers), job.source
     known = job.ranks.agree(frozenset(levels.journal.finished))
@@ -139,7 +139,7 @@ def _measure(
     counts: Sequence[int],
     levels: LevelDB,
 ) -> None:
-    """Add one part; what it takes in memory is free again afterwards."""
+    """Compute and store one part, in a function of its own so that its memory is freed afterwards."""
     stats = stream.collect(block, [part.writer], (Hessian, Mean))
     found = job.ranks.agree(list(way.widths(block, part, stats, counts)) if job.ranks.first else [])
     if job.ranks.first:
@@ -154,7 +154,7 @@ def _names(source: ModelSource, index: int) -> set[str]:
 def _unit(
     block: Block, part: Part, stats: BlockStats, found: Sequence[tuple[Tensor, Tensor]]
 ) -> tuple[Unit, list[dict[str, Tensor]]]:
-    """A part with its widths, the narrowest first, and what each has."""
+    """Return the search unit of a part with its widths, the narrowest first, and the tensors of each width."""
     dtype, h_II = block.dtypes[f"{part.writer}.weight"], stats[part.writer, Hessian].value.double()
     w_OI = block.weight(part.writer).double()
     each = part.parameters(block)
@@ -181,7 +181,7 @@ def _unit(
 
 
 def _mean(block: Block, part: Part, made: Sequence[Edits]) -> Tensor:
-    """The writer [O, I], on average over widths, with zeros where one has no column."""
+    """Return the mean of the writer [O, I] over widths, with zeros for dropped columns."""
     total = torch.zeros_like(block.weight(part.writer), dtype=torch.float32)
     for edits in made:
         total[:, part.columns_of(dense(edits[UNITS]).long().to(total.device))] += dense(edits[part.writer]).to(total)
@@ -189,11 +189,11 @@ def _mean(block: Block, part: Part, made: Sequence[Edits]) -> Tensor:
 
 
 class Widths:
-    """Widths as `Fitness` tries them: with the rows before the writer, which are the model's own.
+    """Computed widths as levels for `Fitness`, with the rows before the writer, which are taken from the model.
 
     Args:
         source: The model.
-        levels: Levels that `sweep` made.
+        levels: Levels computed by `sweep`.
     """
 
     def __init__(self, source: ModelSource, levels: LevelDB) -> None:
@@ -202,15 +202,15 @@ class Widths:
         self.parts = {name: part for name, (_, part) in found.items()}
 
     def kept(self, unit: str, level: int) -> Tensor:
-        """Units that stay [U]."""
+        """Return the kept units [U] of a level."""
         return dense(self.levels.edits(unit, level)[UNITS]).long()
 
     def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Trial:
-        """A narrower part, as `Fitness` tries it."""
+        """Return the trial of a narrower part, for `Fitness`."""
         return Trial.of(self.edits(unit, level), device, dtype)
 
     def edits(self, unit: str, level: int) -> Edits:
-        """Its weights and biases by their names inside the block."""
+        """Return the weights and biases of a narrower part by name inside the block."""
         found = dict(self.levels.edits(unit, level))
         units, part, prefix = dense(found.pop(UNITS)).long(), self.parts[unit], unit.rpartition(".")[0]
         return found | {
@@ -219,7 +219,7 @@ class Widths:
         }
 
     def uniform(self, keep: Mapping[str, int]) -> Choice:
-        """The levels at which so many units of each part stay in every block."""
+        """Return the choice in which every block keeps the given number of units of each part."""
         counts = [[level.option.keep for level in unit.levels if isinstance(level.option, Kept)] for unit in self.units]
         return tuple(row.index(keep[self.parts[unit.name].name]) for unit, row in zip(self.units, counts, strict=True))
 
@@ -229,12 +229,12 @@ class Widths:
         return [{"unit": name, **describe_option(level.option), "error": level.error} for name, level in found]
 
     def keep(self, choice: Choice) -> dict[str, int]:
-        """How many units stay of each part, by full name."""
+        """Return the number of kept units of each part, by full name."""
         found = [(unit.name, unit.levels[at].option) for unit, at in zip(self.units, choice, strict=True)]
         return {name: option.keep for name, option in found if isinstance(option, Kept)}
 
     def rewriting(self, choice: Choice) -> Rewriting:
-        """The model with a level of each unit; its config stays."""
+        """Return the change to the weights for a level of each unit, without changes to the config."""
         tensors: dict[str, Callable[[Tensor], Tensor]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for unit, level in zip(self.units, choice, strict=True):
@@ -260,5 +260,5 @@ def _rows_of(at: Tensor, old: Tensor) -> Tensor:
 
 
 def _parameter(source: ModelSource, prefix: str, name: str) -> str:
-    """A layer's weight, or a parameter, by its name in the model."""
+    """Return the full name of a layer's weight, or of a parameter."""
     return name if (name := f"{prefix}.{name}") in source.names else f"{name}.weight"

@@ -1,7 +1,7 @@
-"""The hidden states of a pruned model and of the original for the same text, block after block, and how far apart they are.
+"""Hidden states of a pruned model and of the original for the same text, block after block, and the error between them.
 
-The error of a block is |y - t|² / |t|² of its outputs y and the original's t, the mean over tokens: relative for each token,
-as some have hidden states a thousand times as long as others and what reads them looks at their direction.
+The error of a block is |y - t|² / |t|², averaged over tokens, for its outputs y and the original's t. It is relative for each
+token, because hidden states of some tokens are a thousand times as long as others, and later layers see only the direction.
 
 Shape suffixes: B samples, S sequence, D hidden, T tokens, O out_features, I in_features.
 """
@@ -20,19 +20,20 @@ from compressor.pipeline.calibration.hidden import Hidden, keeping
 from compressor.pipeline.calibration.stream import watching
 from compressor.pipeline.prune_stage import Work
 
-Parameters = Mapping[str, Tensor]  # of a block, by name inside it; those that are not named are as they are
-WRITERS = (f"{ATTENTION}.o_proj", f"{MLP}.down_proj")  # what they make is added to the hidden states
+Parameters = Mapping[str, Tensor]  # replaced parameters of a block, by name inside it
+WRITERS = (f"{ATTENTION}.o_proj", f"{MLP}.down_proj")  # layers whose outputs are added to the hidden states
 
 
 @dataclass
 class Twins:
-    """Between two blocks: sample i of all lives on rank i mod world.
+    """Hidden states of both models between two blocks. Sample i of the text is on rank i mod world.
 
     Args:
-        work: Both models, the text, the ranks.
+        work: Context: both models, the text, the ranks.
         student: The pruned model in float32.
-        inputs: Hidden states [1, S, D] that it has, of this rank's samples.
-        targets: The same of the original, before its block `place`.
+        inputs: Hidden states [1, S, D] of the pruned model, for this rank's samples.
+        targets: Hidden states [1, S, D] of the original, before its block `place`.
+        place: Number of the original's block that comes next.
     """
 
     work: Work
@@ -43,7 +44,7 @@ class Twins:
 
     @classmethod
     def start(cls, work: Work) -> "Twins":
-        """Before the first blocks."""
+        """Return the hidden states before the first blocks."""
         source, tokens_NS = work.source, work.calibration.tokens
         student = ModelSource(source.path, source.device, torch.float32, source.rewritings)
         samples = [tokens_NS[i : i + 1] for i in work.ranks.mine(range(len(tokens_NS)))]
@@ -52,7 +53,7 @@ class Twins:
 
     @torch.no_grad()
     def lead(self, place: int) -> None:
-        """Take the original to before another block."""
+        """Advance the original's hidden states to before a later block."""
         original = self.work.original
         for block in map(original.block, range(self.place, place)):
             for i, y_BSD in enumerate(self.targets):
@@ -63,7 +64,7 @@ class Twins:
 
     @torch.no_grad()
     def follow(self, block: Block) -> None:
-        """Take the pruned model through a block."""
+        """Advance the pruned model's hidden states through a block."""
         for i, x_BSD in enumerate(self.inputs):
             with precision(self.work.source):
                 self.inputs[i] = block.forward(x_BSD.to(self.student.device)).cpu()
@@ -71,7 +72,7 @@ class Twins:
     def compared(
         self, block: Block, new: Parameters, samples: Iterable[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the outputs of a block and the targets, for the given samples or for all, as far as they are this rank's."""
+        """Yield the outputs of a block and the targets, for this rank's part of the given samples, by default of all."""
         ranks, (count, length) = self.work.ranks, self.work.calibration.tokens.shape
         chosen = range(count) if samples is None else samples
         for some in pieces([i // ranks.world for i in chosen if i % ranks.world == ranks.rank], length):
@@ -84,7 +85,7 @@ class Twins:
 
     @torch.no_grad()
     def error(self, block: Block, new: Parameters) -> float:
-        """Return the error of a block with some of its parameters replaced, on all text."""
+        """Return the error of a block with some of its parameters replaced, on the entire text."""
         total = torch.zeros((), dtype=torch.float64, device=self.student.device)
         for y_BSD, t_BSD in self.compared(block, new):
             total += missed(y_BSD, t_BSD)
@@ -92,28 +93,28 @@ class Twins:
         return float(total) / self.work.calibration.tokens.numel()
 
     def backward(self, block: Block, new: Parameters, step: int, schedule: Schedule) -> Tensor:
-        """Add the gradients of a step, of this rank's samples; the loss, fp64."""
+        """Add the gradients of a step for this rank's samples, and return their part of the loss, fp64."""
         count, length = self.work.calibration.tokens.shape
         chosen = schedule.samples(step, count)
         loss = torch.zeros((), dtype=torch.float64, device=self.student.device)
         for y_BSD, t_BSD in self.compared(block, new, chosen):
             lost = missed(y_BSD, t_BSD) / (len(chosen) * length)
-            lost.backward(retain_graph=True)  # of what the parameters are made from
+            lost.backward(retain_graph=True)  # pieces share the graph that makes `new`
             loss += lost.detach()
         return loss
 
 
 def missed(y_BSD: Tensor, t_BSD: Tensor) -> Tensor:
-    """The errors of all tokens, summed."""
+    """Return the sum of the errors of all tokens."""
     return ((y_BSD - t_BSD).square().sum(-1) / t_BSD.square().sum(-1)).sum()
 
 
 def fit(twins: Twins, block: Block, damp: float) -> dict[str, Tensor]:
-    """New weights of what writes to the hidden states, one after the other, each the best while the rest of the block stays.
+    """Refit the layers that write to the hidden states, one after the other, with the rest of the block fixed.
 
-    With inputs x of a writer W, and r = t - y what the block's output misses, W + E[r xᵀ] (E[x xᵀ] + λI)⁻¹ is the least
-    squares solution that damping draws to W, where what W makes is added as it is. A fit that does not bring the output
-    nearer, as there may be behind the attention or where a norm comes between, is not taken.
+    For inputs x of a writer W and the residual r = t - y of the block's output, W + E[r xᵀ] (E[x xᵀ] + λI)⁻¹ is the least
+    squares solution, damped towards W. It is exact if the output of W is added without change. A fit that does not lower
+    the block's error is discarded, as can happen for the attention or where a norm follows the writer.
     """
     new: dict[str, Tensor] = {}
     error = twins.error(block, new)
@@ -130,7 +131,7 @@ def fit(twins: Twins, block: Block, damp: float) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _moments(twins: Twins, block: Block, new: Parameters, layer: str) -> tuple[Tensor, Tensor]:
-    """E[x xᵀ] and E[r xᵀ], fp64, tokens weighted as in the error."""
+    """Return E[x xᵀ] and E[r xᵀ], fp64, up to a common factor, with tokens weighted as in the error."""
     out, columns = block.shape(layer)
     h_II, g_OI = (torch.zeros(rows, columns, dtype=torch.float64, device=twins.student.device) for rows in (columns, out))
     seen: list[Tensor] = []

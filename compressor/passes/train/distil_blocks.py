@@ -1,14 +1,14 @@
-"""Train the blocks of a pruned model one by one towards the original's hidden states.
+"""Blockwise distillation: train the blocks of a pruned model one by one towards the original's hidden states.
 
-Each block learns to make, of what the pruned blocks before it give, what the original has at the same place for the same
-text. Where blocks are gone, the last one before the gap learns to stand for them too. First what writes to the hidden states
-is fitted by least squares (compressor/passes/train/blockwise.py), then steps of AdamW follow; of both a block keeps what
-brings its output nearer. One block of each model is in memory at a time, besides the hidden states of both, so a model can be
-trained that is larger than memory.
+From the output of the pruned blocks before it, each block learns to produce the original's hidden states at the same place,
+for the same text. Where blocks were dropped, the last one before the gap learns to replace them too. First the layers that
+write to the hidden states are refitted by least squares (compressor/passes/train/blockwise.py), then AdamW steps follow. The
+result of either is kept only if it lowers the error. Only one block of each model is in memory at a time, plus the hidden
+states of both, so models larger than memory can be trained.
 
 Source: Bercovich et al., "Puzzle: Distillation-Based NAS for Inference-Optimized LLMs", ICML 2025, blockwise local
-distillation. What differs: a block reads what the pruned model gives it, not what the original does, so that it makes good
-for those before it; the least squares; and the error is relative for each token.
+distillation. Differences: the input of a block is that of the pruned model instead of the original, so that it compensates
+for the blocks before it; the least squares refit; and the error is relative for each token.
 
 Shape suffixes: O out_features, I in_features, R rank.
 """
@@ -34,25 +34,25 @@ from compressor.pipeline.plan import block_names
 from compressor.pipeline.prune_stage import Pruned, PruningPass, Sketch, Work, read_tensors, stored
 from compressor.recipe.registry import node
 
-ERRORS = "errors"  # of a block's output as it was, after the fit, and after training; beside its tensors
-RATES = {"norms": 3e-3, "scales": 3e-3, "lora": 1e-3, "all": 1e-4}  # learning rates that suit
+ERRORS = "errors"  # key of a block's errors before, after the refit, and after training; stored with its tensors
+RATES = {"norms": 3e-3, "scales": 3e-3, "lora": 1e-3, "all": 1e-4}  # default learning rates
 Train = Literal["norms", "scales", "lora", "all"]
-Made = Callable[[], Mapping[str, Tensor]]  # parameters of a block, by name inside it, of what is trained
+Made = Callable[[], Mapping[str, Tensor]]  # makes parameters of a block, by name inside it, from the trained ones
 
 
 @node
 class DistilBlocks(PruningPass):
-    """Put it behind what prunes, and before `recover`.
+    """Train the blocks of a pruned model one by one. List it after pruning passes and before `recover`.
 
     Args:
-        train: Parameters of each block that are trained: `norms`, their weights; `scales`, these and a factor for each output
+        train: Trained parameters of each block: `norms`, the weights of norms; `scales`, norms and a factor for each output
             of a linear layer; `lora`, norms and a low-rank change to each linear layer; `all`, every parameter.
-        steps: Number of training steps for each block; 0 leaves it at the fit.
-        batch: Samples in a step.
-        lr: Highest learning rate; it rises to that and falls to zero with a cosine. Null takes what suits.
+        steps: Number of training steps per block. 0 only refits.
+        batch: Number of samples per step.
+        lr: Peak learning rate, after warm-up. It decays to zero as a cosine. Null is a default for each value of `train`.
         rank: Rank of low-rank changes.
-        damp: Damping of the fit: added to the diagonal of the second moments, as a fraction of its mean.
-        seed: Seed of the order of samples, and of the initial values of low-rank changes.
+        damp: Damping of the refit, added to the diagonal of the second moments as a fraction of its mean.
+        seed: Seed of the order of samples and of the initial values of low-rank changes.
     """
 
     train: Train = "lora"
@@ -77,29 +77,32 @@ class DistilBlocks(PruningPass):
 
     @property
     def rate(self) -> float:
-        """Highest learning rate."""
+        """Return the peak learning rate."""
         return RATES[self.train] if self.lr is None else self.lr
 
     def sketch(self, source: ModelSource) -> Sketch:
-        """No shape changes."""
+        """Predict that no shape changes."""
         return Sketch(None)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of training a block in fp32 with gradients and moments, between two streams, or of the fit."""
+        """Return the peak memory in bytes of the refit, or of training a block in fp32 with gradients and moments."""
         block = largest_block(source)
         width = max((block.shape(name)[1] for name in block.layers), default=0)
         training = (4 + 16) * block_parameters(block) + activations(block, min(tokens, TOGETHER), 2 * 4)
         return 3 * collecting(source, tokens, batch) + max(training, 3 * 8 * width**2)
 
     def prune(self, work: Work) -> Pruned:
-        """Train what is left.
+        """Refit and train the blocks of the pruned model.
 
         Raises:
-            RecipeError: nothing has been pruned.
+            RecipeError: The loss is not finite.
         """
         twins = Twins.start(work)
         total = len(twins.student.layers)
-        ends = [*work.source.numbers_in(work.original)[1:], len(work.original.layers)]  # where each block takes over to
+        ends = [
+            *work.source.numbers_in(work.original)[1:],
+            len(work.original.layers),
+        ]  # the original's block before which each block's targets are
         tensors: dict[str, Callable[[Tensor], Tensor]] = {}
         blocks = []
         for index, block in enumerate(twins.student.blocks()):
@@ -117,10 +120,10 @@ class DistilBlocks(PruningPass):
         return Pruned(Rewriting(tensors), {"pass": "distil_blocks", "parameters": [count, count], "blocks": blocks})
 
     def _made(self, block: Block, twins: Twins, unfinished: Path) -> dict[str, Tensor]:
-        """Return the new tensors of a block, by name on disk, and the errors."""
+        """Return the new tensors of a block, by name in the checkpoint, and the errors."""
         names, dtypes = block_names(twins.student, block), block.dtypes
         before = twins.error(block, {})
-        unchanged = before <= torch.finfo(twins.work.source.dtype).eps ** 2  # but for rounding: nothing has gone up to here
+        unchanged = before <= torch.finfo(twins.work.source.dtype).eps ** 2  # only rounding error: nothing was pruned so far
         if unchanged or not block.layers:
             return {ERRORS: torch.tensor([before] * 3)}
         new = {name: value.to(dtypes[name]).float() for name, value in fit(twins, block, self.damp).items()}
@@ -134,7 +137,7 @@ class DistilBlocks(PruningPass):
         return {names[n]: value.to(dtypes[n]) for n, value in new.items()} | {ERRORS: torch.tensor([before, fitted, trained])}
 
     def _trained(self, block: Block, twins: Twins, unfinished: Path) -> Mapping[str, Tensor]:
-        """Parameters of a block after training."""
+        """Return the parameters of a block after training."""
         ranks, schedule = twins.work.ranks, Schedule(self.steps, self.batch, self.rate, self.seed)
         changing, made = self._changes(block)
         training = Training(schedule, changing, unfinished if ranks.first else None)
@@ -145,7 +148,7 @@ class DistilBlocks(PruningPass):
             return made()
 
     def _changes(self, block: Block) -> tuple[list[nn.Parameter], Made]:
-        """Return the trained parameters, and a function that makes the block's parameters of them."""
+        """Return the trained parameters, and a function that makes the block's parameters from them."""
         whole = {
             name: nn.Parameter(value.clone())
             for name, value in block.module.named_parameters()
@@ -167,7 +170,7 @@ class DistilBlocks(PruningPass):
         return [scale_O1], lambda: scale_O1 * w_OI
 
     def _low_rank(self, w_OI: Tensor, generator: torch.Generator) -> tuple[list[nn.Parameter], Callable[[], Tensor]]:
-        """As LoRA has it: one factor is zero, the other random."""
+        """Return the factors of a low-rank change, initialised as in LoRA (one zero, one random), and the changed weight."""
         b_OR = nn.Parameter(w_OI.new_zeros(len(w_OI), self.rank))
         a_RI = nn.Parameter((torch.randn(self.rank, w_OI.shape[1], generator=generator) / w_OI.shape[1] ** 0.5).to(w_OI))
         return [b_OR, a_RI], lambda: w_OI + 2 * b_OR @ a_RI

@@ -1,9 +1,8 @@
-"""Training what pruning has left, or while it prunes, towards the original's predictions: KL(original || model) over the
-calibration text, and whatever a pass adds to that.
+"""Distillation, during or after pruning: minimise KL(original || model) over the calibration text, plus a pass's own penalty.
 
-Forward KL alone as in Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation", NeurIPS 2024,
-section 3. Gradients of a step are summed over ranks, so what comes out does not depend on their number but for rounding.
-A training is put down now and then, and goes on from there.
+Forward KL alone, as in Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation", NeurIPS 2024,
+section 3. Gradients of a step are summed over ranks, so the result depends on their number only by rounding. The state of a
+training is saved regularly, and an interrupted training resumes from it.
 
 Shape suffixes: N samples, B some of them, S sequence, D hidden, V vocabulary.
 """
@@ -28,19 +27,19 @@ from compressor.pipeline.memory_estimate import hidden_size
 from compressor.pipeline.prune_stage import Work
 from compressor.pipeline.ranks import Ranks
 
-WARM = 0.05  # of the steps, in which the learning rate rises
-OFTEN = 20  # steps after which a training is put down
-TOGETHER = 2048  # tokens that go through the model together
+WARM = 0.05  # fraction of the steps in which the learning rate rises
+OFTEN = 20  # number of steps between saves
+TOGETHER = 2048  # maximum number of tokens per forward pass, but at least one sample
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of AdamW.
+    """A schedule of AdamW steps.
 
     Args:
-        steps: How many.
-        batch: Samples in each.
-        lr: Highest learning rate; it rises to that and falls to zero with a cosine.
+        steps: Number of steps.
+        batch: Number of samples per step.
+        lr: Peak learning rate, after warm-up. It decays to zero as a cosine.
         seed: Seed of the order of samples.
     """
 
@@ -57,12 +56,12 @@ class Schedule:
             raise ValueError(f"lr: {self.lr} is not above 0 and at most 1")
 
     def samples(self, step: int, count: int) -> list[int]:
-        """Return the samples of a step, out of a number of them."""
+        """Draw the samples of a step out of `count`."""
         return drawn(self.seed, step, self.batch, count)
 
 
 def drawn(seed: int, step: int, batch: int, count: int) -> list[int]:
-    """A batch out of so many samples."""
+    """Draw a batch out of `count` samples, without replacement."""
     return random.Random(f"{seed}-{step}").sample(range(count), min(batch, count))
 
 
@@ -70,17 +69,17 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [B, S, V], the origi
 
 
 def divergence(found_BSV: Tensor, wanted_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
-    """KL(original || model), summed over tokens."""
+    """Return KL(original || model), summed over tokens."""
     return (wanted_BSV.exp() * (wanted_BSV - found_BSV.float().log_softmax(-1))).sum()
 
 
 class Training:
-    """Parameters on their way.
+    """The state of a training: parameters, optimizer and losses.
 
     Args:
-        schedule: How many steps, how fast.
-        trained: Trained parameters, or groups of them with learning rates of their own, as AdamW takes them.
-        file: Where it is put down; None does not.
+        schedule: Number of steps and learning rate.
+        trained: Trained parameters, or groups of them with separate learning rates, as for AdamW.
+        file: File for the saved state. None saves nothing.
     """
 
     def __init__(
@@ -92,26 +91,26 @@ class Training:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """All that changes."""
+        """Return all trained parameters."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
     def done(self) -> int:
-        """Steps."""
+        """Return the number of steps done."""
         return len(self.losses)
 
     def kept(self) -> dict[str, Any]:
-        """Return the state that an interrupted training has left; nothing at the start."""
+        """Return the saved state of an interrupted training, or an empty one."""
         if self.file is None or not self.file.exists():
             return {}
         try:
             found: dict[str, Any] = torch.load(self.file, map_location="cpu", weights_only=True)
-        except Exception:  # whatever torch's reader makes of it: the machine went down before all of it was on the disk
+        except Exception:  # any error of torch's reader: a crash left an incomplete file
             return {}
         return found if isinstance(found, dict) and found.keys() >= {"losses", "optimizer", "trained"} else {}
 
     def resume(self, kept: Mapping[str, Any]) -> None:
-        """Go on from there, with the learning rate as it was to become."""
+        """Resume from a saved state, with the learning rate of its step. An empty state starts from the beginning."""
         if kept:
             self.losses = list(kept["losses"])
             self.optimizer.load_state_dict(kept["optimizer"])
@@ -123,7 +122,7 @@ class Training:
         self.rates = get_cosine_schedule_with_warmup(self.optimizer, warm, steps, last_epoch=self.done - 1)
 
     def step(self, loss: float) -> None:
-        """Follow the gradients, which are all there."""
+        """Take an optimizer step. All gradients must be set."""
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.rates.step()
@@ -137,19 +136,19 @@ class Training:
             }
             new = self.file.with_suffix(".new")
             with writing(new):
-                with new.open("wb") as file:  # torch, given a path, has errors of its own
+                with new.open("wb") as file:  # given a path, torch raises its own error types
                     torch.save(state, file)
                 sync(new)
                 new.rename(self.file)
 
 
 class Lesson:
-    """The calibration text with what the original makes of it, as much of it as is this rank's.
+    """The teacher: the calibration text with the original's predictions, for this rank's samples.
 
     Args:
-        work: The text, and where to compute.
-        head: Makes logits of hidden states.
-        targets: Hidden states [1, S, D] that leave the original's last block, by sample.
+        work: Context: the text and the device.
+        head: Function from hidden states to logits.
+        targets: Outputs [1, S, D] of the original's last block, by sample.
     """
 
     def __init__(self, work: Work, head: Callable[[Tensor], Tensor], targets: Mapping[int, Tensor]) -> None:
@@ -159,7 +158,7 @@ class Lesson:
     @classmethod
     @contextmanager
     def opened(cls, work: Work) -> Iterator["Lesson"]:
-        """With the original's last hidden states made, and its head in memory while it is open."""
+        """Compute the original's last hidden states, and hold its head in memory while the context is open."""
         ranks, tokens_NS = work.ranks, work.calibration.tokens
         mine = range(ranks.rank, len(tokens_NS), ranks.world)
         targets = dict(zip(mine, _finished(work.original, [tokens_NS[i : i + 1] for i in mine]), strict=True))
@@ -167,12 +166,12 @@ class Lesson:
             yield cls(work, head, targets)
 
     def backward(self, model: Callable[..., Any], chosen: Sequence[int], lost_of: Loss = divergence) -> Tensor:
-        """Add the gradients of a mean over tokens, as far as they are of this rank's samples; the loss, fp64.
+        """Add the gradients of the mean loss over tokens for this rank's samples, and return their part of the loss, fp64.
 
         Args:
-            model: Model of transformers, or a callable that computes as one.
-            chosen: Samples, of all ranks.
-            lost_of: Loss that the mean is taken of.
+            model: Model of transformers, or a callable with the same interface.
+            chosen: Samples of all ranks.
+            lost_of: Loss function.
         """
         loss = torch.zeros((), dtype=torch.float64, device=self.work.source.device)
         for lost in self._lost(model, chosen, lost_of):
@@ -189,7 +188,7 @@ class Lesson:
         return float(total)
 
     def _lost(self, model: Callable[..., Any], chosen: Sequence[int], lost_of: Loss) -> Iterator[Tensor]:
-        """A loss on some samples, in parts that add up over ranks to the mean over tokens."""
+        """Yield a loss on some samples, in parts that add up over ranks to the mean over tokens."""
         source, tokens_NS = self.work.source, self.tokens_NS
         for some in pieces([i for i in chosen if i in self.targets], tokens_NS.shape[1]):
             tokens_BS = tokens_NS[some].to(source.device)
@@ -201,12 +200,12 @@ class Lesson:
 
 
 def expected_memory(source: ModelSource, tokens: int, trained: int) -> int:
-    """Bytes that `distil` takes: all weights in fp32, what is trained with gradients and moments, activations, the lesson.
+    """Return the bytes that `distil` needs: weights in fp32, trained parameters with gradients and moments, activations, teacher.
 
     Args:
         source: The model.
         tokens: Number of calibration tokens.
-        trained: Numbers.
+        trained: Number of trained parameters.
     """
     blocks = (source.block(index, load=False) for index in range(len(source.layers)))
     outputs = sum(block.shape(name)[0] for block in blocks for name in block.layers)
@@ -215,7 +214,7 @@ def expected_memory(source: ModelSource, tokens: int, trained: int) -> int:
 
 
 def low_rank(source: ModelSource, rank: int) -> int:
-    """Numbers of a change of a rank to every linear layer of the blocks."""
+    """Return the number of parameters of a low-rank change to every linear layer of the blocks."""
     blocks = (source.block(index, load=False) for index in range(len(source.layers)))
     return rank * sum(sum(block.shape(name)) for block in blocks for name in block.layers)
 
@@ -228,18 +227,18 @@ def distil(
     penalty: Callable[[int], Tensor] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> None:
-    """Take all steps that are left.
+    """Take all remaining steps of a distillation.
 
     Args:
-        work: Text, ranks, who is told.
-        model: Model of transformers, or a callable that computes as one, with the trained parameters.
-        training: Its parameters; gone on with if it was broken off.
-        penalty: Added to the loss of a step, the same on every rank.
-        after: Called with the number of steps done after each; what it changes besides parameters has to follow from that
-            number and the parameters, for a training that goes on.
+        work: Context: the text, the ranks, the progress callback.
+        model: Model of transformers, or a callable with the same interface, that uses the trained parameters.
+        training: State of the training. An interrupted one is resumed.
+        penalty: Function of the step that returns a term added to its loss, the same on every rank.
+        after: Callback after each step, with the number of steps done. Any state that it changes besides parameters must
+            follow from that number and the parameters, so that a training can resume.
 
     Raises:
-        RecipeError: the loss is no number.
+        RecipeError: The loss is not finite.
     """
     with Lesson.opened(work) as lesson:
 
@@ -256,17 +255,18 @@ def distil(
 
 
 def descend(training: Training, ranks: Ranks, backward: Callable[[int], Tensor]) -> Iterator[tuple[int, float]]:
-    """Take all steps that are left, from where a training that was broken off has come to.
+    """Take all remaining steps of a training. An interrupted one is resumed.
 
     Args:
-        training: The parameters.
-        ranks: Over which gradients and losses are summed.
-        backward: Adds the gradients of a step, as far as they are this rank's; the loss, fp64.
+        training: State of the training.
+        ranks: Ranks over which gradients and losses are summed.
+        backward: Function that adds this rank's gradients of a step and returns its part of the loss, fp64.
 
-    Yields: after each step, how many are done and its loss.
+    Yields:
+        After each step, the number of steps done and its loss.
 
     Raises:
-        RecipeError: the loss is no number.
+        RecipeError: The loss is not finite.
     """
     training.resume(ranks.agree(training.kept()))
     for step in range(training.done, training.schedule.steps):
@@ -284,7 +284,7 @@ def descend(training: Training, ranks: Ranks, backward: Callable[[int], Tensor])
 
 @torch.no_grad()
 def _finished(source: ModelSource, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Return the hidden states that leave the last block, on the CPU."""
+    """Return the outputs of the last block, on the CPU."""
     states = source.first_inputs(batches)
     for block in source.blocks():
         states = [block.forward(x.to(source.device)).cpu() for x in states]
@@ -292,12 +292,12 @@ def _finished(source: ModelSource, batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def pieces(samples: Sequence[int], length: int) -> Iterator[list[int]]:
-    """Samples that go through the model together."""
+    """Yield the samples of each forward pass."""
     size = max(1, TOGETHER // length)
     for first in range(0, len(samples), size):
         yield list(samples[first : first + size])
 
 
 def precision(source: ModelSource) -> AbstractContextManager[Any]:
-    """Products in bfloat16 unless the run computes in float32: gradients may be too small for float16. Weights stay."""
+    """Return an autocast to bfloat16, off if the run computes in float32. float16 could underflow gradients."""
     return torch.autocast(source.device.type, torch.bfloat16, enabled=source.dtype != torch.float32)

@@ -1,9 +1,9 @@
-"""Roundings that can be trained: latent numbers that are rounded to codes, and the scales of these.
+"""Trainable roundings: latent numbers that are rounded to codes, and the scales of the codes.
 
-A code rounds a latent number that starts at the weight itself (where the code is the nearest one), or just inside the code
-that an earlier pass chose; the gradient passes the rounding as if it were not there.
+A latent starts at the weight itself if its code is the nearest one, otherwise just inside the range of the code that an
+earlier pass chose. The gradient treats rounding as the identity (straight-through).
 
-Shape suffixes: O out_features, I in_features, N vectors, D their length, B entries tried, K codebooks.
+Shape suffixes: O out_features, I in_features, N vectors, D their length, B candidate entries, K codebooks.
 """
 
 from abc import abstractmethod
@@ -18,8 +18,8 @@ from compressor.formats.numerics.codebook import near, nearest, vectors
 from compressor.formats.numerics.codes import FloatCodes, IntCodes, VectorCodes, others, values
 from compressor.formats.numerics.minifloat import E4M3Scale
 
-AGAIN, TRIED = 20, 8  # steps after which the nearest entries are sought again, and how many
-KEPT = 0.45  # distance from its code, in steps of the grid, at which a latent starts at the most
+AGAIN, TRIED = 20, 8  # number of steps between searches for the nearest entries, and number of candidates
+KEPT = 0.45  # maximum initial distance of a latent from its code, in steps of the grid
 
 
 @dataclass
@@ -27,59 +27,59 @@ class Rounding:
     """The trainable rounding of one weight."""
 
     latent_OI: Tensor  # fp32
-    scale: Tensor  # fp32: all that is trained besides
+    scale: Tensor  # fp32: scales or codebook entries, the other trained tensor
 
     @property
     @abstractmethod
     def bits(self) -> float:
-        """Return the bits of a weight, without scales."""
+        """Return the number of bits per weight, without scales."""
 
     @property
     def length(self) -> int:
-        """Adjacent output channels that have a code together."""
+        """Return the number of adjacent output channels that share a code."""
         return 1
 
     @property
     @abstractmethod
     def step(self) -> float:
-        """How far neighbours that a latent is rounded to are apart, on average."""
+        """Return the average distance between neighbouring values that latents are rounded to."""
 
     @abstractmethod
     def weight(self) -> Tensor:
-        """fp32 [O, I]."""
+        """Return the rounded weight, fp32 [O, I]."""
 
     @abstractmethod
     def slopes(self, by_weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients by latent and by scale, from that by the weight: rounding counts as the identity."""
+        """Return the gradients of latents and scales from that of the weight. Rounding counts as the identity."""
 
     @abstractmethod
     def result(self) -> IntCodes | FloatCodes | VectorCodes:
-        """Return the codes that are stored."""
+        """Return the codes to store."""
 
     def moved(self, steps: int) -> "Rounding":
-        """The same after some steps of training; its tensors are those that are trained."""
+        """Return the rounding after some steps of training, with the same trained tensors."""
         return self
 
 
 @dataclass
 class ScaledRounding(Rounding):
-    """w = scale * round(latent): latents are in units of the scale, of which there is one per block of the weight."""
+    """A rounding w = scale * round(latent). Latents are in units of the scale; each block of the weight has one scale."""
 
     @abstractmethod
     def rounded(self) -> tuple[Tensor, Tensor]:
-        """Return the rounded latents, and where a latent is within the range of the codes, [O, I]."""
+        """Return the rounded latents, and a mask of the latents within the range of the codes, [O, I]."""
 
     @abstractmethod
     def spread(self, values: Tensor) -> Tensor:
-        """One value per block -> one per weight, [O, I]."""
+        """Expand one value per block to one per weight, [O, I]."""
 
     @abstractmethod
     def gathered(self, values_OI: Tensor) -> Tensor:
-        """Sums over each block, as `scale` lies."""
+        """Sum over each block, in the layout of `scale`."""
 
     @abstractmethod
     def stored_scale(self) -> Tensor:
-        """The scale as it will be read back, fp32, with all that it is multiplied by."""
+        """Return the scale as it will be loaded, fp32, including all factors."""
 
     def weight(self) -> Tensor:
         return self.rounded()[0].mul_(self.spread(self.stored_scale()))
@@ -91,13 +91,13 @@ class ScaledRounding(Rounding):
 
 @dataclass
 class IntRounding(ScaledRounding):
-    """Latents are in steps of the grid, counted from the zero point, which is fixed."""
+    """A rounding to integers. Latents are in steps of the grid, counted from the zero point, which is fixed."""
 
-    codes: IntCodes  # of the start
+    codes: IntCodes  # initial codes
 
     @classmethod
     def at(cls, codes: IntCodes, w_OI: Tensor) -> "IntRounding":
-        """Where an earlier pass left a weight `w_OI`."""
+        """Start from the codes that an earlier pass chose for a weight `w_OI`."""
         scale = codes.scale.float()
         found = cls(torch.empty(0), scale, codes)
         steps = codes.codes_OI.float() - found.spread(codes.zero.float())
@@ -133,20 +133,20 @@ class IntRounding(ScaledRounding):
         return replace(self.codes, codes_OI=codes, scale=self.scale.to(self.codes.scale.dtype))
 
     def _limits(self) -> tuple[Tensor, Tensor]:
-        """The least and the largest code, counted from the zero point, [O, I]."""
+        """Return the smallest and the largest code, counted from the zero point, [O, I]."""
         low = -self.spread(self.codes.zero.float())
         return low, low + (2**self.codes.bits - 1)
 
 
 @dataclass
 class FloatRounding(ScaledRounding):
-    """Latents are in units of the scale; powers of two that serve as scales are too far apart to be trained, and stay."""
+    """A rounding to floating-point codes. Power-of-two scales are not trained, because they are too far apart."""
 
-    codes: FloatCodes  # of the start
+    codes: FloatCodes  # initial codes
 
     @classmethod
     def at(cls, codes: FloatCodes, w_OI: Tensor) -> "FloatRounding":
-        """Where an earlier pass left a weight `w_OI`."""
+        """Start from the codes that an earlier pass chose for a weight `w_OI`."""
         found = cls(torch.empty(0), codes.scale.float(), codes)
         gaps = torch.tensor(codes.element.magnitudes, device=w_OI.device).diff()
         place = (codes.codes_OI & codes.element.sign - 1).int()
@@ -186,7 +186,7 @@ class FloatRounding(ScaledRounding):
         return replace(self.codes, codes_OI=self.codes.element.encode(self.latent_OI), scale=self._scales())
 
     def _scales(self) -> Tensor:
-        """As they are stored."""
+        """Return the scales in the stored dtype."""
         dtype = self.codes.scale.dtype
         if dtype == torch.float8_e8m0fnu:
             return self.codes.scale
@@ -198,19 +198,22 @@ class FloatRounding(ScaledRounding):
 
 @dataclass
 class VectorRounding(Rounding):
-    """Latents are weights without norms and dense channels, which stay; `scale` has the entries of all codebooks, one below
-    the other. Layers that share codebooks train the same tensor.
+    """A rounding to vectors of codebooks. Latents are weights without norms and dense channels, which do not change.
 
-    Among which entries a vector is rounded to the nearest is found anew every `AGAIN` steps; between them neither vectors nor
-    entries move far.
+    `scale` holds the entries of all codebooks, one below the other. Layers that share codebooks train the same tensor. A vector
+    is rounded to the nearest of some candidate entries. These are searched again every `AGAIN` steps, because in between neither
+    vectors nor entries move far.
     """
 
-    codes: VectorCodes  # of the start
-    tried_NBK: Tensor  # int64: for each vector the sums of K entries, as rows of `scale`, that it may be rounded to
+    codes: VectorCodes  # initial codes
+    tried_NBK: Tensor  # int64: B candidates for each vector, each a sum of K entries, as rows of `scale`
 
     @classmethod
     def at(cls, codes: VectorCodes, w_OI: Tensor) -> "VectorRounding":
-        """Where an earlier pass left a weight `w_OI`: half way to it, where this is rounded to the same."""
+        """Start from the codes that an earlier pass chose for a weight `w_OI`.
+
+        A latent vector starts half way between code and weight if that rounds to the same code, otherwise at the code.
+        """
         books = [codes.codebook] if codes.residual is None else [codes.codebook, codes.residual]
         bare = replace(codes, norm=None, dense_ON=None, channels_N=None)
         found = cls(values(bare), torch.cat(books).float(), codes, torch.empty(0, dtype=torch.int64))
@@ -233,7 +236,7 @@ class VectorRounding(Rounding):
 
     @property
     def step(self) -> float:
-        """Return the step of a uniform grid of as many bits that holds nine in ten of the weights that entries stand for."""
+        """Return the step of a uniform grid with as many bits over four standard deviations of the latents."""
         return 4 * float(self.latent_OI.std()) / 2**self.bits
 
     def moved(self, steps: int) -> "VectorRounding":
@@ -272,13 +275,13 @@ class VectorRounding(Rounding):
         return replace(main, residual_index_VI=(chosen_NK[:, 1] - count).view(shape), residual=books[count:])
 
     def _chosen(self) -> Tensor:
-        """The nearest of the sums that are tried, [N, K]."""
+        """Return the nearest candidate of each vector, [N, K]."""
         missed = self._entries()[self.tried_NBK].sum(2) - vectors(self.latent_OI, self.length)[:, None]
         best_N = missed.square_().sum(2).argmin(1)
         return self.tried_NBK[torch.arange(len(best_N), device=best_N.device), best_N]
 
     def _entries(self) -> Tensor:
-        """As they will be read back."""
+        """Return the entries as they will be loaded."""
         return self.scale.to(self.codes.codebook.dtype).float()
 
     def _norm(self) -> Tensor:
@@ -286,12 +289,12 @@ class VectorRounding(Rounding):
         return torch.ones(1, device=self.scale.device) if self.codes.norm is None else self.codes.norm.float()
 
     def _inside(self, values_OI: Tensor, factor: Tensor) -> Tensor:
-        """The columns that are not dense, times a factor."""
+        """Return the columns that are not dense, times a factor."""
         found = self.codes.channels_N
         return (values_OI if found is None else values_OI[:, others(found, self.codes.columns)]) * factor
 
     def _vectors(self) -> Tensor:
-        """The entries in their places, without norms."""
+        """Return the weight made of the chosen entries, without norms and dense channels."""
         chosen_ND = self._entries()[self._chosen()].sum(1)
         weight: Tensor = chosen_ND.unflatten(0, self.codes.index_VI.shape).transpose(1, 2).flatten(0, 1)
         return weight

@@ -1,14 +1,14 @@
-"""Learned rounding: train the codes and scales that earlier passes left, so that the whole block's output stays what it was.
+"""Learned rounding: train the codes and scales of earlier passes so that the block's output is preserved.
 
-What is trained is in compressor/passes/train/latents.py, how in compressor/passes/train/loop.py.
+The trained tensors are in compressor/passes/train/latents.py, the training loop in compressor/passes/train/loop.py.
 
 Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent" (AutoRound), EMNLP 2024 findings; Chen et al.,
-"EfficientQAT", ACL 2025, section 3.2 (latents unbounded, scales trained along). What differs:
+"EfficientQAT", ACL 2025, section 3.2 (unbounded latents, scales trained jointly). Differences:
 
-* the start is what GPTQ found, not rounding;
-* the target is the dense block's output on the dense model's own hidden states, the input that of the compressed model;
-* the squared error is weighed by what the model's predictions make of it: see compressor/pipeline/calibration/sensitivity.py;
-* Adam.
+* The start is the result of an earlier pass such as GPTQ, not rounding to nearest.
+* The target is the dense block's output on the dense model's hidden states; the input is that of the compressed model.
+* The squared error is weighted by its effect on the model's predictions: compressor/pipeline/calibration/sensitivity.py.
+* The optimizer is Adam.
 
 Shape suffixes: O out_features, I in_features, D hidden, B samples, S sequence.
 """
@@ -32,10 +32,12 @@ from compressor.recipe.registry import node
 
 @node
 class Learned(LatentTraining):
-    """Train what earlier passes of the recipe rounded, codebooks too; the format stays. More fields: `LatentTraining`.
+    """Train the roundings of earlier passes, codebooks included, without changing formats.
+
+    The other fields are those of `LatentTraining`.
 
     Args:
-        sensitivity: Weigh errors by the Fisher information of the block's output; False takes the plain squared error.
+        sensitivity: Weight errors by the Fisher information of the block's output. False uses the plain squared error.
     """
 
     sensitivity: bool = True
@@ -48,11 +50,11 @@ class Learned(LatentTraining):
         return self.sensitivity
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """The layers that are packed already: nothing is left to plan."""
+        """Return the layers that are already packed, each as a unit of its own. There is nothing to plan."""
         return {name: (name,) for name in block.layers if isinstance(block.installed.get(name), QuantizedTensor)}
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, Format]) -> Outcome:
-        if not block.layers:  # a block whose attention and MLP are gone
+        if not block.layers:  # attention and MLP of this block were dropped
             return Outcome({}, {})
         start = {name: packed(block, name) for name in self.units(block)}
         if not start:
@@ -65,7 +67,7 @@ class Learned(LatentTraining):
         metric_DD = stats.metric if self.sensitivity else None
 
         def missed(x_BSD: Tensor, y_BSD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-            """The squared error of the block's output, weighed, summed over tokens."""
+            """Return the weighted squared error of the block's output, summed over tokens."""
             device = next(iter(weights.values())).device
             off = (block.forward(x_BSD.to(device), weights) - y_BSD.to(device)).float()
             return (off if metric_DD is None else off @ metric_DD).mul(off).sum()
@@ -87,12 +89,12 @@ class Learned(LatentTraining):
 
 
 def _relative(new: QuantizedTensor, w_OI: Tensor, h_II: Tensor) -> float:
-    """Squared error of a layer's output, relative to the output."""
+    """Return the squared error of a layer's output, relative to the output."""
     return output_energy(w_OI - new.dequantize(), h_II) / max(output_energy(w_OI, h_II), 1e-30)
 
 
 def share_books(roundings: Mapping[str, Rounding], packed: Mapping[str, QuantizedTensor], prefix: str = "") -> None:
-    """Have layers that share codebooks train the same; names may be without the prefix of the block."""
+    """Make layers that share codebooks train the same tensor. With `prefix`, names are those inside the block."""
     for name, r in roundings.items():
         lender = borrowed(packed[name].format, packed[name].shape)[0].removeprefix(f"{prefix}.")
         if lender in roundings:
@@ -100,17 +102,17 @@ def share_books(roundings: Mapping[str, Rounding], packed: Mapping[str, Quantize
 
 
 def packed(block: Block, name: str) -> QuantizedTensor:
-    """A layer that an earlier pass has packed."""
+    """Return the packed weight of a layer, from an earlier pass."""
     stored = block.installed[name]
     assert isinstance(stored, QuantizedTensor)
     return stored
 
 
 def rounding(packed: QuantizedTensor, w_OI: Tensor, where: str) -> Rounding:
-    """The rounding of a weight `w_OI` as an earlier pass left it.
+    """Return the trainable rounding of a weight `w_OI` that an earlier pass packed.
 
     Raises:
-        RecipeError: its codes are integers in another order than the input channels.
+        RecipeError: Its codes are integers that are not stored in the order of the input channels.
     """
     codes = packed.format.codes(packed)
     if isinstance(codes, FloatCodes):

@@ -1,7 +1,7 @@
-"""Training of roundings: what is trained is in compressor/passes/train/latents.py, by which loss is the pass's own.
+"""Training loop for roundings. The trained tensors are in compressor/passes/train/latents.py; each pass defines its loss.
 
-Steps are taken on a few samples at a time, with learning rates that fall to zero. A step's gradients are summed in fp64 over
-fixed pieces of the calibration text, whichever rank computed them, so the result does not depend on the number of ranks.
+A step uses a few samples, and learning rates decay linearly to zero. A step's gradients are summed in fp64 over fixed pieces
+of the calibration text, whichever rank computed them, so the result does not depend on the number of ranks.
 
 Shape suffixes: B samples, S sequence, D hidden.
 """
@@ -16,20 +16,20 @@ from compressor.passes.train.latents import Rounding
 from compressor.pipeline.contract import Group, Pass
 from compressor.recipe.registry import node
 
-PIECE = 1024  # tokens whose gradients are computed together; a sample at least
-FEWEST = 20  # steps that a training under a time limit has at least; with fewer it is left out
+PIECE = 1024  # maximum number of tokens whose gradients are computed together, but at least one sample
+FEWEST = 20  # minimum number of steps under a time limit; with fewer the training is skipped
 
 
 @node
 class LatentTraining(Pass):
-    """Base class of passes that train latents, whose training a time limit may shorten.
+    """Base class of passes that train latents. A time limit may shorten the training.
 
     Args:
         steps: Number of training steps.
-        batch: Samples in a step.
-        lr: First learning rate of the latents, in steps of the grid (their mean, of floating-point numbers), times the bits
-            of a code: fine grids need small moves.
-        scale_lr: First learning rate of the scales, or of the entries of codebooks, as a fraction of their mean size.
+        batch: Number of samples per step.
+        lr: Initial learning rate of the latents, in steps of the grid (the mean step for floating-point codes), divided by
+            the bits of a code, because fine grids need small moves.
+        scale_lr: Initial learning rate of scales or codebook entries, relative to their mean magnitude.
         seed: Seed of the order of samples.
     """
 
@@ -52,48 +52,48 @@ class LatentTraining(Pass):
         return self.steps * self.batch
 
     def shortened(self, share: float) -> "LatentTraining | None":
-        """Return the pass with a share of its steps; None if fewer than `FEWEST` would be left."""
+        """Return the pass with a fraction of its steps, or None if fewer than `FEWEST` remain."""
         steps = int(share * self.steps)
         return replace(self, steps=steps) if steps >= FEWEST else None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some adjacent samples of a batch: whose gradients are computed together."""
+    """Adjacent samples of a batch whose gradients are computed together."""
 
-    batch: int  # in this rank's list
+    batch: int  # index in this rank's list
     samples: slice
 
 
 @dataclass(frozen=True)
 class Text:
-    """This rank's calibration text, and the division of all of it into pieces."""
+    """This rank's calibration text, and the division of the entire text into pieces."""
 
-    inputs: Sequence[Tensor]  # [B, S] or [B, S, D], what is compressed gets
-    targets: Sequence[Tensor]  # the same, what it is compared with
-    pieces: Sequence[Piece | None]  # of every rank, in the order of the text; None are another's
-    piece: int  # samples whose gradients are computed together
+    inputs: Sequence[Tensor]  # inputs of the compressed block or model, [B, S] or [B, S, D]
+    targets: Sequence[Tensor]  # data for the loss to compare with, in the same batches
+    pieces: Sequence[Piece | None]  # pieces of all ranks in the order of the text, None for those of other ranks
+    piece: int  # number of samples whose gradients are computed together
 
     @staticmethod
     def of(inputs: Sequence[Tensor], targets: Sequence[Tensor], ranks: Group) -> "Text":
-        """Return the text of this rank, in batches."""
+        """Divide the text into pieces. Inputs and targets are this rank's batches."""
         size = max(1, PIECE // inputs[0].shape[1])
         return Text(inputs, targets, pieces(inputs, size, ranks), size)
 
     def step(self, chosen: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of some pieces: inputs and targets."""
+        """Yield the inputs and targets of those of some pieces that are this rank's."""
         for piece in (self.pieces[i] for i in chosen):
             if piece is not None:
                 yield self.inputs[piece.batch][piece.samples], self.targets[piece.batch][piece.samples]
 
 
 def pieces(inputs: Sequence[Tensor], size: int, ranks: Group) -> list[Piece | None]:
-    """The calibration text of all ranks in pieces of so many samples: the same list on each, but for whose they are.
+    """Divide the calibration text of all ranks into pieces of `size` samples.
 
-    Batch i of all lives on rank i mod world.
+    The list has the same length on all ranks, with None for pieces of other ranks. Batch i of the text is on rank i mod world.
     """
     most = torch.tensor([len(inputs)], device=ranks.device)
-    ranks.max_([most])  # the last ranks may have a batch less
+    ranks.max_([most])  # the last ranks may have one batch fewer
     counts = torch.zeros(ranks.world * int(most), dtype=torch.int64, device=ranks.device)
     for i, batch in enumerate(inputs):
         counts[ranks.rank + ranks.world * i] = -(-len(batch) // size)
@@ -107,7 +107,7 @@ def pieces(inputs: Sequence[Tensor], size: int, ranks: Group) -> list[Piece | No
 
 
 def largest(slope_OI: Tensor, rounding: Rounding, share: float) -> Tensor:
-    """Gradients by latents, zero but for a share of the codes: those where they are largest."""
+    """Keep the gradients of latents for the fraction of the codes where they are largest, and zero the others."""
     by_code = slope_OI.unflatten(0, (-1, rounding.length))
     size = by_code.square().sum(1, keepdim=True)
     least = size.flatten().kthvalue(max(1, round((1 - share) * size.numel()))).values
@@ -115,19 +115,19 @@ def largest(slope_OI: Tensor, rounding: Rounding, share: float) -> Tensor:
     return kept
 
 
-Missed = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]  # of inputs, targets and weights: a sum over tokens
+Missed = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]  # inputs, targets, weights -> loss, summed over tokens
 
 
 class Training:
-    """Roundings while they are trained.
+    """A training of roundings.
 
     Args:
-        roundings: By layer.
-        dtypes: Dtypes that the weights are computed with.
+        roundings: Roundings by layer.
+        dtypes: Dtypes of computation by layer.
         text: Inputs and targets.
-        missed: The loss.
-        ranks: The ranks that share the text.
-        moving: Share of the codes of a weight whose latents a step moves: those with the largest gradients.
+        missed: Loss function, summed over tokens.
+        ranks: Ranks that share the text.
+        moving: Fraction of the codes of a weight whose latents a step moves: those with the largest gradients.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Training:
         self.moving = moving
 
     def run(self, options: LatentTraining) -> Iterator[int]:
-        """Train; yields the number of steps done."""
+        """Train, and yield the number of steps done after each."""
         optimiser = self._optimiser(options)
         generator = torch.Generator().manual_seed(options.seed)
         count = min(max(1, options.batch // self.text.piece), len(self.text.pieces))
@@ -160,7 +160,7 @@ class Training:
             yield step + 1
 
     def _optimiser(self, options: LatentTraining) -> torch.optim.Optimizer:
-        """Adam over all latents and scales; the rate of a scale is relative to what scales of its weight are like."""
+        """Return Adam over all latents and scales. The rate of a scale is relative to the mean magnitude of its tensor."""
         groups = [{"params": [r.latent_OI], "first": options.lr * r.step / r.bits} for r in self.roundings.values()]
         scales = {id(r.scale): r.scale for r in self.roundings.values()}  # layers may share one
         groups += [{"params": [s], "first": options.scale_lr * float(s.abs().mean())} for s in scales.values()]
@@ -185,12 +185,12 @@ class Training:
             rounding.scale.grad = slope if shared is None else shared + slope
 
     def _weights(self) -> dict[str, Tensor]:
-        """In the dtype of computation."""
+        """Return the rounded weights in the dtype of computation."""
         return {name: r.weight().to(self.dtypes[name]) for name, r in self.roundings.items()}
 
     @torch.no_grad()
     def loss(self) -> float:
-        """Return the loss over all of the text."""
+        """Return the loss over the entire text."""
         total = torch.zeros(1, dtype=torch.float64, device=self.ranks.device)
         weights = self._weights()
         for x, y in self.text.step(range(len(self.text.pieces))):

@@ -1,4 +1,4 @@
-"""Low-rank changes beside the linear layers of a model in memory, trained and then merged.
+"""Low-rank changes to the linear layers of a model in memory, trained and then merged.
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, by peft.
 """
@@ -15,13 +15,13 @@ from compressor.model.source import ModelSource
 
 
 def student(source: ModelSource, rank: int, alpha: int, ends: Sequence[str] = ("",)) -> Any:
-    """The model in float32 with a change of a rank beside linear layers of its blocks; the rest is frozen.
+    """Load the model in float32, with a low-rank change to linear layers of its blocks. All other parameters are frozen.
 
     Args:
         source: The model.
         rank: Rank of the changes.
-        alpha: Factor of the changes, times the rank.
-        ends: Last parts of the names of the changed layers: all linear layers of the blocks.
+        alpha: Scale of the changes, which are multiplied by alpha / rank.
+        ends: Suffixes of the names of the layers to change. By default all linear layers of the blocks.
     """
     whole = ModelSource(source.path, source.device, torch.float32, source.rewritings)
     blocks = map(partial(whole.block, load=False), range(len(whole.layers)))
@@ -31,6 +31,6 @@ def student(source: ModelSource, rank: int, alpha: int, ends: Sequence[str] = ("
 
 
 def merged(model: Any, source: ModelSource) -> dict[str, Tensor]:
-    """The blocks' tensors with the changes in them, fp32, by their names in the model."""
+    """Merge the changes, and return the blocks' tensors, fp32, by name in the model."""
     state = model.merge_and_unload().state_dict()
     return {name: state[name] for name in source.names if name.startswith(f"{source.prefix}.") and name in state}

@@ -1,12 +1,12 @@
-"""PV-Tuning: train codebooks, scales and codes of the whole compressed model towards the predictions of the dense one.
+"""PV-Tuning: train codebooks, scales and codes of all layers at once towards the predictions of the dense model.
 
-The continuous step moves codebooks or scales by the gradient of the divergence of the predictions. The discrete one moves
-codes: of each weight, in each step, only the latents of the vectors (or numbers) with the largest gradients, as far as the
-learning rate goes; a code changes once its latent is nearer to another.
+The continuous step moves codebooks or scales along the gradient of the divergence of the predictions. The discrete step moves
+codes. In each step and weight, only the latents of the vectors (or numbers) with the largest gradients move, limited by the
+learning rate. A code changes once its latent is nearer to another.
 
-Source: Malinovskii et al., "PV-Tuning: Beyond Straight-Through Estimation for Extreme LLM Compression", NeurIPS 2024. What
-differs: latents are kept from step to step and start between the code and the dense weight, as in `learned`, so that a code
-that was nearly the other one changes first.
+Source: Malinovskii et al., "PV-Tuning: Beyond Straight-Through Estimation for Extreme LLM Compression", NeurIPS 2024.
+Difference: latents persist between steps and start between the code and the dense weight, as in `learned`, so that codes that
+were close to another one change first.
 
 Shape suffixes: B samples, S sequence, D hidden, V vocabulary.
 """
@@ -26,12 +26,12 @@ from compressor.recipe.registry import node
 
 @node
 class PVTune(LatentTraining):
-    """Train what earlier passes rounded, all blocks together; the format stays. Put it last.
+    """Train the roundings of earlier passes in all blocks at once, without changing formats. It must be the last pass.
 
-    It needs the model in memory, and for each weight about 50 bytes more. More fields: `LatentTraining`.
+    It needs the model in memory, and about 50 more bytes per weight. The other fields are those of `LatentTraining`.
 
     Args:
-        moving: Share of the codes of a weight that a step may move: those with the largest gradients.
+        moving: Fraction of the codes of a weight that a step may move: those with the largest gradients.
     """
 
     lr: float = 0.005
@@ -54,7 +54,7 @@ class PVTune(LatentTraining):
         text = Text.of(whole.inputs, whole.targets, whole.ranks)
 
         def diverged(x_BSD: Tensor, y_BSD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-            """KL divergence of the predictions, summed over tokens."""
+            """Return the KL divergence of the predictions, summed over tokens."""
             device = next(iter(weights.values())).device
             wanted_BSV = whole.teacher(y_BSD.to(device)).float().log_softmax(-1)
             found_BSV = whole.student(x_BSD.to(device), weights).float().log_softmax(-1)

@@ -1,8 +1,8 @@
-"""Train what pruning has left towards the predictions of the original, by low-rank changes that are merged at the end.
+"""Recovery training: train a pruned model towards the predictions of the original, by low-rank changes that are then merged.
 
-The original goes by once, block by block, and leaves what enters its head; the pruned model stays in memory, with a LoRA
-beside every linear layer of its blocks, whose norms are trained too. The loss (compressor/passes/train/distillation.py) is
-the divergence of its predictions from the original's and nothing else. Shapes, and so the architecture, stay.
+The original runs once, block by block, to compute the inputs of its head. The pruned model is kept in memory, with a LoRA for
+every linear layer of its blocks, whose norms are trained too. The loss (compressor/passes/train/distillation.py) is only the
+divergence of its predictions from the original's. Shapes, and thus the architecture, do not change.
 """
 
 from functools import partial
@@ -19,20 +19,20 @@ from compressor.passes.train.lora import merged, student
 from compressor.pipeline.prune_stage import Pruned, PruningPass, Sketch, Work, as_stored, read_tensors, stored
 from compressor.recipe.registry import node
 
-LOSSES = "losses"  # of all steps, beside the tensors
+LOSSES = "losses"  # losses of all steps, stored with the tensors
 
 
 @node
 class Recover(PruningPass):
-    """Put it behind what prunes. It needs the pruned model in memory, in float32.
+    """Train a pruned model with LoRA. List it after pruning passes. It needs the pruned model in memory, in float32.
 
     Args:
         steps: Number of training steps.
-        batch: Samples in a step.
-        lr: Highest learning rate; it rises to that and falls to zero with a cosine.
+        batch: Number of samples per step.
+        lr: Peak learning rate, after warm-up. It decays to zero as a cosine.
         rank: Rank of the changes to linear layers.
         norms: Train the weights of norms too.
-        seed: Seed of the order of samples, and of the initial values of the changes.
+        seed: Seed of the order of samples and of the initial values of the changes.
     """
 
     steps: int = 300
@@ -55,18 +55,18 @@ class Recover(PruningPass):
         return Schedule(self.steps, self.batch, self.lr, self.seed)
 
     def sketch(self, source: ModelSource) -> Sketch:
-        """No shape changes."""
+        """Predict that no shape changes."""
         return Sketch(None)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of the training."""
+        """Return the peak memory of the training in bytes."""
         return expected_memory(source, tokens, low_rank(source, self.rank))
 
     def prune(self, work: Work) -> Pruned:
-        """Train what is left.
+        """Train the pruned model.
 
         Raises:
-            RecipeError: nothing has been pruned.
+            RecipeError: The loss is not finite.
         """
         file = work.once("recovered", self, partial(self._trained, work))
         found = read_tensors(file)
@@ -77,7 +77,7 @@ class Recover(PruningPass):
         return Pruned(stored(file, found), report)
 
     def _trained(self, work: Work, unfinished: Path) -> dict[str, Tensor]:
-        """The new tensors by name on disk, and the losses."""
+        """Return the trained tensors by name in the checkpoint, and the losses."""
         source = work.source
         torch.manual_seed(self.seed)
         model = self._student(source)
@@ -87,7 +87,7 @@ class Recover(PruningPass):
         return {**as_stored(source, merged(model, source)), LOSSES: torch.tensor(training.losses)}
 
     def _student(self, source: ModelSource) -> Any:
-        """The pruned model in float32, with what is trained; the rest is frozen."""
+        """Return the pruned model in float32 with low-rank changes. Only these and, if asked for, norms are trained."""
         model = student(source, self.rank, 2 * self.rank)
         if self.norms:
             for name, module in model.named_modules():

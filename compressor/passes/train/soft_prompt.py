@@ -1,13 +1,13 @@
-"""Learn soft tokens that stand before every text and bring the predictions of a pruned model nearer to the original's.
+"""Prompt tuning: learn soft tokens before every text that bring a pruned model's predictions nearer to the original's.
 
-No weight changes. The prompt lies in `soft_prompt/` beside the weights, as peft writes prompts, and is used by
-`peft.PeftModel.from_pretrained(model, "OUT/soft_prompt")`; without that the model is as it would be. It takes its number of
-positions from every text. The loss is that of `recover` on the text's own tokens. What is quantized behind this pass gets the
-prompt of the model before that.
+No weight changes. The prompt is stored in `soft_prompt/` next to the weights, in the format of peft, and is loaded with
+`peft.PeftModel.from_pretrained(model, "OUT/soft_prompt")`. Without that the model is unaffected. The prompt takes up positions
+of every text. The loss is that of `recover` on the text's own tokens. If the model is quantized after this pass, the prompt
+is the one trained before quantization.
 
 Source: Xu et al., "Compress, Then Prompt: Improving Accuracy-Efficiency Trade-off of LLM Inference with Transferable Prompt",
-2023. What differs: the loss is the divergence from the original's predictions, and tokens of the calibration text are where
-the prompt starts.
+2023. Differences: the loss is the divergence from the original's predictions, and the prompt is initialised with tokens of
+the calibration text.
 
 Shape suffixes: P tokens of the prompt, B samples, S sequence, N samples, D hidden.
 """
@@ -34,21 +34,21 @@ from compressor.recipe.registry import node
 
 FOLDER = "soft_prompt"
 FILES = ("adapter_config.json", "adapter_model.safetensors")  # as peft names them
-PROMPT, KL = "prompt_embeddings", "kl"  # peft's name; and the divergence without the prompt and with it
+PROMPT, KL = "prompt_embeddings", "kl"  # peft's key; key of the divergences without and with the prompt
 
 
 @node
 class SoftPrompt(PruningPass):
-    """Put it behind what prunes and trains. It needs the pruned model in memory, in float32.
+    """Learn a soft prompt. List it after pruning and training passes. It needs the pruned model in memory, in float32.
 
     Args:
         tokens: Number of tokens of the prompt.
         steps: Number of training steps.
-        batch: Samples in a step.
-        lr: Highest learning rate, in parts of the size of an embedding's entries; it rises to that and falls to zero with a
+        batch: Number of samples per step.
+        lr: Peak learning rate after warm-up, relative to the root mean square of the initial prompt. It decays to zero as a
             cosine.
-        judged: Tokens, besides those of calibration, that the model is judged on with the prompt and without.
-        seed: Seed of the order of samples.
+        judged: Number of tokens, in addition to calibration, on which the model is scored with and without the prompt.
+        seed: Seed of the order of samples and of the tokens that initialise the prompt.
     """
 
     tokens: int = 100
@@ -68,18 +68,18 @@ class SoftPrompt(PruningPass):
         Schedule(self.steps, self.batch, self.lr, self.seed)
 
     def sketch(self, source: ModelSource) -> Sketch:
-        """Nothing changes."""
+        """Predict that no shape changes."""
         return Sketch(None)
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Peak of the training."""
+        """Return the peak memory of the training in bytes."""
         return expected_memory(source, tokens, 0)
 
     def prune(self, work: Work) -> Pruned:
         """Learn the prompt.
 
         Raises:
-            RecipeError: nothing has been pruned, or the prompt does not fit before the text.
+            RecipeError: Prompt and text together exceed the model's maximum length, or the loss is not finite.
         """
         length, longest = work.calibration.tokens.shape[1], work.source.max_positions
         if self.tokens + length > longest:
@@ -103,7 +103,7 @@ class SoftPrompt(PruningPass):
         return Pruned(Rewriting({}, files={f"{FOLDER}/{name}": work.place / FOLDER / name for name in FILES}), report)
 
     def _trained(self, work: Work, unfinished: Path) -> dict[str, Tensor]:
-        """The prompt [P, D], and the divergence on other text without it and with it."""
+        """Return the prompt [P, D], and the divergences on other text without and with it."""
         source, tokens_NS = work.source, work.calibration.tokens
         other = replace(work.calibration, tokens=work.text(self.judged, "judged"))
         model = ModelSource(source.path, source.device, torch.float32, source.rewritings).whole()
@@ -121,13 +121,13 @@ class SoftPrompt(PruningPass):
 
 
 def _some(tokens_NS: Tensor, count: int, seed: int) -> Tensor:
-    """Tokens of the text, drawn one by one [P]."""
+    """Draw single tokens of the text [P], with replacement."""
     generator = torch.Generator().manual_seed(seed)
     return tokens_NS.flatten()[torch.randint(tokens_NS.numel(), (count,), generator=generator)]
 
 
 def _prompted(model: PreTrainedModel, prompt_PD: Tensor, tokens_BS: Tensor, **options: Any) -> SimpleNamespace:
-    """The model's logits of a text's own tokens, behind the prompt."""
+    """Return the model's logits for a text's own tokens, with the prompt before them."""
     embedded_BSD = model.get_input_embeddings()(tokens_BS)
     prompt_BPD = prompt_PD.to(embedded_BSD.dtype).expand(len(tokens_BS), -1, -1)
     logits = model(inputs_embeds=torch.cat([prompt_BPD, embedded_BSD], 1), **options).logits
@@ -135,7 +135,7 @@ def _prompted(model: PreTrainedModel, prompt_PD: Tensor, tokens_BS: Tensor, **op
 
 
 def write_prompt(folder: Path, prompt_PD: Tensor) -> None:
-    """A directory that peft loads."""
+    """Write a directory that peft loads."""
     count, width = prompt_PD.shape
     with writing(folder):
         folder.mkdir(exist_ok=True)

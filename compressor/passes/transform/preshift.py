@@ -77,7 +77,7 @@ class Preshift(Scaling):
     def _cost(
         self, feed: Feed, missed: Sequence[Tensor], weights: Mapping[str, Tensor], power_I: Tensor, shift_W: Tensor
     ) -> tuple[Tensor, float]:
-        """Return the weights' error for each shift [K, I], with scales fitted to given shifts, and the total cost of those."""
+        """Return the weights' error for each shift [K, I], with scales fitted to given shifts, and the cost of those."""
         shift_I = feed.spread(shift_W)
         lost_KI = torch.zeros(SHIFTS, len(power_I), dtype=torch.float64, device=power_I.device)
         for w_OI in weights.values():
