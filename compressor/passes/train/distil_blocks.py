@@ -95,7 +95,7 @@ class DistilBlocks(PruningPass):
         """Refit and train the blocks of the pruned model.
 
         Raises:
-            RecipeError: The loss is not finite.
+            RecipeError: The loss is not finite. The pruning stage raises it if nothing was pruned.
         """
         twins = Twins.start(work)
         total = len(twins.student.layers)

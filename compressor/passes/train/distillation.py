@@ -200,7 +200,9 @@ class Lesson:
 
 
 def expected_memory(source: ModelSource, tokens: int, trained: int) -> int:
-    """Return the bytes that `distil` needs: weights in fp32, trained parameters with gradients and moments, activations, teacher.
+    """Return the bytes that `distil` needs.
+
+    It holds the weights in fp32, the trained parameters with gradients and moments, activations, and the teacher's states.
 
     Args:
         source: The model.

@@ -200,9 +200,9 @@ class FloatRounding(ScaledRounding):
 class VectorRounding(Rounding):
     """A rounding to vectors of codebooks. Latents are weights without norms and dense channels, which do not change.
 
-    `scale` holds the entries of all codebooks, one below the other. Layers that share codebooks train the same tensor. A vector
-    is rounded to the nearest of some candidate entries. These are searched again every `AGAIN` steps, because in between neither
-    vectors nor entries move far.
+    `scale` holds the entries of all codebooks, one below the other. Layers that share codebooks train the same tensor. A
+    vector is rounded to the nearest of some candidate entries. These are searched again every `AGAIN` steps only, because
+    neither vectors nor entries move far in between.
     """
 
     codes: VectorCodes  # initial codes

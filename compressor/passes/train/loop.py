@@ -27,8 +27,8 @@ class LatentTraining(Pass):
     Args:
         steps: Number of training steps.
         batch: Number of samples per step.
-        lr: Initial learning rate of the latents, in steps of the grid (the mean step for floating-point codes), divided by
-            the bits of a code, because fine grids need small moves.
+        lr: Initial learning rate of the latents. It is multiplied by the step of the grid (the mean step for floating-point
+            codes) and divided by the bits of a code, because fine grids need small moves.
         scale_lr: Initial learning rate of scales or codebook entries, relative to their mean magnitude.
         seed: Seed of the order of samples.
     """
@@ -90,7 +90,7 @@ class Text:
 def pieces(inputs: Sequence[Tensor], size: int, ranks: Group) -> list[Piece | None]:
     """Divide the calibration text of all ranks into pieces of `size` samples.
 
-    The list has the same length on all ranks, with None for pieces of other ranks. Batch i of the text is on rank i mod world.
+    The list has the same length on all ranks, with None for pieces of other ranks. Batch i of all is on rank i mod world.
     """
     most = torch.tensor([len(inputs)], device=ranks.device)
     ranks.max_([most])  # the last ranks may have one batch fewer

@@ -66,7 +66,7 @@ class Recover(PruningPass):
         """Train the pruned model.
 
         Raises:
-            RecipeError: The loss is not finite.
+            RecipeError: The loss is not finite. The pruning stage raises it if nothing was pruned.
         """
         file = work.once("recovered", self, partial(self._trained, work))
         found = read_tensors(file)

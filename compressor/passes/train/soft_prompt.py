@@ -1,9 +1,9 @@
 """Prompt tuning: learn soft tokens before every text that bring a pruned model's predictions nearer to the original's.
 
 No weight changes. The prompt is stored in `soft_prompt/` next to the weights, in the format of peft, and is loaded with
-`peft.PeftModel.from_pretrained(model, "OUT/soft_prompt")`. Without that the model is unaffected. The prompt takes up positions
-of every text. The loss is that of `recover` on the text's own tokens. If the model is quantized after this pass, the prompt
-is the one trained before quantization.
+`peft.PeftModel.from_pretrained(model, "OUT/soft_prompt")`. Without that the model is unaffected. The prompt takes up
+positions of every text. The loss is that of `recover` on the text's own tokens. If the model is quantized after this pass,
+the prompt is the one trained before quantization.
 
 Source: Xu et al., "Compress, Then Prompt: Improving Accuracy-Efficiency Trade-off of LLM Inference with Transferable Prompt",
 2023. Differences: the loss is the divergence from the original's predictions, and the prompt is initialised with tokens of
@@ -79,7 +79,8 @@ class SoftPrompt(PruningPass):
         """Learn the prompt.
 
         Raises:
-            RecipeError: Prompt and text together exceed the model's maximum length, or the loss is not finite.
+            RecipeError: Prompt and text together exceed the model's maximum length, or the loss is not finite. The pruning
+                stage raises it if nothing was pruned.
         """
         length, longest = work.calibration.tokens.shape[1], work.source.max_positions
         if self.tokens + length > longest:
