@@ -2,7 +2,7 @@
 
 Some families compute with the number of blocks or with a block's own number. `corrected` compensates for that in a few of
 them. `check_renumbered` works for any family. It runs every kept block as built in the original and in the pruned model, with
-the same random weights on the same hidden states, and refuses if the outputs differ.
+the same random weights and hidden states. It refuses the model if the outputs differ.
 
 Sources of the corrections, all in transformers' models/*/modeling_*.py: MiniCPM3 multiplies what a block adds by
 `scale_depth / sqrt(num_hidden_layers)`; GPT-2 with `scale_attn_by_inverse_layer_idx` divides attention scores by the block's

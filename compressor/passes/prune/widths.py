@@ -1,8 +1,8 @@
 """Width pruning. One sweep refits every part for every candidate width; chosen widths are applied as the checkpoint is read.
 
 A width of a part consists of the kept units and the writer refitted to them (compressor/passes/prune/order.py). Later blocks
-see the mean of the writer over all widths, so that one sweep suffices, as in "Týr-the-Pruner", NeurIPS 2025, but with a
-single forward pass for the expectation. With a single width this is exactly the model that will be written.
+see the mean of the writer over all widths, so that one sweep suffices. The idea is that of "Týr-the-Pruner", NeurIPS 2025,
+but one forward pass computes the expectation. With a single width this is exactly the model that will be written.
 
 Results are stored on disk as levels (compressor/pipeline/search/levels.py): the kept units and the writer, in the
 checkpoint's dtype.

@@ -1,7 +1,8 @@
 """Coordinate descent after GPTQ: one scale or one code at a time is set to the best value that can be stored.
 
-The loss tr((W - Q) H (W - Q)ᵀ) is quadratic in any single scale and in any single code, so the storable value nearest to the
-minimum is the best, and no step raises the loss. GPTQ cannot revise a code once later columns have moved; these sweeps can.
+The loss tr((W - Q) H (W - Q)ᵀ) is quadratic in any single scale and in any single code. The storable value nearest to the
+minimum is therefore the best, and no step raises the loss. GPTQ cannot revise a code once later columns have moved; these
+sweeps can.
 
 Source: our own. Scales of fixed codes by least squares are folklore; the descent over codes is that of Nair and Suggala,
 "CDQuant", 2024.

@@ -8,7 +8,7 @@ states of both, so models larger than memory can be trained.
 
 Source: Bercovich et al., "Puzzle: Distillation-Based NAS for Inference-Optimized LLMs", ICML 2025, blockwise local
 distillation. Differences: the input of a block is that of the pruned model instead of the original, so that it compensates
-for the blocks before it; the least squares refit; and the error is relative for each token.
+for the blocks before it. The least squares refit is added. The error is relative for each token.
 
 Shape suffixes: O out_features, I in_features, R rank.
 """

@@ -1,7 +1,7 @@
 """Trainable roundings: latent numbers that are rounded to codes, and the scales of the codes.
 
-A latent starts at the weight itself if its code is the nearest one, otherwise just inside the range of the code that an
-earlier pass chose. The gradient treats rounding as the identity (straight-through).
+A latent starts at the weight itself if an earlier pass chose the nearest code, otherwise just inside the range of the chosen
+code. The gradient treats rounding as the identity (straight-through).
 
 Shape suffixes: O out_features, I in_features, N vectors, D their length, B candidate entries, K codebooks.
 """

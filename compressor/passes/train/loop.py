@@ -1,7 +1,7 @@
 """Training loop for roundings. The trained tensors are in compressor/passes/train/latents.py; each pass defines its loss.
 
 A step uses a few samples, and learning rates decay linearly to zero. A step's gradients are summed in fp64 over fixed pieces
-of the calibration text, whichever rank computed them, so the result does not depend on the number of ranks.
+of the calibration text, whichever rank computed them. The result thus does not depend on the number of ranks.
 
 Shape suffixes: B samples, S sequence, D hidden.
 """
