@@ -1,6 +1,8 @@
 """The block loop: source -> stream -> passes -> workspace, one block at a time.
 
-    for each block:  for each pass: collect statistics, apply the pass; then advance the stream, write the block's tensors
+    for each block:
+        for each pass:  collect statistics, apply the pass
+        advance the stream, write the block's tensors
 
 One dense block, the statistics of one pass and the block's packed tensors are resident, so memory does not grow with depth.
 """
