@@ -1,8 +1,10 @@
-"""The one loop: source -> stream -> passes -> workspace, a block at a time.
+"""The block loop: source -> stream -> passes -> workspace, one block at a time.
 
-    for each block:  collect statistics, apply each pass, advance the stream, put the block's tensors on disk
+    for each block:
+        for each pass:  collect statistics, apply the pass
+        advance the stream, write the block's tensors
 
-Resident are one dense block, the statistics of one pass and the block's packed parts, so memory does not grow with depth.
+One dense block, the statistics of one pass and the block's packed tensors are resident, so memory does not grow with depth.
 """
 
 import time
@@ -37,17 +39,18 @@ def compress(
     report: Report,
     tell: Tell,
 ) -> Record | None:
-    """Compress every block in order; each sees the outputs of the compressed blocks before it.
+    """Compress every block in order. Each block is calibrated on the outputs of the compressed blocks before it.
 
     Args:
         job: The model, the passes, the plan.
-        stream: Positioned before the first block; None if no pass needs statistics.
-        workspace: Where results go; None on all ranks but the first.
-        finished: Parts that an interrupted run has left, on every rank.
-        report: Rows and warnings are added.
+        stream: Calibration stream before the first block; None if no pass needs statistics.
+        workspace: Store of finished parts; None on all ranks but the first.
+        finished: Names of the parts that an interrupted run finished; the same on every rank.
+        report: Record of the run, to which rows and warnings are added.
         tell: Called after each step.
 
-    Returns: what the model now computes, for the manifest; on all ranks but the first, and where it cannot be streamed, None.
+    Returns: the probe's record of the compressed model's logits, for the manifest. None on all ranks but the first, and for
+        models that cannot be streamed.
     """
     total = len(job.source.layers)
     probe = Probe(job.source) if workspace is not None else None
@@ -86,7 +89,7 @@ def compress(
 
 
 def open_stream(job: Job, calibration: Samples, keep_hidden: Keep, tell: Tell) -> CalibrationStream:
-    """The calibration stream before the first block, with what the passes want of it."""
+    """Open the calibration stream before the first block, with the metrics and the second stream that passes need."""
     source, ranks = job.source, job.ranks
     batches = ranks.mine(calibration.batches(TOKENS_AT_ONCE))
     metrics: Sequence[Tensor] = ()
@@ -103,12 +106,12 @@ def part_name(index: int) -> str:
 
 
 def keep(workspace: Workspace, part: str, tensors: Mapping[str, Tensor], **record: Any) -> None:
-    """Put a finished part on disk, and what the manifest will say of it, which is taken from memory, into the journal."""
+    """Write a finished part to disk. Put its manifest entries, computed from memory, into the journal."""
     workspace.add(part, tensors, entries=entries(tensors), **record)
 
 
 def finish_probe(probe: Probe, report: Report) -> Record | None:
-    """Return what the model computes. Add a warning to the report if that cannot be recorded."""
+    """Return the probe's record. Add a warning to the report if there is none."""
     record = probe.record()
     if probe.obstacle is not None:
         report.warnings.append(f"no logits were recorded for `compress verify` to compare with: {probe.obstacle}")
@@ -118,15 +121,15 @@ def finish_probe(probe: Probe, report: Report) -> Record | None:
 def compress_block(
     job: Job, block: Block, stream: CalibrationStream | None, tell: Tell, workspace: Workspace | None
 ) -> tuple[list[Row], list[str]]:
-    """Apply every pass to a resident block; returns the report's rows and warnings."""
-    rows: dict[str, Row] = {}  # what the last pass on a layer made of it
+    """Apply every pass to a resident block. Return the report's rows and warnings."""
+    rows: dict[str, Row] = {}  # by layer: result of the last pass that changed it
     warnings: list[str] = []
     total = len(job.source.layers)
     block.unrounded = {} if any(step.two_streams for step in job.passes) else None
     for number, step in enumerate(job.passes):
         notes = NoNotes() if workspace is None else workspace.notes(part_name(block.index), number)
         outcome = apply_shared(job, step, block, stream, tell, notes)
-        for name in (layer for layer in block.layers if layer in outcome.errors):  # the same order for any number of ranks
+        for name in (layer for layer in block.layers if layer in outcome.errors):  # same order for any number of ranks
             stored = outcome.edits[name]
             bits = stored_bits(stored) / block.weight(name).numel()
             label = stored.format.label if isinstance(stored, QuantizedTensor) else "dense"
@@ -146,7 +149,7 @@ def replay(
     index: int,
     report: Report,
 ) -> None:
-    """Take a block that an interrupted run finished: send the stream and the probe through it as that run did."""
+    """Replay a block that an interrupted run finished: send the stream and the probe through it as that run did."""
     part = part_name(index)
     if workspace is not None:
         record = workspace.finished[part]
@@ -171,10 +174,13 @@ def replay(
 
 
 def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream | None, tell: Tell, notes: Notes) -> Outcome:
-    """Run a pass on this rank's share of the units, unless it shares its work out itself; return every rank's results."""
+    """Run a pass on this rank's share of the units, or on all units if the pass shares its work out itself.
+
+    Returns: the results of all ranks.
+    """
     units, choice = step.units(block), choose(step, block, job.plan)
     if step.offers:
-        if not choice:  # the plan has other passes work on this block
+        if not choice:  # the plan assigns this block to other passes
             return Outcome({}, {})
         units = {unit: units[unit] for unit in choice}
     layers = [name for names in units.values() for name in names]
@@ -195,7 +201,7 @@ def apply_shared(job: Job, step: Pass, block: Block, stream: CalibrationStream |
 
 
 def block_tensors(source: ModelSource, block: Block) -> dict[str, Tensor]:
-    """Return the tensors that are written for a block, by name on disk: packed parts, and the other tensors unchanged."""
+    """Return the tensors to write for a block, by name on disk: packed tensors, new dense tensors, the others unchanged."""
     tensors: dict[str, Tensor] = {}
     for name, stored in block_names(source, block).items():
         layer = name.removesuffix(".weight")
@@ -212,7 +218,7 @@ def block_tensors(source: ModelSource, block: Block) -> dict[str, Tensor]:
 
 
 def _stored_cache(job: Job, block: Block, tensors: Mapping[str, Tensor]) -> CacheScales | None:
-    """How a finished part rounds keys and values."""
+    """Return the scales for keys and values in a finished part; None if the plan does not round them."""
     found = cache_roundings(job.plan, block)
     if not found:
         return None

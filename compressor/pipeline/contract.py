@@ -1,4 +1,4 @@
-"""The contract between the engine and an algorithm: a pass, the statistics it gets, and what it returns.
+"""The contract between the engine and an algorithm: the pass, the statistics it receives, and the result it returns.
 
 Shape suffixes: O out_features, I in_features, T tokens, B samples of a batch, S sequence, D hidden.
 """
@@ -19,11 +19,11 @@ from compressor.recipe.registry import node
 
 
 class Accumulator(Protocol):
-    """A statistic of a layer's input, over calibration tokens and over ranks."""
+    """A statistic of a layer's input, accumulated over calibration tokens and ranks."""
 
     def __init__(self, in_features: int, device: torch.device) -> None: ...
     def update(self, x_TI: Tensor) -> None: ...
-    def merge(self, ranks: "Group") -> None: ...  # with those of the other ranks
+    def merge(self, ranks: "Group") -> None: ...  # merges the statistics of all ranks
 
 
 @runtime_checkable
@@ -44,15 +44,15 @@ class Group(Protocol):
     def world(self) -> int: ...
     @property
     def device(self) -> torch.device: ...
-    def sum_(self, tensors: Sequence[Tensor]) -> None: ...  # over all of them, in place
-    def max_(self, tensors: Sequence[Tensor]) -> None: ...  # the same, element by element
+    def sum_(self, tensors: Sequence[Tensor]) -> None: ...  # element-wise sum over all processes, in place
+    def max_(self, tensors: Sequence[Tensor]) -> None: ...  # element-wise maximum over all processes, in place
 
 
 class Notes(Protocol):
     """Checkpoint store for long-running passes, so that an interrupted run can resume."""
 
-    def load(self, key: str) -> Mapping[str, Tensor]: ...  # the tensors saved last under a key; none at the start
-    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...  # replaces those saved before
+    def load(self, key: str) -> Mapping[str, Tensor]: ...  # tensors last saved under a key; empty if there are none
+    def save(self, key: str, tensors: Mapping[str, Tensor]) -> None: ...  # replaces the tensors saved under the key
 
 
 class NoNotes:
@@ -72,13 +72,13 @@ class Stats(Protocol):
     @property
     def inputs(
         self,
-    ) -> Sequence[Tensor]: ...  # hidden states [B, S, D] that enter the block behind compressed blocks, of this rank
+    ) -> Sequence[Tensor]: ...  # this rank's hidden states [B, S, D] that enter the block, after compressed blocks
     @property
     def targets(
         self,
-    ) -> Sequence[Tensor]: ...  # hidden states [B, S, D] that leave the dense model's block, for the same text
+    ) -> Sequence[Tensor]: ...  # outputs [B, S, D] of the dense model's block for the same text
     @property
-    def metric(self) -> Tensor | None: ...  # cost of an error in the block's output: see calibration/sensitivity.py
+    def metric(self) -> Tensor | None: ...  # cost [D, D] of an error in the block's output: see calibration/sensitivity.py
     @property
     def ranks(self) -> Group: ...
     @property
@@ -93,9 +93,9 @@ class Outcome:
     """The result of a pass on (a part of) a block."""
 
     edits: Edits
-    errors: Mapping[str, float]  # by layer: relative error of the layer's output, or of its weight where there is no data
+    errors: Mapping[str, float]  # by layer: relative error of the layer's output, or of its weight without data
     warnings: tuple[str, ...] = ()
-    cache: CacheScales | None = None  # scales that keys and values are rounded with from now on
+    cache: CacheScales | None = None  # scales for rounding keys and values from now on
 
 
 OptionT = TypeVar("OptionT", bound=Option)
@@ -104,10 +104,10 @@ Plan = Mapping[str, Option]  # by full unit name, "model.layers.3.mlp.down_proj"
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """A compressed model in memory, and the dense model's outputs for the same text, for passes that train the model."""
+    """A compressed model in memory and the dense model's outputs for the same text, for passes that train the model."""
 
-    inputs: Sequence[Tensor]  # hidden states [B, S, D] that enter the first block, of this rank
-    targets: Sequence[Tensor]  # hidden states [B, S, D] that leave the dense model's last block
+    inputs: Sequence[Tensor]  # this rank's hidden states [B, S, D] that enter the first block
+    targets: Sequence[Tensor]  # outputs [B, S, D] of the dense model's last block
     student: Callable[[Tensor, Mapping[str, Tensor]], Tensor]  # logits of inputs, with weights [O, I] by full layer name
     teacher: Callable[[Tensor], Tensor]  # logits of targets
     packed: Mapping[str, QuantizedTensor]  # by full layer name
@@ -119,40 +119,40 @@ class Whole:
 
 @node
 class Pass:
-    """Base class of algorithms: one algorithm, one file, one subclass whose fields are its recipe keys. It holds no state.
+    """Base class of algorithms: one file and one subclass per algorithm. Its fields are its recipe keys. It holds no state.
 
-    A subclass overrides what it needs to. Properties say what the engine has to provide, methods do the work. A pass works at
-    one of four moments, in the order of a run:
+    A subclass overrides only what it needs. Properties declare what the engine must provide, and methods do the work. A pass
+    works at one of four stages, in the order of a run:
 
     1. `rewriting` changes the checkpoint before any block is read (`rewrites`).
-    2. `prune` makes the model smaller, for which it reads text (`prunes`; see PruningPass in prune_stage.py).
+    2. `prune` makes the model smaller and reads text to do so (`prunes`; see PruningPass in prune_stage.py).
     3. `apply` compresses one resident block.
     4. `tune` trains the compressed model (`trains_model`).
     """
 
     @property
     def needs(self) -> tuple[type[Accumulator | PairedAccumulator], ...]:
-        """Statistics of layers' inputs that `apply` reads from `stats`."""
+        """Types of input statistics that `apply` reads from `stats`."""
         return ()
 
     @property
     def offers(self) -> tuple[Any, ...]:
-        """Options that the plan chooses among. With one there is nothing to choose, with none nothing to plan."""
+        """Options that the plan chooses among. One option needs no choice, and a pass without options is not planned."""
         return ()
 
     @property
     def chooses(self) -> bool:
-        """Whether `apply` chooses among the options by itself: it then gets a OneOf for each unit."""
+        """Whether `apply` itself chooses among the options. It then receives a OneOf for each unit."""
         return False
 
     @property
     def two_streams(self) -> bool:
-        """Whether `apply` compares with the dense model, by `stats.inputs`, `stats.targets` or paired statistics."""
+        """Whether `apply` compares with the dense model, through `stats.inputs`, `stats.targets` or paired statistics."""
         return False
 
     @property
     def together(self) -> bool:
-        """Whether all ranks work on all units at once, through `stats.ranks`, and come to the same result."""
+        """Whether all ranks work on all units together, through `stats.ranks`, and compute the same result."""
         return False
 
     @property
@@ -162,47 +162,47 @@ class Pass:
 
     @property
     def rescales_weights(self) -> bool:
-        """Whether weights and norms that stay dense are multiplied by factors, so that they differ from the original's."""
+        """Whether the pass multiplies dense weights and norms by factors, so that they differ from the original's."""
         return False
 
     @property
     def training_samples(self) -> int:
-        """Number of samples, over all steps, that a training under a time limit reads for one layer; 0 for other passes."""
+        """Number of samples that training reads per layer, over all steps, if a time limit applies to it; otherwise 0."""
         return 0
 
     def shortened(self, share: float) -> "Pass | None":
-        """Return the pass with a share of its training under a time limit; None if hardly any would be left."""
+        """Return the pass with only a share of its training, to meet a time limit; None if hardly any would be left."""
         return self
 
     def units(self, block: Block) -> Mapping[str, tuple[str, ...]]:
-        """Return the units of a block, each with the layers that it rewrites."""
+        """Return the units of a block, each with the layers that the pass rewrites."""
         return {}
 
     def suits(self, option: Any, block: Block, layers: Sequence[str]) -> bool:
-        """Return whether an option is for layers of a block that are stored alike, not for layers of other checkpoints."""
+        """Return whether an option suits layers of a block that are stored alike; some suit only other checkpoints."""
         return True
 
     def pick(self, options: Sequence[Any], block: Block, layers: Sequence[str]) -> Any:
-        """Return the option, of several, for layers of a block that are stored alike, from their shapes alone.
+        """Choose one of several options for layers of a block that are stored alike, from their shapes alone.
 
-        Returns: None if the pass leaves the choice to the plan.
+        Returns: the option; None if the pass leaves the choice to the plan.
 
         Raises:
-            ValueError: none of them will do.
+            ValueError: none of the options is suitable.
         """
         return None
 
     def shared(self, block: Block, formats: Mapping[str, Format]) -> Mapping[str, Format]:
-        """Return the formats of a block's layers once they share what is stored, from those that the plan has."""
+        """Return the formats of a block's layers after layers share stored tensors, given the formats in the plan."""
         return formats
 
     def apply(self, block: Block, stats: Stats, choice: Mapping[str, Any]) -> Outcome:
-        """Compress (a part of) a block. Pure: nothing given is changed, and the same input gives the same result.
+        """Compress (a part of) a block. Pure: arguments are not modified, and the same input gives the same result.
 
         Args:
             block: The resident block.
             stats: Statistics from calibration.
-            choice: Option of each unit to work on.
+            choice: Option of each unit to compress.
         """
         return Outcome({}, {})
 
@@ -212,9 +212,9 @@ class Pass:
         """Return the change to the checkpoint.
 
         Args:
-            source: The model; headers are read, and whatever else is needed.
+            source: The model. Its headers are read, and other data if needed.
             tell: Called with progress.
-            sizes_only: Only names, dtypes and shapes matter; what takes long may be left out.
+            sizes_only: Whether only names, dtypes and shapes matter, so that long computations may be skipped.
         """
         return Rewriting({})
 
@@ -222,11 +222,11 @@ class Pass:
 
     @property
     def label(self) -> str:
-        """File-name safe description of what `prune` drops; empty if nothing is dropped."""
+        """File-name safe description of what `prune` drops; empty if it drops nothing."""
         return ""
 
     trains_model: ClassVar[bool] = False
 
     def tune(self, whole: Whole) -> tuple[Mapping[str, QuantizedTensor], tuple[str, ...]]:
-        """Return new layers by full name, in the formats that they had, and warnings."""
+        """Train the model. Return the new layers by full name, in their previous formats, and warnings."""
         return {}, ()

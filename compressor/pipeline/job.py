@@ -1,4 +1,4 @@
-"""Describe a job, and report its progress."""
+"""The description of a job, and its progress events."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from compressor.pipeline.ranks import Ranks
 
 @dataclass(frozen=True)
 class Event:
-    """Something a person who waits wants to see."""
+    """A progress event, for display to the user."""
 
-    stage: str  # "rotate", "sensitivity", "compress", "resume", "evaluate", "write"
+    stage: str  # for example "rotate", "sensitivity", "compress", "resume", "evaluate", "write"
     done: int
     total: int
     what: str = ""
@@ -24,7 +24,7 @@ Tell = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """Report progress to nobody."""
+    """Ignore a progress event."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,10 @@
-"""manifest.json: what a run computed, taken from memory, so that what happens to the files afterwards shows.
+"""manifest.json: hashes and reference logits recorded in memory, so that later corruption of the files can be detected.
 
     {"version": 1, "config_sha256": …, "files": {name: sha256}, "tensors": {name: {"dtype", "shape", "sha256"}},
      "probe": {…} or null}
 
-Tensors are hashed before they are written the first time; the probe is what the model computed while the run had it in
-memory (see compressor.pipeline.probe). Neither depends on the code that writes or reads files.
+Tensors are hashed before they are first written. The probe holds logits computed while the run had the model in memory (see
+compressor.pipeline.probe). Neither depends on the code that writes or reads files.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class _Entry(BaseModel, strict=True):
 
 
 class _File(BaseModel, strict=True):
-    """The content of manifest.json, the probe as plain data."""
+    """The content of manifest.json, with the probe as plain data."""
 
     version: Literal[1]
     config_sha256: Hash
@@ -64,12 +64,12 @@ class Manifest:
     """The hashes and the probe that a directory is compared with."""
 
     config_sha256: str
-    files: Mapping[str, str]  # by name, the hashes of those that were copied: tokenizer, chat template, …
+    files: Mapping[str, str]  # hashes by name of the other files: tokenizer, chat template, kernel sources, …
     tensors: Mapping[str, Entry]  # by name
     probe: Record | None  # None for an architecture that cannot be streamed
 
     def text(self) -> str:
-        """The content of manifest.json."""
+        """Return the content of manifest.json."""
         probe = self.probe.to_dict() if self.probe is not None else None
         tensors = {name: dict(self.tensors[name]) for name in sorted(self.tensors)}
         data = {
@@ -83,7 +83,7 @@ class Manifest:
 
 
 def entries(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """The manifest's entries of some tensors."""
+    """Return the manifest entries of some tensors."""
     return {
         name: {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "sha256": sha256(tensor)}
         for name, tensor in tensors.items()
@@ -91,16 +91,16 @@ def entries(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
 
 
 def sha256(tensor: Tensor) -> str:
-    """Hash of a tensor's bytes as a file holds them."""
+    """Hash a tensor's bytes as they are stored in a file."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a directory; None if it has none, as one that somebody else wrote.
+    """Read the manifest of a directory; return None if there is none, for example if another tool wrote the directory.
 
     Raises:
-        SourceError: it cannot be read.
+        SourceError: the manifest cannot be read.
     """
     file = directory / MANIFEST
     check_readable([file], SourceError)

@@ -1,11 +1,11 @@
 """Check that the patterns of layer names in a recipe match something in the model at hand.
 
-A pattern that was given for this one run (an option of the command line, an argument of the API, `--set`) and that matches
-nothing is an error: it is a typo, or a name of another architecture. A recipe file is written for many families, so there
-it is a warning, in the report and in the dry run.
+A pattern given for this run only (on the command line, as an API argument, or by `--set`) that matches nothing is an error:
+it is a typo, or a name from another architecture. A recipe file is written for many model families, so an unmatched pattern
+there is only a warning, in the report and in the dry run.
 
 * `layers` must match a linear layer of a decoder block: passes work on nothing else.
-* `ignore` may also match any other module with parameters, such as the embedding or a norm: it does stay as it is.
+* `ignore` may also match any other module with parameters, such as the embedding or a norm: it is indeed left unchanged.
 """
 
 import difflib
@@ -17,19 +17,19 @@ from compressor.model.source import ModelSource
 from compressor.pipeline.contract import Pass
 from compressor.reading import elide
 
-ALWAYS = ("*", "lm_head")  # defaults: whatever a model calls its head, it lies in no block and stays as it is
+ALWAYS = ("*", "lm_head")  # default patterns: the head is outside all blocks and left unchanged, whatever its name
 
 
 def check_patterns(source: ModelSource, passes: Sequence[Pass], required: Sequence[str] = ()) -> list[str]:
     """Return a warning for each pattern of the passes that matches nothing.
 
     Args:
-        source: Model as it is when its blocks are compressed.
+        source: The model in the shape in which its blocks are compressed.
         passes: Passes of the recipe.
-        required: Patterns that were given for this run, which must match.
+        required: Patterns given for this run, which must match.
 
     Raises:
-        RecipeError: one of `required` matches nothing.
+        RecipeError: a pattern in `required` matches nothing.
     """
     prefix = f"{source.prefix}."
     blocks = [source.block(index, load=False) for index in range(len(source.layers))]
@@ -49,7 +49,7 @@ def check_patterns(source: ModelSource, passes: Sequence[Pass], required: Sequen
 
 
 def _hint(pattern: str, layers: Sequence[str], prefix: str) -> str:
-    """Return the names that a pattern may have meant."""
+    """Return a hint with the names that the user may have meant."""
     if not pattern.startswith("re:") and any(matches(name, (f"{pattern}.*",)) for name in layers):
         return f"a pattern names layers, so write `{elide(pattern, 60)}.*`"
     inside = dict.fromkeys(name.removeprefix(prefix).partition(".")[2] for name in layers)

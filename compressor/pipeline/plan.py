@@ -1,4 +1,4 @@
-"""Plan a run, as data, before a weight is read: every unit's option, every output tensor, the memory it takes."""
+"""Plan a run before any weight is read: the option of every unit, and the name, dtype and shape of every output tensor."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ from compressor.recipe import registry
 def rewritten(
     source: ModelSource, passes: Sequence[Pass], tell: Progress = silent, *, sizes_only: bool = False
 ) -> ModelSource:
-    """The model as it is once passes that change the whole of it have done so; arguments as of `Pass.rewriting`.
+    """Return the model after the pass that changes its checkpoint, if there is one. For the arguments see `Pass.rewriting`.
 
     Raises:
-        RecipeError: such a pass is not the first, or cannot do it; or one that trains the whole of it is not the last.
+        RecipeError: such a pass is not the first or cannot be applied, or a pass that trains the model is not the last.
     """
     for number, step in enumerate(passes[:-1]):
         if step.trains_model:
@@ -37,16 +37,16 @@ def rewritten(
 
 
 def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = None) -> Plan:
-    """The option of every unit.
+    """Return the option of every unit.
 
     Args:
         source: The model.
         passes: Passes of the recipe.
-        given: Says which option units get of several; each pass then works on the units whose option it offers.
+        given: Plan that selects one of several options per unit. Each pass then works on the units whose option it offers.
 
     Raises:
-        RecipeError: a layer's shape does not fit its format, nothing chooses among options, no layer matches, or the given
-            plan does not suit the passes or the model.
+        RecipeError: a layer's shape does not fit its format, several options are left without a choice, no layer matches,
+            two passes work on one unit, or the given plan does not suit the passes or the model.
     """
     plan: dict[str, Option] = {}
     for step in (step for step in passes if step.offers):
@@ -73,7 +73,7 @@ def make_plan(source: ModelSource, passes: Sequence[Pass], given: Plan | None = 
 
 
 def _given(step: Pass, unit: str, given: Plan) -> Option | None:
-    """Return the option that a given plan has a pass apply to a unit; None if another pass works on the unit."""
+    """Return the option that a given plan assigns to a unit for a pass; None if another pass works on the unit."""
     if unit in given:
         return next((option for option in step.offers if option == given[unit]), None)
     if len(step.offers) == 1 and not isinstance(step.offers[0], Format):
@@ -83,7 +83,7 @@ def _given(step: Pass, unit: str, given: Plan) -> Option | None:
 
 
 def _check_given(given: Plan, plan: Plan) -> None:
-    """Refuse a plan some of whose units nothing works on."""
+    """Refuse a plan with a unit that no pass works on."""
     left = [unit for unit in given if unit not in plan]
     if left:
         raise RecipeError(
@@ -93,7 +93,7 @@ def _check_given(given: Plan, plan: Plan) -> None:
 
 
 def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
-    """Return the option of a unit: the only one, or those of several that can hold all of its layers."""
+    """Return the option of a unit. If the pass chooses, return all options that can hold every layer of the unit."""
     fitting = able(step, block, layers)
     suited = [option for option in step.offers if step.suits(option, block, layers)]
     if not suited:
@@ -117,7 +117,7 @@ def _option(step: Pass, block: Block, layers: Sequence[str]) -> Option:
 
 
 def _picked(step: Pass, fitting: Sequence[Any], block: Block, layers: Sequence[str]) -> Option | None:
-    """Return the option that a pass picks by itself for a unit; None if it leaves the choice to the plan."""
+    """Return the option that a pass picks for a unit; None if it leaves the choice to the plan."""
     try:
         picked: Option | None = step.pick(fitting, block, layers)
     except ValueError as error:
@@ -126,7 +126,7 @@ def _picked(step: Pass, fitting: Sequence[Any], block: Block, layers: Sequence[s
 
 
 def able(step: Pass, block: Block, layers: Sequence[str]) -> tuple[Any, ...]:
-    """The options of a pass that can hold all layers of a unit."""
+    """Return the options of a pass that can hold all layers of a unit."""
     return tuple(
         option
         for option in step.offers
@@ -135,7 +135,7 @@ def able(step: Pass, block: Block, layers: Sequence[str]) -> tuple[Any, ...]:
 
 
 def fits(option: Option, block: Block, name: str) -> bool:
-    """Whether a layer can be held in an option, if that is a format."""
+    """Return whether an option can hold a layer. An option that is not a format always can."""
     try:
         return not isinstance(option, Format) or option.stored_bits(block.shape(name)) > 0
     except ValueError:
@@ -147,7 +147,7 @@ def _check_fit(option: Option, block: Block, name: str) -> None:
         try:
             option.stored_bits(block.shape(name))
         except ValueError as error:
-            axis = str(error).partition(" ")[0]  # the one that groups run along
+            axis = str(error).partition(" ")[0]  # the axis that groups run along
             sizes = sorted({block.shape(layer)[axis == "in_features"] for layer in block.layers})
             across = "wide" if axis == "in_features" else "high"
             common = f"; every layer here is {' or '.join(map(str, sizes))} {across}, a multiple of {math.gcd(*sizes)}"
@@ -155,7 +155,7 @@ def _check_fit(option: Option, block: Block, name: str) -> None:
 
 
 def choose(step: Pass, block: Block, plan: Plan) -> Mapping[str, Any]:
-    """The plan's option for each unit of a block that a pass is to work on; none if it has none to offer."""
+    """Return the plan's option for each unit of a block that a pass works on; empty if the pass offers no options."""
     if not step.offers:
         return {}
     planned = {unit: plan[f"{block.prefix}.{unit}"] for unit in step.units(block) if f"{block.prefix}.{unit}" in plan}
@@ -163,7 +163,7 @@ def choose(step: Pass, block: Block, plan: Plan) -> Mapping[str, Any]:
 
 
 def layer_formats(passes: Sequence[Pass], block: Block, plan: Plan) -> dict[str, Format]:
-    """The format of each layer of a block that will be packed: the largest it may get, where a pass chooses."""
+    """Return the format of each layer of a block that will be packed. Where a pass chooses, return the largest format."""
     formats: dict[str, Format] = {}
     for step in passes:
         units = step.units(block)
@@ -178,19 +178,19 @@ def layer_formats(passes: Sequence[Pass], block: Block, plan: Plan) -> dict[str,
 
 
 def model_formats(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> dict[str, Format]:
-    """The same for the whole model, by full layer name."""
+    """Return the format of each layer of the model that will be packed, by full layer name; see `layer_formats`."""
     blocks = [source.block(index, load=False) for index in range(len(source.layers))]
     return {f"{b.prefix}.{name}": fmt for b in blocks for name, fmt in layer_formats(passes, b, plan).items()}
 
 
 def describe_stored(block: Block) -> dict[str, Any]:
-    """The format of each packed layer of a finished block, by full name, as the journal holds it."""
+    """Describe the format of each packed layer of a finished block, by full name, for the journal."""
     packed = {name: new.format for name, new in block.installed.items() if isinstance(new, QuantizedTensor)}
     return {f"{block.prefix}.{name}": registry.describe(packed[name]) for name in block.layers if name in packed}
 
 
 def stored_formats(finished: Mapping[str, Mapping[str, Any]]) -> dict[str, Format]:
-    """The format of each packed layer, by full name, from the journal's records of finished parts."""
+    """Return the format of each packed layer, by full name, from the journal's records of finished parts."""
     specs = {layer: spec for record in finished.values() for layer, spec in record.get("formats", {}).items()}
     distinct = {str(spec): spec for spec in specs.values()}
     built: dict[str, Format] = {key: registry.build("format", spec) for key, spec in distinct.items()}
@@ -198,7 +198,7 @@ def stored_formats(finished: Mapping[str, Mapping[str, Any]]) -> dict[str, Forma
 
 
 def output_headers(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> dict[str, Header]:
-    """Name, dtype and shape of every tensor of the result, in the order of writing."""
+    """Return the name, dtype and shape of every tensor of the result, in the order of writing."""
     headers: dict[str, Header] = {}
     for index in range(len(source.layers)):
         block = source.block(index, load=False)
@@ -218,21 +218,21 @@ def output_headers(source: ModelSource, passes: Sequence[Pass], plan: Plan) -> d
 
 
 def cache_roundings(plan: Plan, block: Block) -> dict[str, CacheRounding]:
-    """Return how keys and values are rounded, by the name of the attention module inside a block."""
+    """Return the rounding of keys and values, by the name of the attention module inside a block."""
     planned = {name: plan.get(f"{block.prefix}.{name}") for name in attentions(block.module)}
     return {name: option for name, option in planned.items() if isinstance(option, CacheRounding)}
 
 
 def block_names(source: ModelSource, block: Block) -> dict[str, str]:
-    """Parameters of a block: name inside it -> name in the checkpoint, in the checkpoint's order."""
+    """Return the tensors of a block: name inside the block -> name in the checkpoint, in the checkpoint's order."""
     prefix = f"{block.prefix}."
     return {m.removeprefix(prefix): stored for m, stored in source.names.items() if m.startswith(prefix)}
 
 
 def rest_names(source: ModelSource, plan: Plan) -> list[str]:
-    """Return the names of tensors outside the blocks and of those that the model does not use.
+    """Return the names of tensors outside the blocks, including tensors that the model does not use.
 
-    Scales of a quantized cache are left out where the plan makes new ones, because engines would read either.
+    Scales of a quantized cache are left out if the plan makes new ones, because an engine could read either.
     """
     inside = {stored for m, stored in source.names.items() if m.startswith(f"{source.prefix}.")}
     if any(isinstance(option, CacheRounding) for option in plan.values()):
@@ -241,7 +241,7 @@ def rest_names(source: ModelSource, plan: Plan) -> list[str]:
 
 
 def total_bits(source: ModelSource, formats: Mapping[str, Format]) -> tuple[int, int]:
-    """Stored bits and number of weights of packed layers, which go by their full names."""
+    """Return the stored bits and the number of weights of packed layers. `formats` is by full layer name."""
     bits = weights = 0
     for layer, fmt in formats.items():
         index, _, name = layer.removeprefix(f"{source.prefix}.").partition(".")
@@ -251,12 +251,12 @@ def total_bits(source: ModelSource, formats: Mapping[str, Format]) -> tuple[int,
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
-    """The plan as data; where a pass chooses, all that it may choose."""
+    """Return the plan as plain data. Where a pass chooses, list all formats that it may choose."""
     return {unit: describe_option(option) for unit, option in plan.items()}
 
 
 def describe_option(option: Option) -> Any:
-    """One option as data."""
+    """Return one option as plain data."""
     if isinstance(option, CacheRounding):
         return {"kv_cache": option.kv_cache}
     if isinstance(option, Kept):
@@ -265,10 +265,10 @@ def describe_option(option: Option) -> Any:
 
 
 def read_option(spec: Any) -> Format | Kept:
-    """Inverse of `describe_option`, of a format or what is kept of a part.
+    """Invert `describe_option` for a format or a Kept.
 
     Raises:
-        RecipeError: it is neither.
+        RecipeError: the data describes neither.
     """
     if isinstance(spec, Mapping) and set(spec) == {"keep", "of"}:
         return Kept(**spec)
@@ -277,7 +277,10 @@ def read_option(spec: Any) -> Format | Kept:
 
 
 def settled(plan: Plan, source: ModelSource, passes: Sequence[Pass], stored: Mapping[str, Format]) -> Plan:
-    """The plan with what the passes chose, `stored` by full layer name; layers of a unit that differ are named one by one."""
+    """Return the plan with the formats that the passes chose.
+
+    If the layers of a unit got different formats, they are listed one by one. `stored` is the format by full layer name.
+    """
     layers_of = {
         f"{block.prefix}.{unit}": [f"{block.prefix}.{name}" for name in layers]
         for block in (source.block(index, load=False) for index in range(len(source.layers)))

@@ -1,4 +1,4 @@
-"""plan.yaml: the option of each unit, as every run leaves it beside its weights, and as `--plan` takes it."""
+"""plan.yaml: the option of each unit. Every run writes it next to the weights, and `--plan` reads it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -17,15 +17,15 @@ from compressor.recipe.schema import Recipe
 
 
 def to_text(plan: Plan) -> str:
-    """The content of the file."""
+    """Return the content of plan.yaml."""
     return str(yaml.safe_dump(describe_plan(plan), sort_keys=False))
 
 
 def read_plan(path: Path) -> Plan:
-    """The formats of a plan's units, and the sub-layers that go; what rounds keys and values is the pass's own affair.
+    """Read the formats of a plan's units and the sub-layers to drop. Entries for the KV cache are left to the pass.
 
     Raises:
-        RecipeError: not a plan.
+        RecipeError: the file cannot be read or is not a plan.
     """
     check_readable([path], RecipeError)
     data = read_yaml(path, RecipeError, "`compress search` writes such a file")
@@ -51,9 +51,12 @@ def _option(spec: Any, where: str) -> Format | Kept:
 
 
 def offering(recipe: Recipe, plan: Plan) -> Recipe:
-    """The recipe for a plan: without a target, which the plan meets, and with all that it asks for on offer.
+    """Return the recipe for a plan: without a target, and with all formats of the plan among its passes' options.
 
-    What no pass offers, goes to the first that may take any format.
+    A format that no pass offers is added to the first pass that can take it.
+
+    Raises:
+        RecipeError: no pass can take a missing format.
     """
     recipe = replace(recipe, target=None)
     offered = {option for step in recipe.passes for option in step.offers}
@@ -71,6 +74,6 @@ def offering(recipe: Recipe, plan: Plan) -> Recipe:
 
 
 def _takes(step: Pass) -> bool:
-    """Whether a pass has `options` to add to."""
+    """Return whether formats can be added to a pass's `options`."""
     free = any(field.name == "options" for field in fields(step))
     return free and bool(step.offers) and not step.chooses and all(isinstance(option, Format) for option in step.offers)

@@ -1,4 +1,4 @@
-"""Prepare a run: open the model and load the calibration text. What can fail early, fails here."""
+"""Prepare a run: open the model and load the calibration text. Whatever can fail early fails here."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,19 +17,22 @@ from compressor.pipeline.plan import rewritten
 from compressor.pipeline.ranks import Ranks
 from compressor.recipe.schema import Recipe
 
-LONGEST = 2048  # tokens of a sample, unless the recipe or the model says otherwise
+LONGEST = 2048  # default tokens per sample; a model made for fewer gets fewer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def open_model(
     recipe: Recipe, model: Path, device: torch.device, dtype: str | None, tell: Progress = silent, *, sizes_only: bool = False
 ) -> ModelSource:
-    """The model as the passes will see it; `tell` and `sizes_only` as of `Rewrites.rewriting`.
+    """Open the model as the passes will see it. For `tell` and `sizes_only` see `Pass.rewriting`.
 
-    Reads headers only, unless a pass changes the whole model.
+    Only headers are read, unless a pass changes the checkpoint before any block is read.
+
+    Raises:
+        SourceError: the model is already quantized.
     """
     source = ModelSource(model, device, computation_dtype(device, dtype, model))
-    other_files(model)  # will be copied in the end: what cannot be read is to be said now
+    other_files(model)  # these are copied at the end, so a file that cannot be read must fail now
     shaped = source.absent or source.widths
     dense = shaped and not source.packed() and not source.hadamard and source.cache is None
     if "quantization_config" in source.raw_config and not dense:
@@ -39,20 +42,20 @@ def open_model(
 
 
 def needs_data(recipe: Recipe) -> bool:
-    """Whether a pass of the recipe reads text."""
+    """Return whether a pass of the recipe reads text."""
     return streams(recipe.passes) or any(step.prunes for step in recipe.passes)
 
 
 def streams(passes: Sequence[Pass]) -> bool:
-    """Whether one of them collects statistics on blocks as they are compressed."""
+    """Return whether a pass needs the calibration stream while blocks are compressed."""
     return any(step.needs or step.together for step in passes)
 
 
 def sample_length(wanted: int | None, source: ModelSource) -> int:
-    """Tokens of a sample.
+    """Return the number of tokens per sample.
 
     Raises:
-        RecipeError: more than the model was made for, or too few to predict one from another.
+        RecipeError: more tokens than the model was made for, or fewer than 2 (there is nothing to predict).
     """
     if wanted is not None and wanted < 2:
         raise RecipeError(f"seq_len {wanted}: a sample needs at least 2 tokens; raise --seq-len")
@@ -62,7 +65,7 @@ def sample_length(wanted: int | None, source: ModelSource) -> int:
 
 
 def load_calibration(recipe: Recipe, source: ModelSource) -> Samples | None:
-    """Return the calibration text of a recipe; None if none of its passes reads text."""
+    """Return the calibration text of a recipe; None if no pass reads text."""
     spec = recipe.calibration
     if not needs_data(recipe):
         return None
@@ -87,10 +90,10 @@ def check_shares(calibration: Samples | None, ranks: Ranks) -> None:
 
 
 def computation_dtype(device: torch.device, wanted: str | None, model: Path) -> torch.dtype:
-    """The dtype calibration runs in: by default the checkpoint's, where the hardware computes in it, else float32.
+    """Return the dtype of calibration. The default is the checkpoint's dtype if the hardware supports it, otherwise float32.
 
     Raises:
-        RecipeError: an unknown name.
+        RecipeError: the name is unknown.
     """
     if wanted is not None:
         if wanted not in DTYPES:

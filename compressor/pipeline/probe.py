@@ -1,7 +1,7 @@
-"""A few tokens that go through the model while a run has it in memory, and what came out of it at the end.
+"""The probe: a few tokens sent through the model while a run has it in memory, and the resulting logits.
 
-The probe passes each block right after its new weights were installed, in the run's dtype, in the same way as the
-calibration text does. So its record tells what the model should compute, whatever is written and read later.
+The probe passes through each block right after its new weights are installed, in the run's dtype, just as the calibration
+text does. So its record shows what the model should compute, independently of how files are written and read later.
 
 Shape suffixes: S positions, K of the likeliest tokens, D hidden, V vocabulary.
 """
@@ -19,29 +19,33 @@ from compressor.model.source import ModelSource
 
 LENGTH = 32
 STRIDE = 7919  # a prime far from any regular structure of a vocabulary
-KEPT = 16  # likeliest tokens of a position: they hold nearly all of the probability, and little of the noise
-DIGITS = 6
+KEPT = 16  # likeliest tokens kept per position: they hold nearly all of the probability and little of the noise
+DIGITS = 6  # decimals of the stored log-probabilities
 
 
 @dataclass(frozen=True)
 class Record:
-    """Log-probabilities of the likeliest tokens after each token of the probe."""
+    """The log-probabilities of the likeliest tokens after each token of the probe."""
 
     tokens: tuple[int, ...]
-    dtype: str  # of the computation
+    dtype: str  # dtype of the computation
     ids_SK: Tensor
     log_probs_SK: Tensor  # fp64
 
     @classmethod
     def of(cls, tokens_1S: Tensor, dtype: torch.dtype, logits_SV: Tensor) -> "Record":
-        """Return the record of logits."""
+        """Make a record of logits."""
         log_probs = logits_SV.double().log_softmax(-1)
         top = log_probs.topk(min(KEPT, log_probs.shape[-1]))
         return cls(tuple(tokens_1S[0].tolist()), str(dtype).removeprefix("torch."), top.indices.cpu(), top.values.cpu())
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Record":
-        """Inverse of `to_dict`. Raises ValueError, LookupError or TypeError if the data is something else."""
+        """Invert `to_dict`.
+
+        Raises:
+            ValueError, LookupError, TypeError: the data is not a record.
+        """
         tokens, rows = data["tokens"], data["logits"]["ids"]
         for number in (*tokens, *(number for row in rows for number in row)):
             if type(number) is not int or not 0 <= number < 2**31:
@@ -52,13 +56,16 @@ class Record:
         return cls(tuple(tokens), str(data["dtype"]), ids, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         values = [[round(value, DIGITS) for value in row] for row in self.log_probs_SK.tolist()]
         logits = {"ids": self.ids_SK.tolist(), "log_probabilities": values}
         return {"tokens": list(self.tokens), "dtype": self.dtype, "logits": logits}
 
     def difference(self, logits_SV: Tensor) -> float:
-        """Mean difference of the recorded log-probabilities, nats; infinite where one is not a number or unknown."""
+        """Return the mean absolute difference from the recorded log-probabilities, in nats.
+
+        It is infinite if a log-probability is not a number, or if a recorded token is outside the vocabulary.
+        """
         if int(self.ids_SK.max()) >= logits_SV.shape[-1]:
             return float("inf")
         found = logits_SV.double().log_softmax(-1).cpu().gather(-1, self.ids_SK)
@@ -66,11 +73,11 @@ class Record:
 
 
 class Probe:
-    """The tokens on their way. An architecture that cannot be streamed has no record, and says why."""
+    """The state of the probe between two blocks. If the model cannot be streamed, `obstacle` holds the reason."""
 
     def __init__(self, source: ModelSource) -> None:
         self.source, self.tokens_1S = source, probe_tokens(source)
-        self.obstacle: str | None = None  # why there will be no record
+        self.obstacle: str | None = None  # reason why there will be no record
         self._hidden_1SD: Tensor | None = None
         try:
             self._hidden_1SD = source.first_inputs([self.tokens_1S])[0]
@@ -79,7 +86,7 @@ class Probe:
 
     @torch.no_grad()
     def advance(self, block: Block) -> None:
-        """Go through a block as it is now."""
+        """Send the probe through a block with its current weights."""
         if self._hidden_1SD is None:
             return
         try:
@@ -93,7 +100,7 @@ class Probe:
             self._stop(f"{block.prefix}: its output is not finite in {self.source.dtype}")
 
     def record(self) -> Record | None:
-        """Return the record of the model's output, once every block was passed; None if that was not possible."""
+        """Return the record of the model's logits, after all blocks; None if there can be no record."""
         if self._hidden_1SD is None:
             return None
         try:
@@ -111,6 +118,6 @@ class Probe:
 
 
 def probe_tokens(source: ModelSource) -> Tensor:
-    """The same few tokens [1, S] for every model of a vocabulary, spread over it."""
+    """Return a few tokens [1, S], spread over the vocabulary. Models of one vocabulary size get the same tokens."""
     length = min(LENGTH, source.max_positions)
     return torch.tensor([[(1 + i * STRIDE) % source.vocab_size for i in range(length)]])

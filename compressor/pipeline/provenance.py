@@ -1,7 +1,7 @@
-"""Identify the run that made a result: fingerprints of recipe, model, data and arithmetic, and the report that carries them.
+"""Identify the run that made a result: fingerprints of recipe, model, data and arithmetic, and the report that holds them.
 
-`--resume` goes on only from a run with the same ones. On the same kind of machine, with as many threads, they give equal
-weights, byte for byte.
+`--resume` requires equal fingerprints. On the same kind of machine, with the same number of threads, equal fingerprints
+give equal weights, byte for byte.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ def fingerprint(recipe: Recipe, source: ModelSource, calibration: Samples | None
 
 
 def fingerprint_plan(plan: Plan) -> dict[str, str]:
-    """The same for a plan that was given or found."""
+    """Return the fingerprint of a plan that was given or found."""
     return {"plan": hashlib.sha256(json.dumps(describe_plan(plan)).encode()).hexdigest()}
 
 
 def fingerprint_model(source: ModelSource) -> str:
-    """Hash of a checkpoint's config, headers and a sample of its bytes: cheap even for a very large one."""
+    """Hash a checkpoint's config, and the name, the size and a sample of the bytes of each file. Cheap for large models."""
     digest = hashlib.sha256((source.path / "config.json").read_bytes())
     for file in source.checkpoint.files():
         size, piece, pieces = file.stat().st_size, 2**16, 64
@@ -64,7 +64,7 @@ def new_report(
     calibration: Samples | None,
     warnings: Sequence[str] = (),
 ) -> Report:
-    """A report with everything that is known before the run."""
+    """Return a report with everything that is known before the run."""
     spec = recipe.calibration
     data = None
     if calibration is not None:
@@ -92,27 +92,27 @@ def new_report(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
+    """Return the versions of Python and of the packages that a result depends on."""
     packages = ("torch", "transformers", "tokenizers", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def command(source: ModelSource, out: Path) -> str:
-    """The shell command that does a run again, from the recipe that lies beside its result."""
+    """Return the shell command that repeats a run, from the recipe stored with its result."""
     precision = str(source.dtype).removeprefix("torch.")
     parts = ("compress", "run", f"{out}/recipe.yaml", str(source.path), "--out", f"{out}-again")
     return shlex.join([*parts, "--device", source.device.type, "--dtype", precision])
 
 
 def finished_report(out: Path, report: Report) -> Report:
-    """The report of a run that is complete already: what --resume finds when the kill came too late.
+    """Return the report of a run that is already complete, for `--resume` after a kill that came too late.
 
     Raises:
         OutputError: the directory was written by another run.
     """
     try:
         found = read_json(out / "report.json", OutputError)
-        same = dict(report.fingerprint).items() <= found["fingerprint"].items()  # a plan may have been found besides
+        same = dict(report.fingerprint).items() <= found["fingerprint"].items()  # a search adds its plan
         rows = [Row(**row) for row in found["rows"]]
     except (OutputError, LookupError, TypeError, AttributeError):
         same = False

@@ -1,4 +1,4 @@
-"""The stage before compression in which passes make the model smaller, each the one that the last has left."""
+"""The pruning stage, before compression: passes make the model smaller, each starting from the previous pass's result."""
 
 import hashlib
 import shutil
@@ -34,7 +34,7 @@ ANEW = "give --overwrite to start again, or choose another --out"
 
 @dataclass(frozen=True)
 class Pruned:
-    """The result of a pass that prunes.
+    """The result of a pruning pass.
 
     Args:
         rewriting: The change; None if there is none.
@@ -47,12 +47,12 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Sketch:
-    """Names, dtypes and shapes as a pass that prunes will leave them, before any weight is read.
+    """A prediction of the names, dtypes and shapes after a pruning pass, made before any weight is read.
 
     Args:
         rewriting: The change; None if there is none.
-        certain: There is no other.
-        more: Parameters that there may be besides, if there is.
+        certain: Whether this is the only possible result.
+        more: Maximum number of additional parameters, if the result is uncertain.
     """
 
     rewriting: Rewriting | None
@@ -62,16 +62,16 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Work:
-    """The context of a pass that prunes.
+    """The context of a pruning pass.
 
     Args:
-        recipe: All of it.
-        original: The model before anything was taken away.
-        source: The model as the passes before have left it.
-        calibration: Text to make widths on.
+        recipe: The complete recipe.
+        original: The model before any pruning.
+        source: The model after the previous passes.
+        calibration: Calibration text.
         ranks: The ranks that share the work.
-        place: Directory for what is made; it has to stay until the model is written.
-        known: Properties that must be equal for earlier results to be used again.
+        place: Directory for intermediate files; it must be kept until the model is written.
+        known: Properties that must be equal for earlier results to be reused.
         tell: Called with progress.
     """
 
@@ -86,20 +86,21 @@ class Work:
 
     @property
     def job(self) -> Job:
-        """Return a job of the model alone."""
+        """Job of the model, without passes and plan."""
         return Job(self.source, (), {}, self.ranks)
 
     def stream(self) -> CalibrationStream:
-        """The calibration stream before the first block."""
+        """Open a calibration stream before the first block."""
         return open_stream(self.job, self.calibration, keeping(self.recipe.calibration.on_disk), self.tell)
 
     def once(self, name: str, settings: object, make: Callable[[Path], Mapping[str, Tensor]]) -> Path:
-        """A file of tensors that is made unless an interrupted run has left it.
+        """Return a file of tensors. Make it unless an interrupted run has left it.
 
         Args:
             name: Name of the content.
-            settings: Settings of the pass. A file that was made with other settings is not used.
-            make: Called on all ranks with a place for what it wants to put down on the way; the first rank's is kept.
+            settings: Settings of the pass. A file made with other settings is not used.
+            make: Function that computes the tensors; called on all ranks with the path of a file for intermediate results.
+                The first rank's tensors are saved.
         """
         known = hashlib.sha256(repr((sorted(self.known.items()), settings)).encode()).hexdigest()[:12]
         file = self.place / f"{name}-{known}.safetensors"
@@ -117,22 +118,22 @@ class Work:
         return file
 
     def text(self, tokens: int, key: str = "search.tokens") -> Tensor:
-        """Tokens [N, S], at least so many, that calibration does not read; asked for by a key of the recipe."""
+        """Return at least `tokens` tokens [N, S] that calibration does not read. `key` is the recipe key for the message."""
         return search_text(self.recipe, tokens, self.source, self.calibration, key)
 
 
 def as_stored(source: ModelSource, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by name in the model, by name on disk and in the dtype that they have there."""
+    """Convert tensors by name in the model to tensors by name on disk, in the dtype that they have on disk."""
     return {(at := source.names[name]): new.to(source.checkpoint.headers[at].dtype) for name, new in tensors.items()}
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a file that `Work.once` made."""
+    """Read all tensors of a file that `Work.once` made."""
     return load_tensors(file)
 
 
 def stored(file: Path, names: Iterable[str], **others: Any) -> Rewriting:
-    """The change to tensors, by name on disk, that lie in such a file; `others` are fields of `Rewriting`."""
+    """Return the change that takes tensors, by name on disk, from such a file. `others` are fields of `Rewriting`."""
     return Rewriting({name: partial(_read, file, name) for name in names}, **others)
 
 
@@ -144,20 +145,20 @@ def _read(file: Path, name: str, old: Tensor) -> Tensor:
 
 @node
 class PruningPass(Pass):
-    """Base class of passes of this stage. They have nothing left to do on single blocks."""
+    """Base class of pruning passes. They do nothing on single blocks."""
 
     prunes: ClassVar[bool] = True
-    must_be_last: ClassVar[bool] = False  # what it learns is of no use once a pass of this stage changes the model again
-    requires_pruned_model: ClassVar[bool] = False  # it makes good for what was taken away
-    compares_with_original_blocks: ClassVar[bool] = False  # it compares blocks with the original's, one by one
-    changes_hidden_basis: ClassVar[bool] = False  # it leaves another hidden state between blocks than the original's
+    must_be_last: ClassVar[bool] = False  # its result is useless once another pruning pass changes the model
+    requires_pruned_model: ClassVar[bool] = False  # it compensates for earlier pruning
+    compares_with_original_blocks: ClassVar[bool] = False  # it compares each block with the original's
+    changes_hidden_basis: ClassVar[bool] = False  # hidden states between blocks differ from the original's
 
     @abstractmethod
     def sketch(self, source: ModelSource) -> Sketch:
         """Predict the shapes of the result."""
 
     def expected_memory(self, source: ModelSource, tokens: int, batch: int) -> int:
-        """Return the peak of `prune` in bytes, as compressor/pipeline/memory_estimate.py counts it: that of the stream.
+        """Return the peak memory of `prune` in bytes, as defined in memory_estimate.py. The default is the stream's.
 
         Args:
             source: The model.
@@ -172,15 +173,16 @@ class PruningPass(Pass):
 
 
 def pruning(passes: Sequence[Pass]) -> list[tuple[int, PruningPass]]:
-    """Return the passes of this stage, each with its number in the recipe."""
+    """Return the pruning passes, each with its number in the recipe."""
     return [(number, step) for number, step in enumerate(passes) if isinstance(step, PruningPass)]
 
 
 def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
-    """Refuse a pass that prunes behind one that changes blocks, or where layers are given turned activations.
+    """Refuse pruning passes in a wrong order, or for a model whose layers receive rotated activations.
 
     Raises:
-        RecipeError: there is one.
+        RecipeError: a pass prunes after one that changes blocks or one that must be last, compares blocks with the
+            original's after the hidden basis has changed, or the activations are rotated.
     """
     if source.hadamard and any(step.prunes for step in passes):
         raise RecipeError(
@@ -210,10 +212,10 @@ def check_order(source: ModelSource, passes: Sequence[Pass]) -> None:
 
 
 def check_pruned(step: PruningPass, original: ModelSource, source: ModelSource) -> None:
-    """Refuse a pass that makes good for what was taken away.
+    """Refuse a pass that compensates for pruning if nothing was pruned.
 
     Raises:
-        RecipeError: nothing was.
+        RecipeError: nothing was pruned.
     """
     if step.requires_pruned_model and source is original:
         raise RecipeError(
@@ -222,12 +224,18 @@ def check_pruned(step: PruningPass, original: ModelSource, source: ModelSource) 
 
 
 def named(step: object) -> str:
-    """As recipes have it."""
+    """Return the name of a pass in recipes."""
     return type(step).__module__.rpartition(".")[2]
 
 
 def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, bool, int]:
-    """The model with the shapes that it will have, whether these are certain, and how many parameters it may have besides."""
+    """Predict the result of pruning.
+
+    Returns: the model with the predicted shapes, whether these are certain, and the number of parameters that may be added.
+
+    Raises:
+        RecipeError: see `check_order` and `check_pruned`.
+    """
     check_order(source, passes)
     original, certain, more = source, True, 0
     for _, step in pruning(passes):
@@ -239,7 +247,7 @@ def sketched(source: ModelSource, passes: Sequence[Pass]) -> tuple[ModelSource, 
 
 
 def expected_peak(source: ModelSource, passes: Sequence[Pass], tokens: int, batch: int) -> int:
-    """Bytes that the pass takes which takes the most; arguments as of `PruningPass.expected_memory`."""
+    """Return the largest peak of any pruning pass, in bytes. For the arguments see `PruningPass.expected_memory`."""
     most = 0
     for _, step in pruning(passes):
         most = max(most, step.expected_memory(source, tokens, batch))
@@ -257,10 +265,11 @@ def pruned(
     known: Mapping[str, str],
     tell: Tell,
 ) -> tuple[ModelSource, list[Mapping[str, Any]]]:
-    """The model once all passes that prune have done so, and what each did; arguments as of `Work`.
+    """Run all pruning passes. Return the pruned model and the report of each pass. For the arguments see `Work`.
 
     Raises:
-        RecipeError: it cannot be done.
+        RecipeError: a pass cannot be applied.
+        CalibrationError: there is no calibration text.
     """
     check_order(source, recipe.passes)
     original, done = source, []
@@ -275,22 +284,22 @@ def pruned(
 
 
 def pruning_place(out: Path) -> Path:
-    """Where what is made lies until the model is written."""
+    """Return the directory for intermediate files, which are kept until the model is written."""
     return out.with_name(f"{out.name}.pruning")
 
 
 @contextmanager
 def held(out: Path, warn: Callable[[str], None], *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Keep other runs out of `pruning_place(out)` while open; remove it afterwards, or if nothing is in it.
+    """Lock `pruning_place(out)` against other runs while open. Remove it on success, or if it is empty.
 
     Args:
-        out: Result of the run, which is whole when the context is left without an error.
-        warn: Called with a sentence if the place cannot be removed then.
-        resume: Whether what an interrupted run has left may be used.
-        overwrite: Whether it is removed otherwise.
+        out: Result of the run, which is complete when the context exits without an error.
+        warn: Called with a sentence if the directory cannot be removed then.
+        resume: Whether the files of an interrupted run may be used.
+        overwrite: Whether to remove those files if `resume` is false.
 
     Raises:
-        OutputError: another run works there, or has left something and nobody said what is to become of it.
+        OutputError: another run uses the directory, or it holds files and neither `resume` nor `overwrite` is given.
     """
     place = pruning_place(out)
     lock = Journal(place, {})
@@ -307,16 +316,16 @@ def held(out: Path, warn: Callable[[str], None], *, resume: bool, overwrite: boo
         remove_leftovers(place, out, warn)
     finally:
         lock.release()
-        with suppress(OSError):  # an empty directory is in nobody's way
+        with suppress(OSError):  # an empty directory does no harm
             if not _content(place):
                 shutil.rmtree(place)
 
 
 def clear(out: Path, warn: Callable[[str], None]) -> None:
-    """Remove what pruning has left of a run that is complete; arguments as of `held`.
+    """Remove the intermediate files of a complete run's pruning. For the arguments see `held`.
 
     Raises:
-        OutputError: another run works there.
+        OutputError: another run uses the directory.
     """
     if pruning_place(out).exists():
         with held(out, warn, resume=True, overwrite=False):

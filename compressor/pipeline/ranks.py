@@ -1,6 +1,7 @@
-"""Data-parallel calibration: each rank streams its own batches, statistics are summed, work is shared out.
+"""Data-parallel calibration: each rank streams its own batches, statistics are summed, and work is shared out.
 
-Started by `torchrun --nproc-per-node N -m compressor …`. With one rank every call is the identity, so there is one code path.
+Started by `torchrun --nproc-per-node N -m compressor …`. With one rank every call is the identity, so there is only one
+code path.
 """
 
 import os
@@ -20,12 +21,12 @@ from compressor.model.device import compute_device
 from compressor.pipeline.contract import Outcome
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # that ranks wait for each other: the first one writes and evaluates alone
+PATIENCE = timedelta(days=7)  # time that ranks wait for each other, because the first rank writes and evaluates alone
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Passed to whoever needs it; `rank` of `world` processes."""
+    """A process group: this process is number `rank` of `world`. Code that needs it receives it as an argument."""
 
     rank: int = 0
     world: int = 1
@@ -33,7 +34,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls, device: str | None = None) -> "Ranks":
-        """Join the group that torchrun describes in the environment, or run alone; `device` as in compute_device."""
+        """Join the group that torchrun describes in the environment, or run alone. For `device` see `compute_device`."""
         world, place = _world(), compute_device(device)
         if world == 1:
             return cls(device=place)
@@ -50,11 +51,14 @@ class Ranks:
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> list[T]:
-        """This rank's share of a list: item i lives on rank i mod world."""
+        """Return this rank's share of a list: item i belongs to rank i mod world."""
         return list(items[self.rank :: self.world])
 
     def share(self, costs: Mapping[str, int]) -> list[str]:
-        """This rank's share of some names: largest first, each to the least loaded rank. The same answer everywhere."""
+        """Return this rank's share of some names. Names are assigned by falling cost, each to the least loaded rank.
+
+        Every rank computes the same assignment.
+        """
         return [name for name, owner in self._owners(costs).items() if owner == self.rank]
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -62,7 +66,7 @@ class Ranks:
         self._reduce(tensors, dist.ReduceOp.SUM)
 
     def max_(self, tensors: Sequence[Tensor]) -> None:
-        """Largest elements of tensors over ranks, in place."""
+        """Take the element-wise maximum of tensors over ranks, in place."""
         self._reduce(tensors, dist.ReduceOp.MAX)
 
     def _reduce(self, tensors: Sequence[Tensor], how: dist.ReduceOp.RedOpType) -> None:
@@ -72,7 +76,7 @@ class Ranks:
                     dist.all_reduce(tensor, how)
 
     def gather(self, mine: Outcome) -> Outcome:
-        """Every rank's outcome in one, edits in name order. Packed parts travel as tensors."""
+        """Merge the outcomes of all ranks into one, with edits in name order. Weights are sent as tensors, not pickled."""
         if self.world == 1:
             return mine
         everyone: list[Any] = [None] * self.world
@@ -88,13 +92,13 @@ class Ranks:
         return Outcome(_sorted(edits), errors, warnings)
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has called this."""
         if self.world > 1:
             with _together():
                 dist.barrier()
 
     def agree(self, value: T) -> T:
-        """Rank 0's value, everywhere."""
+        """Return rank 0's value on every rank."""
         if self.world == 1:
             return value
         box = [value]
@@ -111,7 +115,7 @@ class Ranks:
         return {name: owners[name] for name in costs}
 
     def _broadcast(self, shape: Stored, own: Stored | None, owner: int) -> Stored:
-        """A stored weight from its owner; `shape` is the same on the meta device."""
+        """Broadcast a stored weight from its owner. `shape` is the weight on the meta device."""
 
         def send(like: Tensor, tensor: Tensor | None) -> Tensor:
             here = torch.empty_like(like, device=self.device) if tensor is None else tensor.to(self.device).contiguous()
@@ -127,7 +131,7 @@ class Ranks:
 
 
 def check_alone() -> None:
-    """Refuse work that does not share itself out.
+    """Refuse to run in several processes, for work that cannot be shared out.
 
     Raises:
         RecipeError: several processes were started.
@@ -137,15 +141,15 @@ def check_alone() -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether this process should say what went wrong: of several ranks, only the first to fail does."""
+    """Return whether this process should report its error. Of several ranks, only the first to fail does."""
     if _world() == 1:
         return True
     if not dist.is_initialized():
-        return os.environ["RANK"] == "0"  # what fails before the ranks join fails on all of them
+        return os.environ["RANK"] == "0"  # an error before the ranks join occurs on all of them
     try:
         return bool(dist.distributed_c10d._get_default_store().add("failed", 1) == 1)
     except RuntimeError:
-        return False  # the rank that kept the count was the first
+        return False  # rank 0, which kept the count, is gone, so it failed first
 
 
 def _world() -> int:
@@ -154,7 +158,7 @@ def _world() -> int:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Something that every rank takes part in."""
+    """Wrap a collective operation: raise LostRankError if another rank is lost."""
     try:
         yield
     except RuntimeError as error:

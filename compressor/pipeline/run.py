@@ -1,6 +1,6 @@
 """The stages of a run, each a function from one state to the next: prepare, prune, search, compress, write.
 
-What follows them (evaluate, verify, publish) is in compressor/api.py, which runs all of them in order.
+The later stages (evaluate, verify, publish) are in compressor/api.py, which runs all stages in order.
 """
 
 import resource
@@ -33,12 +33,12 @@ from compressor.pipeline.write_model import default_out, write_model
 from compressor.recipe.schema import Recipe
 from compressor.report.record import Report
 
-NOTHING: tuple[str, ...] = ()  # finished by an interrupted run
+NOTHING: tuple[str, ...] = ()  # no parts finished by an interrupted run
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of a run besides its recipe, model and output directory; as of `compressor.run`."""
+    """The options of a run besides its recipe, model and output directory; see `compressor.run`."""
 
     plan: Path | None = None
     levels: Path | None = None
@@ -55,16 +55,16 @@ class RunState:
     """A run between two stages.
 
     Args:
-        recipe: The recipe, without a target once the search is done.
-        source: The model, with the changes that were made to it so far.
-        shaped: The model in the shapes that it is expected to have once it is pruned.
-        plan: Option of every unit; with a target empty until the search is done.
+        recipe: The recipe; a given plan removes its target.
+        source: The model, with all changes made to it so far.
+        shaped: The model with the shapes that it is expected to have after pruning.
+        plan: Option of every unit. If the recipe has a target, it is empty until the search is done.
         dropped: Sub-layers that the plan drops.
-        given: Plan that the user gave for the rest.
+        given: Plan that the user gave for the remaining units.
         out: Directory to create.
         ranks: The ranks that share the work.
-        calibration: Calibration text; None if no pass reads any.
-        report: Record of the run, which the stages fill.
+        calibration: Calibration text; None if no pass reads text.
+        report: Record of the run, filled by the stages.
         options: The options of the run.
         tell: Called with progress.
         started: Start of the run on the clock of `time.monotonic`.
@@ -86,15 +86,15 @@ class RunState:
 
     @property
     def job(self) -> Job:
-        """Return the work on blocks."""
+        """Job that the block loop works on."""
         return Job(self.source, self.recipe.passes, self.plan, self.ranks)
 
 
 def prepare(recipe: Recipe, model: Path, out: Path | None, options: RunOptions, tell: Tell) -> RunState:
-    """Open the model, plan for the shapes that it will have, and load the calibration text. What can fail early, fails here.
+    """Open the model, plan for its expected shapes, and load the calibration text. Whatever can fail early fails here.
 
     Raises:
-        CompressorError: anything a user can mend.
+        CompressorError: any error that the user can fix.
     """
     started, ranks = time.monotonic(), Ranks.from_environment(options.device)
     given = read_plan(options.plan) if options.plan is not None else None
@@ -114,7 +114,7 @@ def prepare(recipe: Recipe, model: Path, out: Path | None, options: RunOptions, 
 
 
 def check_room(state: RunState) -> None:
-    """Refuse a run whose result would not fit on the disk; with a target, nothing is known before the search.
+    """Refuse a run whose result would not fit on the disk. With a target, the size is unknown until the search is done.
 
     Raises:
         OutputError: it does not fit.
@@ -125,7 +125,7 @@ def check_room(state: RunState) -> None:
 
 
 def prune(state: RunState) -> RunState:
-    """Have the passes that prune do so, one after the other. The plan is made for the shapes that come of it."""
+    """Run the pruning passes one after the other, and make the plan for the resulting shapes."""
     if not any(step.prunes for step in state.recipe.passes):
         return state
     report, place = state.report, pruning_place(state.out)
@@ -166,14 +166,14 @@ def search(state: RunState, judged: int) -> RunState:
 
 
 def compress(state: RunState, workspace: Workspace | None, finished: Sequence[str]) -> Record | None:
-    """Compress every block, then train the model as a whole if a pass does that.
+    """Compress every block, then run the passes that train the compressed model.
 
     Args:
         state: The state with a plan.
-        workspace: Place of finished blocks; None on all ranks but the first.
-        finished: Parts that an interrupted run has left, on every rank.
+        workspace: Store of finished blocks; None on all ranks but the first.
+        finished: Names of the parts that an interrupted run finished; the same on every rank.
 
-    Returns: what the model now computes, for the manifest.
+    Returns: the probe's record of the compressed model's logits, for the manifest.
     """
     started, report, job = time.monotonic(), state.report, state.job
     keep = keeping(state.recipe.calibration.on_disk)
@@ -199,7 +199,7 @@ def compress_and_write(state: RunState, finish: Callable[[Workspace], None]) -> 
 
     Args:
         state: The state with a plan.
-        finish: Called with the workspace once the model is written: evaluates, verifies and publishes it.
+        finish: Function that evaluates, verifies and publishes the model; called with the workspace after writing.
     """
     ranks, options = state.ranks, state.options
     if not ranks.first:

@@ -1,4 +1,4 @@
-"""A recipe with a target: which of the passes' options each unit gets is searched for before anything is written."""
+"""Recipes with a target: search for the option of each unit before anything is written."""
 
 import hashlib
 import math
@@ -40,13 +40,13 @@ from compressor.recipe import presets
 from compressor.recipe.registry import validate
 from compressor.recipe.schema import Recipe, Search, Target, load_recipe, make_recipe
 
-OFFSETS = 8  # bytes by which a tensor's offsets in a file's header may be longer than at another size
-PADDING = 64  # bytes of a file
-DROP = "prune"  # what lets attentions and MLPs go, among numbers to mix
+OFFSETS = 8  # extra bytes of a tensor's offsets in a file's header, compared with another size
+PADDING = 64  # extra bytes per file
+DROP = "prune"  # item of `using` that allows attention layers and MLPs to be dropped
 
 
 class FitOptions(TypedDict, total=False):
-    """The keywords of `fit_recipe`, which says what they mean."""
+    """The keywords of `fit_recipe`, which documents them."""
 
     size: str | int | None
     bits: float | None
@@ -79,25 +79,25 @@ def fit_recipe(
     evaluate: bool = True,
     changes: Sequence[str] = (),
 ) -> Recipe:
-    """The recipe that `compress fit` runs; one of `size`, `bits` and `ratio` is given, as in `Target`.
+    """Return the recipe that `compress fit` runs. Exactly one of `size`, `bits` and `ratio` is given, as in `Target`.
 
     Args:
-        model: Hugging Face model directory; its headers say what options are near the target.
-        size: Size of the weight files.
-        bits: Bits of a weight of the compressed layers.
+        model: Hugging Face model directory. Its headers determine which options are near the target.
+        size: Total size of the weight files.
+        bits: Bits per weight of the compressed layers.
         ratio: Share of the original's size to save.
-        using: Numbers to mix: `int`, `fp4`, `vq`; with `prune` attentions and MLPs may go altogether.
+        using: Kinds of numbers to mix: `int`, `fp4`, `vq`. With `prune`, attention layers and MLPs may be dropped.
         time: Time limit for the whole run: 90s, 30m, 2h.
-        calibration: Where the text comes from.
+        calibration: Source of the calibration text.
         samples: Number of calibration samples.
-        seq_len: Tokens of each; None takes what the model was made for, at most 2048.
+        seq_len: Tokens per sample. None takes the number of tokens that the model was made for, at most 2048.
         seed: Seed of the order of documents and of the search.
-        ignore: Patterns of layers to leave as they are.
-        evaluate: Compare the result with the original.
+        ignore: Patterns of layers to leave unchanged.
+        evaluate: Whether to compare the result with the original.
         changes: `KEY=VALUE` changes to the recipe, as with --set.
 
     Raises:
-        RecipeError: no recipe comes of it.
+        RecipeError: the arguments do not make a valid recipe.
     """
     numbers = [kind for kind in using if kind != DROP]
     if DROP in using and (bits is not None or not numbers):
@@ -118,10 +118,10 @@ def fit_recipe(
 
 
 def minutes(text: str) -> float:
-    """Minutes of a text such as 90s, 30m or 2h; a number alone counts minutes.
+    """Convert a time such as 90s, 30m or 2h to minutes. A number without a unit counts minutes.
 
     Raises:
-        RecipeError: it is none.
+        RecipeError: the text is not a time, or the time is 0.
     """
     found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([smh]?)", text.strip())
     if found is None or not float(found[1]):
@@ -130,7 +130,7 @@ def minutes(text: str) -> float:
 
 
 def mean_bits(target: Target, model: Path, ignore: Sequence[str]) -> float:
-    """Bits that a target leaves for each weight of the layers that are to be compressed, nearly; headers only are read."""
+    """Estimate the bits that a target leaves per weight of the layers to compress. Only headers are read."""
     if target.bits is not None:
         return target.bits
     source = ModelSource(model, torch.device("cpu"))
@@ -147,7 +147,7 @@ def mean_bits(target: Target, model: Path, ignore: Sequence[str]) -> float:
 
 
 def target_bytes(target: Target, source: ModelSource) -> int:
-    """Bytes of weight files that a target allows."""
+    """Return the size of the weight files that a target allows, in bytes. The target gives a size or a ratio."""
     if target.ratio is None:
         return target.bytes
     return int((1 - target.ratio) * sum(file.stat().st_size for file in source.checkpoint.files()))
@@ -166,9 +166,14 @@ def search_plan(
     required: Sequence[str] = (),
     tell: Tell = silent,
 ) -> Found:
-    """Find the best plan for a recipe's target, and write that alone; arguments as of `run`.
+    """Find the best plan for a recipe's target and write only the plan. For the arguments see `run`.
 
-    What is measured stays in `levels`, or beside `out` until that is there: the same call goes on from it.
+    Measured levels are kept in `levels`; by default in a directory next to `out`, which is removed once `out` is written.
+    Repeating an interrupted call resumes from them.
+
+    Raises:
+        RecipeError: the recipe has no target or prunes, or no plan meets the target.
+        OutputError: `out` exists and `overwrite` is not given.
     """
     started = clock.monotonic()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(Path(recipe))
@@ -195,7 +200,7 @@ def search_plan(
 
 
 def levels_place(out: Path, levels: str | Path | None) -> Path:
-    """Where the levels lie that a search measures."""
+    """Return the directory for the levels that a search measures."""
     return Path(levels) if levels is not None else out.with_name(f"{out.name}.search")
 
 
@@ -210,17 +215,17 @@ def find_plan(
     started: float,
     judged: int | None = None,
 ) -> Found:
-    """The best plan for a recipe's target.
+    """Find the best plan for a recipe's target.
 
     Args:
-        recipe: With a target, and passes with options to choose among.
+        recipe: Recipe with a target, and with passes that have options to choose among.
         source: The model.
-        calibration: The text that levels are made on.
+        calibration: Text for measuring levels.
         ranks: The ranks that share the work.
         place: Directory for measured levels and the steps of the search.
         tell: Called after each step.
-        started: When the time began of which the recipe allows some, of `time.monotonic`.
-        judged: Tokens that the written model will be compared on; None if none will be written.
+        started: Start of the recipe's time limit, on the clock of `time.monotonic`.
+        judged: Number of tokens that the written model will be evaluated on; None if no model will be written.
 
     Raises:
         RecipeError: nothing meets the target, there is nothing to choose among, or the passes read no text.
@@ -253,10 +258,12 @@ def find_plan(
 
 
 def settle(source: ModelSource, plan: Plan | None) -> tuple[ModelSource, Plan | None, Plan]:
-    """The model without the sub-layers that a plan has go, what it says of the rest, and those; without a plan, as it is.
+    """Drop the sub-layers that a plan drops from the model.
+
+    Returns: the model, the rest of the plan (None without a plan), and the part of the plan that drops sub-layers.
 
     Raises:
-        RecipeError: there is no such sub-layer.
+        RecipeError: the model has no such sub-layer.
     """
     gone = {name: option for name, option in (plan or {}).items() if option == GONE}
     known = [f"{source.prefix}.{i}.{name}" for i, block in enumerate(source.layers) for name in substitutes(block)]
@@ -268,16 +275,16 @@ def settle(source: ModelSource, plan: Plan | None) -> tuple[ModelSource, Plan | 
 
 
 def shortened(recipe: Recipe, share: float) -> Recipe:
-    """With only a share of the steps of each training; without what would be left with hardly any."""
+    """Return the recipe with a share of each pass's training steps, without passes that would keep hardly any."""
     shorter = (step.shortened(share) for step in recipe.passes)
     return replace(recipe, passes=tuple(step for step in shorter if step is not None))
 
 
 def choosable(passes: Sequence[Pass]) -> tuple[Pass, ...]:
-    """The passes among whose options there is to choose.
+    """Return the passes whose options are formats to choose among.
 
     Raises:
-        RecipeError: there is nothing to choose, or a pass changes blocks in a way that levels cannot be tried in.
+        RecipeError: there is nothing to choose, or an earlier pass changes dense weights, in which levels cannot be tried.
     """
     found = [(number, step) for number, step in enumerate(passes) if any(isinstance(o, Format) for o in step.offers)]
     if sum(len(step.offers) for _, step in found) < 2:
@@ -293,7 +300,7 @@ def choosable(passes: Sequence[Pass]) -> tuple[Pass, ...]:
 
 @dataclass(frozen=True)
 class Limit:
-    """Stored bits that all units together may take, for a target."""
+    """The limit that a target sets for the stored bits of all units together."""
 
     target: Target
     source: ModelSource
@@ -305,7 +312,7 @@ class Limit:
         return 8 * (target_bytes(self.target, self.source) - self.beside(units))
 
     def beside(self, units: Sequence[Unit]) -> int:
-        """Bytes of the files that are not the units', at most."""
+        """Return the largest number of bytes that the files may need besides the units' own tensors."""
         headers = [max(unit.levels, key=partial(self._header, unit)) for unit in units]
         plan = make_plan(
             self.source, self.passes, {unit.name: level.option for unit, level in zip(units, headers, strict=True)}
@@ -316,7 +323,7 @@ class Limit:
         return shards.total_bytes(files) - own + OFFSETS * len(written) + PADDING * len(files)
 
     def _header(self, unit: Unit, level: Level) -> int:
-        """How long its entries in a file's header are, or nearly so."""
+        """Estimate the length of a level's entries in a file's header."""
         assert isinstance(level.option, Format)
         block = self.source.block(unit.block, load=False)
         return sum(len(str(level.option.checkpoint_parts(block.shape(layer)))) for layer in unit.layers)

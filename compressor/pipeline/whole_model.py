@@ -1,8 +1,8 @@
-"""After the last block: the whole compressed model in memory, for passes that train it as a whole.
+"""Whole-model training: after the last block, passes that train the model get all compressed blocks in memory.
 
-The dense model goes by once, block by block, and leaves what enters its head; the compressed one stays. What a pass changes
-becomes a part of the workspace of its own, which takes precedence over the blocks' parts: a run that is killed meanwhile
-still has these.
+The dense model is streamed once, block by block, and only the inputs of its head are kept. The compressed model stays in
+memory. The layers that a pass changes are stored as a separate part of the workspace, which takes precedence over the
+blocks' parts. These are kept, so a run that is killed during training can resume from them.
 """
 
 from collections.abc import Mapping
@@ -34,18 +34,18 @@ def tune(
     report: Report,
     tell: Tell,
 ) -> Record | None:
-    """Have a pass train the compressed model, and put what it changed into the workspace.
+    """Have a pass train the compressed model, and store the changed layers in the workspace.
 
     Args:
         job: The model and the passes.
         number: Number of the pass.
         batches: This rank's tokens.
-        keep_hidden: Puts hidden states where they are to lie.
-        workspace: With all blocks finished; None on all ranks but the first.
-        report: Warnings are added.
+        keep_hidden: Function that stores hidden states, in memory or on disk.
+        workspace: Workspace with all blocks finished; None on all ranks but the first.
+        report: Record of the run, to which warnings are added.
         tell: Called after each step.
 
-    Returns: what the model now computes, as `pipeline.compress`.
+    Returns: the probe's record of the model's logits, as from `blocks.compress`.
     """
     source, step = job.source, job.passes[number]
     inputs = source.kept_inputs(batches, keep_hidden)
@@ -89,7 +89,7 @@ def tune(
 
 
 def tuned(workspace: Workspace, report: Report) -> Record | None:
-    """Return the record of a training that an interrupted run had finished."""
+    """Return the probe's record of a training that an interrupted run had finished. Add its warnings to the report."""
     line = workspace.finished[TUNED]
     report.warnings += line["warnings"]
     return None if line["probe"] is None else Record.from_dict(line["probe"])
@@ -108,7 +108,7 @@ def _dense(job: Job, inputs: Hidden, keep_hidden: Keep) -> tuple[Hidden, dict[st
 
 
 def _through(blocks: list[Block], x_BSD: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """Hidden states after the last block, with some weights in the place of their own."""
+    """Return the hidden states after the last block, computed with `weights` instead of the layers' own."""
     for block in blocks:
         own = {name: weights[full] for name in block.layers if (full := f"{block.prefix}.{name}") in weights}
         x_BSD = block.forward(x_BSD, own)

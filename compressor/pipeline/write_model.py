@@ -1,4 +1,4 @@
-"""The model directory that a run leaves, but for the report and the card."""
+"""Writing of the model directory, except the report and the card."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from compressor.report.record import Report
 from compressor.runtime.kernels.cuda import sources
 from compressor.runtime.kernels.layouts import Layout, layout_for
 
-MADE = (MANIFEST, "recipe.yaml", "plan.yaml", "report.json", "report.html")  # by the run, whatever the original has
+MADE = (MANIFEST, "recipe.yaml", "plan.yaml", "report.json", "report.html")  # made by the run even if the original has them
 
 DENSE = "dense"  # layout of a model whose weights are not packed
 
@@ -36,7 +36,16 @@ DENSE = "dense"  # layout of a model whose weights are not packed
 def write_model(
     recipe: Recipe, source: ModelSource, plan: Plan, workspace: Workspace, report: Report, probe: Record | None
 ) -> None:
-    """Everything of the model directory but the report and the card; `probe` is what the run computed, for the manifest."""
+    """Write the model directory except the report and the card, and fill the sizes in the report.
+
+    Args:
+        recipe: The recipe.
+        source: The model.
+        plan: Option of every unit, dropped sub-layers included.
+        workspace: Workspace with all parts finished.
+        report: Record of the run.
+        probe: Logits that the run computed, for the manifest.
+    """
     with writing(workspace.model):
         files = shards.assemble((workspace.part(part) for part in workspace.finished), workspace.model)
     formats = stored_formats(workspace.finished)
@@ -53,7 +62,7 @@ def write_model(
     kernels = write_kernels(workspace, layouts_of(formats, source))
     packed = {"quantization_config": entry} if formats or source.peculiar else {}
     packed |= {sources.CONFIG_KEY: kernels} if formats else {}
-    plain = {key: value for key, value in source.raw_config.items() if key != "quantization_config"}  # its widths have gone
+    plain = {key: value for key, value in source.raw_config.items() if key != "quantization_config"}  # holds old widths
     config = json.dumps({**plain, **packed}, indent=2) + "\n"
     workspace.write_text("config.json", config)
     copied = copy_other_files(source.path, workspace.model, workspace.out)
@@ -74,14 +83,14 @@ def write_model(
     report.size_bytes = shards.total_bytes(files)
     report.bits_per_weight = bits / weights if weights else 0.0
     state = source.model.state_dict()
-    original = source.checkpoint.shard_of  # a tensor that is stored twice only now counts once
+    original = source.checkpoint.shard_of  # a tensor that only the result stores twice counts once
     dense = sum(state[name].numel() for name, stored in source.names.items() if stored in original)
     report.model_bits_per_weight = 8 * sum(shard.data_bytes for shard in files) / dense
-    report.bits_per_weight = report.bits_per_weight or report.model_bits_per_weight  # nothing was rounded
+    report.bits_per_weight = report.bits_per_weight or report.model_bits_per_weight  # if nothing was rounded
 
 
 def layouts_of(formats: Mapping[str, Format], source: ModelSource) -> list[Layout]:
-    """Return the layouts that the kernels will arrange packed layers in, each once."""
+    """Return the kernel layouts of the packed layers, each once."""
     model, kinds = source.model, linear_layers(source.model)
     shapes = {layer: kinds[layer].weight(model.get_submodule(layer)).shape for layer in formats}
     found = {}
@@ -97,7 +106,10 @@ def layouts_of(formats: Mapping[str, Format], source: ModelSource) -> list[Layou
 
 
 def write_kernels(workspace: Workspace, layouts: Iterable[Layout]) -> dict[str, str]:
-    """The CUDA sources that decode the layouts, beside the weights, so that these explain themselves: sha256 by file name."""
+    """Write the CUDA sources that decode the layouts next to the weights, as their documentation.
+
+    Returns: sha256 by file name.
+    """
     digests: dict[str, str] = {}
     for layout in layouts:
         digests |= sources.digests(layout)
@@ -110,7 +122,7 @@ def write_kernels(workspace: Workspace, layouts: Iterable[Layout]) -> dict[str, 
 
 
 def default_out(model: Path, passes: Sequence[Pass], plan: Plan, target: Target | None = None) -> Path:
-    """The model's name with what is done appended, beside it."""
+    """Return the default output directory: next to the model, named after it with the compression appended."""
     model = Path(os.path.abspath(model))  # noqa: PTH100 - resolve() would leave the place of a link
     pruned = "".join(f"-{step.label}" for step in passes if step.label)
     model = model.with_name(f"{model.name}{pruned}")

@@ -1,1 +1,1 @@
-"""Calibration: which tokens, their hidden states on the way through the model, and statistics of them."""
+"""Calibration: the tokens, their hidden states on the way through the model, and statistics of layer inputs."""

@@ -1,7 +1,7 @@
-"""Rows of chat data sets, checked and ready for a chat template (see compressor.pipeline.calibration.chat_template).
+"""Check rows of chat data sets and prepare them for a chat template (see compressor.pipeline.calibration.chat_template).
 
-A row keeps all keys of its turns, and gives the template `tools` and `documents` (a list, or the same list as JSON text),
-`enable_thinking`, and the variables in `chat_template_kwargs`. Only two things are rewritten:
+A row keeps all keys of its turns. It passes `tools` and `documents` (each a list, or a list as JSON text), `enable_thinking`,
+and the variables in `chat_template_kwargs` to the template. Only two things are rewritten:
 
 * ShareGPT's keys `from` and `value` become `role` and `content`, and its speakers become roles (see `SPEAKERS`).
 * Keys whose value is null are left out of turns, parts of content and tool calls, as transformers does for turns.
@@ -24,7 +24,7 @@ SPEAKERS = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function_response": "tool"},
 }
-ROLES = {"human": "user", "gpt": "assistant"}  # names that no template knows
+ROLES = {"human": "user", "gpt": "assistant"}  # role names that no template knows
 MEDIA = tuple(name + plural for name in ("image", "video", "audio") for plural in ("", "s"))
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -37,11 +37,11 @@ class Conversation:
 
     turns: list[Turn]
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of `apply_chat_template`
-    where: str = "conversation"  # file and line, for messages
+    where: str = "conversation"  # file and line, for error messages
 
 
 def json_name(value: object) -> str:
-    """Return what a value is called in messages: `text`, `an object`, `a number`."""
+    """Return the name of a value's type for error messages: `text`, `an object`, `a number`."""
     return JSON_NAMES.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 
 
@@ -60,11 +60,11 @@ def make_conversation(turns: list[Any], row: dict[str, Any], where: str) -> Conv
 
     Args:
         turns: Value of the row's column that holds the conversation.
-        row: All columns.
-        where: Start of messages: file and line.
+        row: All columns of the row.
+        where: Prefix of error messages: file and line.
 
     Raises:
-        CalibrationError: a turn, a part of its content, a tool call or an option that cannot be given to a template.
+        CalibrationError: a turn, a part of its content, a tool call or an option cannot be given to a template.
     """
     if not turns:
         raise CalibrationError(f"{where}: the conversation has no turns; leave the row out")
@@ -109,7 +109,7 @@ def _turn(turn: Any, where: str) -> Turn:
 
 
 def _content(content: Any, role: str, where: str) -> Any:
-    """Check the content of a turn; a list that is empty is the empty text."""
+    """Check the content of a turn. An empty list becomes the empty text."""
     if isinstance(content, list):
         return [_part(part, where) for part in content] or ""
     if not isinstance(content, str) and not (isinstance(content, dict) and role == "tool"):
@@ -137,7 +137,7 @@ def _part(part: Any, where: str) -> Any:
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Check tool calls, which stand in `function` (as OpenAI has them) or by themselves."""
+    """Check tool calls. Name and arguments are in `function`, as in OpenAI's format, or in the call itself."""
     if not isinstance(calls, list):
         raise CalibrationError(f"{where}: `tool_calls` is {json_name(calls)} where a list is needed; correct it")
     made = []
@@ -154,13 +154,13 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def called_function(call: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a tool call that has `name` and `arguments`."""
+    """Return the object in a tool call that holds `name` and `arguments`."""
     function = call.get("function", call)
     return function if isinstance(function, dict) else {}
 
 
 def _options(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return what a row gives to the template beside its turns."""
+    """Return the arguments that a row passes to the template in addition to its turns."""
     options: dict[str, Any] = {}
     for name in ("tools", "documents"):
         value = row.get(name)

@@ -1,15 +1,15 @@
-"""Conversations as text by the tokenizer's own chat template.
+"""Render conversations as text with the tokenizer's own chat template.
 
-The template receives the turns as they are, unless it cannot write their data in the form it has; then it receives the
-data in its other form:
+The template receives the turns unchanged, unless it cannot write their data in its present form. Then it receives the data
+in its other form:
 
-* A template that would print Python's representation of a list of text parts, or leave the text out, receives the parts
-  joined by line breaks, as vLLM and llama.cpp give them to such templates.
-* One that fails on a turn without content, or prints `None` for it, receives the empty text.
-* `arguments` of a tool call that are JSON text (as OpenAI stores them) become an object, or an object JSON text. So does a
-  tool's answer that is an object.
+* Some templates would print Python's representation of a list of text parts, or leave the text out. They receive the parts
+  joined by line breaks, as in vLLM and llama.cpp.
+* A template that fails on a turn without content, or prints `None` for it, receives the empty text.
+* `arguments` of a tool call are converted from JSON text (as OpenAI stores them) to an object, or from an object to JSON
+  text. A tool's answer that is an object is converted to JSON text.
 
-What a template can write is found out by rendering a copy of the conversation in which the data is replaced by marks.
+To find out what a template can write, a copy of the conversation is rendered in which the data is replaced by marks.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from compressor.errors import CalibrationError
 from compressor.pipeline.calibration.chat import REASONING, SPEAKERS, Conversation, Turn, called_function
 from compressor.reading import cause, elide, parse_json
 
-MOST_KINDS = 8  # whose forms are tried: 2⁸ renderings at most; conversations have 3 or 4
+MOST_KINDS = 8  # limit of kinds whose forms are tried, at most 2⁸ renderings; conversations have 3 or 4
 LOST = {
     "parts": "the content of {} turns",
     "nothing": "{} turns without content",
@@ -35,7 +35,7 @@ LOST = {
 
 
 class Kind(NamedTuple):
-    """Data with two forms: which, and whose."""
+    """A kind of data that has two forms: the data, and the role of its turns."""
 
     data: str  # `parts`, `nothing`, `object`, `argument text` or `argument object`
     role: str
@@ -45,7 +45,7 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> st
     """Return a conversation as text, special tokens included.
 
     Raises:
-        CalibrationError: no chat template, or one that cannot write the row.
+        CalibrationError: there is no chat template, or it cannot write the row.
     """
     where = conversation.where
     if tokenizer.chat_template is None:
@@ -70,10 +70,10 @@ def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], options: dict[
 
 
 def _choose_forms(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> Set[Kind]:
-    """Return the kinds of data to be given in their other form: the fewest with which the template shows the data best.
+    """Return the kinds of data to give in their other form: the smallest set with which the template shows the data best.
 
     Raises:
-        CalibrationError: in no form does the template show it.
+        CalibrationError: the template shows the data in no form, or there are more than MOST_KINDS kinds.
     """
     kinds = sorted({kind for turn in conversation.turns for kind in _kinds(turn)})
     if not kinds:
@@ -106,7 +106,7 @@ def _choose_forms(tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 
 
 def _kinds(turn: Turn) -> Iterator[Kind]:
-    """Return the data of a turn that has two forms."""
+    """Yield the kinds of data in a turn that have two forms."""
     role = turn["role"] if turn["role"] in SPEAKERS else "other"
     content = turn.get("content")
     if not isinstance(content, str):
@@ -120,7 +120,7 @@ def _kinds(turn: Turn) -> Iterator[Kind]:
 
 
 def _parsed(arguments: Any) -> dict[str, Any] | None:
-    """Return the object that JSON text holds; no text is an object without keys, as OpenAI's clients take it."""
+    """Return the object in a JSON text; None if there is none. An empty text is an empty object, as in OpenAI's clients."""
     if not isinstance(arguments, str):
         return None
     try:
@@ -131,7 +131,7 @@ def _parsed(arguments: Any) -> dict[str, Any] | None:
 
 
 def _changed(turn: Turn, kinds: Set[Kind]) -> Turn:
-    """Return a turn with data of these kinds in its other form."""
+    """Return a turn with the data of some kinds in its other form."""
     changed, content = dict(turn), turn.get("content")
     named = {kind.data for kind in _kinds(turn) if kind in kinds}
     if "parts" in named:
@@ -162,22 +162,22 @@ def _with_function(call: dict[str, Any], **values: Any) -> dict[str, Any]:
 
 
 class _Marked:
-    """A copy of a conversation in which data that has two forms is replaced by marks that are found again in the text."""
+    """A copy of a conversation in which data that has two forms is replaced by marks, to be found in the rendered text."""
 
     def __init__(self, turns: Sequence[Turn]) -> None:
         self._numbers = itertools.count()
         self.marks: dict[Kind, list[str]] = {}
-        self.representations: list[str] = []  # that Python would print
+        self.representations: list[str] = []  # Python's representations of the data
         self.turns = [self._turn(turn) for turn in turns]
 
     def score(self, text: str) -> tuple[int, int, int, int]:
-        """Return how well a text shows the data: the larger the better, the most important first."""
+        """Return how well a text shows the data. A larger tuple is better; the most important criterion comes first."""
         escaped = sum(f'\\"{mark}' in text for marks in self.marks.values() for mark in marks)
         shown = sum(mark in text for marks in self.marks.values() for mark in marks)
         return -sum(one in text for one in self.representations), -text.count("None"), -escaped, shown
 
     def shows(self, kind: Kind, text: str) -> bool:
-        """Return whether a text has any of the data of a kind."""
+        """Return whether a text contains any data of a kind."""
         return any(mark in text for mark in self.marks[kind])
 
     def _mark(self, *kinds: Kind) -> str:
@@ -209,7 +209,7 @@ class _Marked:
         return marked
 
     def _call(self, call: dict[str, Any], of: dict[str, Kind]) -> dict[str, Any]:
-        """Mark a tool call by its name, which a turn without content must show, and by its arguments."""
+        """Mark the name of a tool call, which a turn without content must show, and its arguments."""
         nothing = [of["nothing"]] if "nothing" in of else []
         arguments = called_function(call).get("arguments")
         values: dict[str, Any] = {"name": self._mark(*nothing)}

@@ -1,13 +1,16 @@
-"""Calibration and evaluation tokens: from where the text comes, and how it is cut into samples.
+"""Calibration and evaluation tokens: the sources of text, and how text is cut into samples.
 
-A source is `builtin` (the standard library's files), a `.txt`, `.jsonl` or `.parquet` file, or a data set of the hub,
+A source is `builtin` (the standard library's files), a `.txt`, `.jsonl` or `.parquet` file, or a data set on the hub,
 `hf:NAME[:CONFIG][:SPLIT][:COLUMN]`. A row of a data set holds a text or a conversation (see
-compressor.pipeline.calibration.chat); where it holds both, the text is read. Rows whose text is empty are left out, other
-rows without text are refused. Every source yields documents; a document belongs to the held-out split by the hash of its text
-(the built-in ones: of their path), so calibration and evaluation never share one. Documents are visited in a seeded order
-(all of a source, for evaluation, in its own order, a plain text uncut), tokenised only until there are enough tokens, joined
-(with the end token between them, if the tokenizer has one) and cut into samples of exactly `seq_len` tokens: no padding
-enters any statistic.
+compressor.pipeline.calibration.chat). If it holds both, the text is read. Rows with empty text are left out. Other rows
+without text are refused.
+
+Every source yields documents. The hash of a document's text (for built-in documents, of its path) decides whether it is held
+out for evaluation. So calibration and evaluation never share a document. Documents are visited in a seeded order. If an
+evaluation reads all of a source, it keeps the source's order and does not cut plain text.
+
+Documents are tokenized only until there are enough tokens. They are joined, with the end token between them if the tokenizer
+has one, and cut into samples of exactly `seq_len` tokens. So no padding enters any statistic.
 """
 
 import hashlib
@@ -32,26 +35,26 @@ from compressor.reading import cause, elide, parse_json, parse_json_lines, read_
 
 TEXT_COLUMNS = ("text", "content", "document")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
-TOKENS_AT_ONCE = 4096  # that go through a block together
-CHUNK = 2000  # characters: a text file is cut at blank lines into documents of at least this many
-SEPARATOR = "<|endoftext|>"  # unless it says by itself where they end
-TURNS = re.compile(r"\s*\[\s*\{")  # how the turns of a conversation begin that are stored as JSON text
+TOKENS_AT_ONCE = 4096  # tokens that a block processes at once
+CHUNK = 2000  # characters: a text file is cut at blank lines into documents of at least this length
+SEPARATOR = "<|endoftext|>"  # a text file that contains this is cut here instead
+TURNS = re.compile(r"\s*\[\s*\{")  # start of turns that are stored as JSON text
 KINDS = "a .txt, .jsonl or .parquet file"
 Document = str | Conversation
-Split = Literal["calibration", "held-out", "all"]  # `all` of the built-in text is its held-out part, too
-SHUFFLE_BUFFER = 1000  # rows of a streamed data set among which the next one is drawn
+Split = Literal["calibration", "held-out", "all"]  # for the built-in text, `all` is the held-out part too
+SHUFFLE_BUFFER = 1000  # number of rows of a streamed data set from which the next row is drawn
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Tokens, int64 [N, S], and what they are."""
+    """Samples of a text: tokens, int64 [N, S], with their source and hash."""
 
     tokens: Tensor
     source: str
-    sha256: str  # of the tokens
+    sha256: str  # hash of the tokens
 
     def batches(self, tokens_at_once: int) -> list[Tensor]:
-        """Batches [B, S] of at most so many tokens, at least one sample each."""
+        """Split the samples into batches [B, S] of at most `tokens_at_once` tokens, but at least one sample."""
         return list(self.tokens.split(max(1, tokens_at_once // self.tokens.shape[1])))
 
 
@@ -63,13 +66,13 @@ def load_samples(
     seq_len: int,
     seed: int = 0,
 ) -> Samples:
-    """Tokenise just as much of a source's calibration split as is needed.
+    """Tokenize as much of a source's calibration split as is needed.
 
     Args:
-        source: As the module says.
-        tokenizer: The model's.
-        samples: How many.
-        seq_len: Tokens of each.
+        source: Source of the text; see the module's docstring.
+        tokenizer: The model's tokenizer.
+        samples: Number of samples.
+        seq_len: Tokens per sample.
         seed: Seed of the order of the documents.
 
     Raises:
@@ -91,7 +94,11 @@ def load_samples(
 
 
 def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
-    """Refuse tokens that the model has no embedding for."""
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        CalibrationError: a token is not in the vocabulary.
+    """
     top = int(tokens.max())
     if top >= vocab_size:
         raise CalibrationError(
@@ -100,9 +107,13 @@ def check_vocabulary(tokens: Tensor, vocab_size: int, source: str) -> None:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, document: Document, joined: bool, special: bool = True) -> list[int]:
-    """Token ids of a text or a conversation, after an end token if something stands before it.
+    """Return the token ids of a text or a conversation.
 
-    Without `special`, nothing stands around a text that the tokenizer would put there.
+    Args:
+        tokenizer: The model's tokenizer.
+        document: Text or conversation.
+        joined: Whether the document follows another one, so that an end token is put before it.
+        special: Whether the tokenizer adds its special tokens to a text.
     """
     end = [tokenizer.eos_token_id] if joined and tokenizer.eos_token_id is not None else []
     if isinstance(document, str):
@@ -112,7 +123,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, document: Document, joined: bool,
 
 
 def documents(source: str, seed: int, split: Split) -> Iterator[Document]:
-    """The documents of one split of a source, in seeded order; all of a source, but the built-in, in its own."""
+    """Yield the documents of one split of a source, in seeded order. With split `all`, keep the source's own order.
+
+    The built-in text is always in seeded order.
+
+    Raises:
+        CalibrationError: the source cannot be read or holds no text.
+    """
     if source == "builtin":
         paths = stdlib.paths(held_out=split != "calibration")
         random.Random(seed).shuffle(paths)
@@ -129,18 +146,18 @@ def documents(source: str, seed: int, split: Split) -> Iterator[Document]:
 
 
 def in_split(document: Document, split: Split) -> bool:
-    """Whether a document belongs to a split."""
+    """Return whether a document belongs to a split."""
     return split == "all" or is_held_out(document) == (split == "held-out")
 
 
 def is_held_out(document: Document) -> bool:
-    """Whether a document is kept for evaluation: one in twenty, by the hash of its text or its turns."""
+    """Return whether a document is held out for evaluation: one in twenty, by the hash of its text or turns."""
     text = document if isinstance(document, str) else json.dumps(document.turns, sort_keys=True, default=str)
     return stdlib.in_held_out_share(text)
 
 
 def _file(path: Path, whole: bool) -> Iterable[Document]:
-    """The documents of a file; `whole` leaves a plain text in one piece."""
+    """Return the documents of a file. If `whole`, a plain text without separators is one document."""
     name = elide(str(path), 100)
     check_readable([path], CalibrationError)
     if kind_of(path, CalibrationError) != "file":
@@ -170,12 +187,12 @@ def _parquet(path: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _arrow_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a row, without the keys that Arrow adds inside them."""
+    """Return the columns of a row, without the null keys that Arrow adds inside them."""
     return {column: without_nulls(value) for column, value in row.items()}
 
 
 def _rows(rows: Iterable[tuple[str, Any]], column: str | None = None) -> Iterator[Document]:
-    """The documents of rows and where they stand, without the empty ones."""
+    """Yield the documents of (place, row) pairs, without empty texts. The place, file and line, is for error messages."""
     for where, row in rows:
         document = content(row, column, where)
         if document != "":
@@ -183,7 +200,7 @@ def _rows(rows: Iterable[tuple[str, Any]], column: str | None = None) -> Iterato
 
 
 def _chunks(text: str, whole: bool) -> Iterator[str]:
-    """Documents of a plain text: what stands between separators, or paragraphs joined until they have CHUNK characters."""
+    """Yield the documents of a plain text: the parts between separators, or paragraphs joined to CHUNK characters."""
     if SEPARATOR in text:
         yield from filter(None, map(str.strip, text.split(SEPARATOR)))
         return
@@ -201,15 +218,15 @@ def _chunks(text: str, whole: bool) -> Iterator[str]:
 
 
 def content(row: Any, column: str | None, where: str) -> Document:
-    """The text or conversation of one row of a data set; the empty text if that is all the row has.
+    """Return the text or conversation of one row of a data set; the empty text if the row has no other text.
 
     Args:
         row: A text, or an object whose keys are columns.
-        column: Column to be read; None for the first of TEXT_COLUMNS and CHAT_COLUMNS that is not empty.
-        where: Start of messages: file and line.
+        column: Column to read; None for the first of TEXT_COLUMNS and CHAT_COLUMNS that is not empty.
+        where: Prefix of error messages: file and line.
 
     Raises:
-        CalibrationError: no column that is known to hold text, or one that holds something else.
+        CalibrationError: no column is known to hold text, or the column holds something else.
     """
     if isinstance(row, str):
         return row
@@ -233,7 +250,7 @@ def content(row: Any, column: str | None, where: str) -> Document:
 
 
 def _value(value: Any, column: str, row: dict[str, Any], where: str) -> Document:
-    """Return the document in a column."""
+    """Return the document in a column, and parse turns that are stored as JSON text."""
     if isinstance(value, str) and column not in TEXT_COLUMNS and TURNS.match(value):
         value = parse_json(value, f"{where}: `{column}`", CalibrationError, "correct it")
     if isinstance(value, str):
@@ -245,7 +262,7 @@ def _value(value: Any, column: str, row: dict[str, Any], where: str) -> Document
 
 
 def _dataset(source: str, seed: int | None) -> Iterator[Document]:
-    """Rows of a data set on the Hugging Face hub, streamed."""
+    """Yield the documents of a data set on the Hugging Face hub, streamed; in its own order if `seed` is None."""
     import datasets
 
     name, config, split, column, *rest = (*source.removeprefix("hf:").split(":"), *[""] * 4)[:5]

@@ -1,4 +1,4 @@
-"""Where the hidden states between two blocks lie: in memory, or in a file, for more text than memory can hold."""
+"""Storage of the hidden states between two blocks: in memory, or in a file for more text than memory can hold."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,17 +11,17 @@ from torch import Tensor
 
 from compressor.errors import CalibrationError
 
-Keep = Callable[[Iterable[Tensor]], "Hidden"]  # puts hidden states, on the CPU, where they are to lie
+Keep = Callable[[Iterable[Tensor]], "Hidden"]  # stores hidden states that are on the CPU
 
 
 class OnDisk(Sequence[Tensor]):
-    """Hidden states of batches in a file without a name, which is gone when this is, or when the process is killed.
+    """Hidden states of batches in an unnamed file, which is deleted with this object or when the process ends.
 
-    Only the batch that is asked for is in memory, and a change to it does not reach the file.
+    Only a requested batch is in memory. Changing it does not change the file.
 
     Args:
         directory: Directory of the file.
-        batches: On the CPU.
+        batches: Hidden states on the CPU.
 
     Raises:
         CalibrationError: (also when a batch is replaced) the file cannot be written.
@@ -40,7 +40,7 @@ class OnDisk(Sequence[Tensor]):
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Return the shapes of the batches."""
+        """Shapes of the batches."""
         return [shape for _, shape, _ in self._places]
 
     def __len__(self) -> int:
@@ -87,5 +87,5 @@ def shapes(hidden: Hidden) -> list[torch.Size]:
 
 
 def keeping(directory: str | None) -> Keep:
-    """Return a function that keeps hidden states in a directory, or in memory if there is none."""
+    """Return a function that stores hidden states in a directory, or in memory if `directory` is None."""
     return list if directory is None else lambda batches: OnDisk(Path(directory), batches)

@@ -1,12 +1,13 @@
 """Estimate the cost of an error in a block's output for the model's predictions: the Fisher information of the output
 channels.
 
-For a small error e of a token's hidden state after a block, KL(dense || perturbed) is about eᵀ F e / 2 with F = E[g gᵀ], g
-being the gradient of log p(y) by that state, and y drawn from the model's own predictions. F averaged over tokens is [D, D];
-a pass that fits a block's output weighs its error by it, and so spends its freedom on what the model reads.
+For a small error e of a token's hidden state after a block, KL(dense || perturbed) is about eᵀ F e / 2 with F = E[g gᵀ].
+Here g is the gradient of log p(y) with respect to that state, and y is drawn from the model's own predictions. F averaged
+over tokens is [D, D]. A pass that fits a block's output weights its error by F, so that it is most exact where the model is
+most sensitive.
 
-The gradients come from one backward sweep through the dense model, block by block, of as many samples at a time as keep the
-hidden states between all blocks as small as those that calibration holds anyway.
+The gradients come from backward sweeps through the dense model, block by block. Each sweep takes only as many batches as
+keep the hidden states between all blocks as small as the ones that calibration holds anyway.
 
 Source: Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015, section 3
 (the factor of a layer's output); for quantization, Kim et al., "GuidedQuant", ICML 2025. Theirs is per layer, ours per block.
@@ -23,20 +24,23 @@ from compressor.errors import CalibrationError
 from compressor.model.source import ModelSource, return_freed_memory
 from compressor.pipeline.ranks import Ranks
 
-TOKENS = 2**13  # that are sent back, or twice the width of the hidden states if that is more
-ISOTROPIC = 0.2  # share of the metric that is the plain squared error: F is an estimate, and blind to what the text lacks
+TOKENS = 2**13  # tokens for gradients, over all ranks, or twice the hidden size if that is more
+ISOTROPIC = 0.2  # share of plain squared error in the metric, because F is an estimate from a limited text
 
 
 def sensitivities(
     source: ModelSource, batches: Sequence[Tensor], ranks: Ranks, tell: Callable[[int, int], None]
 ) -> list[Tensor]:
-    """The metric of each block's output error, fp32 [D, D] on the CPU, of mean diagonal 1.
+    """Return the metric of each block's output error: fp32 [D, D] on the CPU, with a mean diagonal of 1.
 
     Args:
         source: The dense model.
-        batches: This rank's tokens, [B, S] each; the first of them are used.
-        ranks: Over which the sums are taken.
-        tell: Called with the sweeps done and their number.
+        batches: This rank's tokens, [B, S] each; only the first batches are used.
+        ranks: The ranks to sum over.
+        tell: Called with the number of finished sweeps and their total.
+
+    Raises:
+        CalibrationError: the gradients are zero or not finite.
     """
     width = int(source.model.config.get_text_config().hidden_size)
     used = _first(batches, -(-max(TOKENS, 2 * width) // ranks.world))
@@ -60,7 +64,7 @@ def sensitivities(
 
 
 def _first(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """The first batches that hold so many tokens together, at least one."""
+    """Return the first batches, at least one, that together hold `tokens` tokens."""
     used: list[Tensor] = []
     for batch in batches:
         if used and sum(b.numel() for b in used) >= tokens:
@@ -71,7 +75,7 @@ def _first(batches: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 @torch.no_grad()
 def _forward(source: ModelSource, hidden: list[Tensor]) -> list[list[Tensor]]:
-    """Hidden states [B, S, D] before each block and after the last, on the CPU."""
+    """Return the hidden states [B, S, D] before each block and after the last, on the CPU."""
     between = [hidden]
     for block in source.blocks():
         between.append([block.forward(h.to(source.device)).cpu() for h in between[-1]])
@@ -79,7 +83,7 @@ def _forward(source: ModelSource, hidden: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _backward(source: ModelSource, between: list[list[Tensor]], seeds: Sequence[int], sums: list[Tensor]) -> None:
-    """Add g gᵀ of every token after each block to `sums`, and let go of the hidden states."""
+    """Add g gᵀ of every token after each block to `sums`, and free the hidden states."""
     slopes = _at_the_end(source, between.pop(), seeds)
     for index in range(len(source.layers) - 1, -1, -1):
         for slope in slopes:
@@ -96,7 +100,10 @@ def _backward(source: ModelSource, between: list[list[Tensor]], seeds: Sequence[
 
 
 def _at_the_end(source: ModelSource, hidden: list[Tensor], seeds: Sequence[int]) -> list[Tensor]:
-    """Gradients by the last block's outputs of the log-likelihood of tokens drawn from the predictions."""
+    """Return gradients of the log-likelihood of drawn tokens with respect to the last block's outputs.
+
+    The tokens are drawn from the model's own predictions.
+    """
     slopes = []
     with source.head() as head, torch.enable_grad():
         for h, seed in zip(hidden, seeds, strict=True):
@@ -110,7 +117,7 @@ def _at_the_end(source: ModelSource, hidden: list[Tensor], seeds: Sequence[int])
 
 
 def _through(forward: Callable[[Tensor], Tensor], hidden: Tensor, slope: Tensor) -> Tensor:
-    """The gradient by a block's input, from that by its output."""
+    """Return the gradient with respect to a block's input, given that with respect to its output."""
     with torch.enable_grad():
         hidden.requires_grad_()
         (before,) = torch.autograd.grad(forward(hidden), hidden, slope.to(hidden.device))
@@ -118,7 +125,7 @@ def _through(forward: Callable[[Tensor], Tensor], hidden: Tensor, slope: Tensor)
 
 
 def _metric(total_DD: Tensor) -> Tensor:
-    """A sum of second moments, scaled, and with the plain squared error mixed in."""
+    """Scale a sum of second moments to mean diagonal 1, and mix in the plain squared error."""
     width = len(total_DD)
     scaled = total_DD.cpu() * (width / float(total_DD.trace()))
     return (ISOTROPIC * torch.eye(width, dtype=torch.float64) + (1 - ISOTROPIC) * scaled).float()

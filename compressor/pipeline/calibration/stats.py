@@ -1,4 +1,4 @@
-"""Statistics a pass can ask for. A pass may also define its own; the stream only needs the three methods.
+"""Statistics of layer inputs that a pass can request. A pass may also define its own: see `Accumulator`.
 
 Shape suffixes: T tokens, I in_features.
 """
@@ -11,15 +11,15 @@ from torch import Tensor
 from compressor.formats.numerics.histogram import BINS, Magnitudes, bins
 from compressor.pipeline.contract import Group
 
-AT_ONCE = 2**22  # numbers counted together: bounds the temporaries
+AT_ONCE = 2**22  # numbers counted at once, to bound temporary memory
 
 
 class Hessian:
-    """Second moment of a layer's input, XᵀX / T: the Hessian of its squared output error, up to a factor.
+    """Second moment of a layer's input, XᵀX / T: the Hessian of the squared output error, up to a factor.
 
-    Products of a batch are fp32, their sum fp64: the order of summation, and so the number of ranks, then hardly matters,
-    and millions of tokens lose nothing. Only the upper triangle is kept up while summing, a strip of rows at a time, so that
-    no second matrix of this size is ever in memory.
+    Products within a batch are fp32, and their sum is fp64. So millions of tokens lose no precision, and the order of
+    summation, which depends on the number of ranks, hardly matters. Only the upper triangle is summed, a strip of rows at a
+    time, so that no second matrix of this size is ever in memory.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -39,12 +39,12 @@ class Hessian:
 
     @property
     def count(self) -> int:
-        """Tokens seen."""
+        """Number of tokens seen."""
         return int(self.tokens)
 
     @property
     def value(self) -> Tensor:
-        """fp32 [I, I]; zero if no token was seen."""
+        """The second moment, fp32 [I, I]; zero if no token was seen."""
         mean = torch.empty_like(self.total, dtype=torch.float32)
         for rows in strips(len(mean)):
             mean[rows, rows.start :] = self.total[rows, rows.start :] / self.tokens.clamp(min=1)
@@ -72,7 +72,7 @@ class Mean:
 
     @property
     def value(self) -> Tensor:
-        """fp32 [I]."""
+        """The mean, fp32 [I]; zero if no token was seen."""
         return (self.total / self.tokens.clamp(min=1)).float()
 
 
@@ -83,41 +83,42 @@ class Peak:
         self.value = torch.zeros(in_features, device=device)
 
     def update(self, x_TI: Tensor) -> None:
-        """Look at the inputs of T tokens."""
+        """Add the inputs of T tokens."""
         low, high = x_TI.aminmax(dim=0)
         self.value = torch.maximum(self.value, torch.maximum(-low, high).float())
 
     def merge(self, ranks: Group) -> None:
-        """Look at those of other ranks."""
+        """Add the tokens of other ranks."""
         ranks.max_([self.value])
 
 
 class Spread:
-    """How often each channel of a layer's input has each magnitude."""
+    """Histogram of magnitudes for each channel of a layer's input."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.counts_IB = torch.zeros(in_features, BINS, dtype=torch.int64, device=device)
 
     def update(self, x_TI: Tensor) -> None:
-        """Count the inputs of T tokens."""
+        """Add the inputs of T tokens."""
         channel, size = torch.arange(x_TI.shape[1], device=x_TI.device) * BINS, self.counts_IB.numel()
         for x in x_TI.split(max(1, AT_ONCE // x_TI.shape[1])):
             self.counts_IB += torch.bincount((bins(x) + channel).flatten(), minlength=size).view_as(self.counts_IB)
 
     def merge(self, ranks: Group) -> None:
-        """Count those of other ranks."""
+        """Add the tokens of other ranks."""
         ranks.sum_([self.counts_IB])
 
     @property
     def value(self) -> Magnitudes:
-        """Return the histogram over all tokens."""
+        """The histogram over all tokens."""
         return Magnitudes(self.counts_IB)
 
 
 class Mismatch:
-    """(X_dense - X)ᵀ X / T: what the compression of earlier layers took from a layer's input, as far as the input tells.
+    """Change of a layer's input by the compression of earlier layers, projected onto the input: M = (X_dense - X)ᵀ X / T.
 
-    W (H + M) then holds the products of the dense model's outputs with the input at hand. Sums are as those of `Hessian`.
+    With the Hessian H, W (H + M) is the product of the dense model's outputs with the current inputs. Products are fp32 and
+    sums fp64, as in `Hessian`.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -138,12 +139,12 @@ class Mismatch:
 
     @property
     def value(self) -> Tensor:
-        """fp32 [I, I]; zero if no token was seen."""
+        """The matrix M, fp32 [I, I]; zero if no token was seen."""
         return (self.total / self.tokens.clamp(min=1)).float()
 
 
 def strips(width: int) -> Iterator[slice]:
-    """Rows of the upper triangle of a matrix that are worked on together, starting at column `rows.start` each."""
+    """Yield strips of rows of a matrix, to be processed one at a time. The upper triangle starts at column `rows.start`."""
     size = max(128, -(-width // 8))
     for start in range(0, width, size):
         yield slice(start, min(start + size, width))

@@ -1,7 +1,8 @@
-"""The text that is on every machine: the source files of the running Python's standard library.
+"""Built-in text that exists on every machine: the source files of the running Python's standard library.
 
-One document is one file, code and docstrings together. A file belongs to the held-out split by the hash of its path, so
-the split is the same for every Python version and a module never trains, calibrates and evaluates at once.
+One document is one file, code and docstrings together. The hash of a file's path decides whether it belongs to the held-out
+split. So the split is the same for every Python version, and no module is used for both calibration (or training) and
+evaluation.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from compressor.errors import CalibrationError
 
-# Tables and generated files, and code that not every distribution of Python installs.
+# Tables, generated files, and code that not every distribution of Python installs.
 _LEFT_OUT = {
     "site-packages",
     "dist-packages",
@@ -25,16 +26,16 @@ _LEFT_OUT = {
     "ensurepip",
     "__pycache__",
 }
-_HELD_OUT_SHARE = 13  # of 256: about one file in twenty
+_HELD_OUT_SHARE = 13  # out of 256: about one file in twenty
 
 
 def is_held_out(relative: str) -> bool:
-    """Whether the module at this path below the library's root (`json/decoder.py`) is kept for evaluation."""
+    """Return whether the module at a path below the library's root (`json/decoder.py`) is held out for evaluation."""
     return in_held_out_share(f"held out: {relative}")
 
 
 def in_held_out_share(text: str) -> bool:
-    """Whether a text falls into the share of one in twenty, by its hash: the same on every machine."""
+    """Return whether a text is in the held-out share, one in twenty by hash. The answer is the same on every machine."""
     return hashlib.sha256(text.encode()).digest()[0] < _HELD_OUT_SHARE
 
 
@@ -45,13 +46,13 @@ def documents(held_out: bool = False) -> Iterator[tuple[str, str]]:
         held_out: Whether to yield the held-out files instead of all the others.
 
     Raises:
-        CalibrationError: this Python carries no source files of its library.
+        CalibrationError: this Python has no source files of its library.
     """
     return ((path, read(path)) for path in paths(held_out))
 
 
 def paths(held_out: bool = False) -> list[str]:
-    """Return the paths below the library's root, in order; arguments and errors as of `documents`."""
+    """Return the paths below the library's root, in order. For arguments and errors see `documents`."""
     root = Path(sysconfig.get_path("stdlib"))
     if not (found := _sources(root)):
         raise CalibrationError(
@@ -67,7 +68,7 @@ def read(path: str) -> str:
 
 @cache
 def _sources(root: Path) -> tuple[str, ...]:
-    """Return the paths of all documents below a root, in order. Installed packages may be many times as many files."""
+    """Return the paths of all documents below a root, in order. Installed packages, often far more files, are not walked."""
     found = []
     for directory, inside, files in os.walk(root):
         inside[:] = [name for name in inside if name not in _LEFT_OUT]

@@ -1,4 +1,4 @@
-"""The calibration stream: the hidden states of this rank's batches between two blocks. Nothing else survives a block.
+"""The calibration stream: the hidden states of this rank's batches between two blocks. Nothing else outlives a block.
 
 Shape suffixes: B samples of a batch, S sequence, D hidden, T tokens, I in_features.
 """
@@ -21,7 +21,18 @@ from compressor.pipeline.ranks import Ranks
 
 @dataclass(frozen=True)
 class BlockStats:
-    """Accumulators by layer, those that read the same tensor (a tap) sharing them, and what concerns the whole block."""
+    """Statistics of a block. Layers that read the same tensor (a tap) share their accumulators.
+
+    Args:
+        by_leader: Accumulators of each tap, by its first layer.
+        leader_of: First layer of its tap, for each layer.
+        ranks: The ranks that share the batches.
+        inputs: Hidden states [B, S, D] that enter the block.
+        targets: Outputs [B, S, D] of the dense block; empty with a single stream.
+        metric: Metric [D, D] of the block's output error, if a pass needs one.
+        told: Called with progress.
+        notes: Checkpoint store of the pass.
+    """
 
     by_leader: Mapping[str, Mapping[type[Any], Accumulator | PairedAccumulator]]
     leader_of: Mapping[str, str]
@@ -37,11 +48,11 @@ class BlockStats:
         return self.by_leader[self.leader_of[layer]][kind]
 
     def progress(self, done: int, total: int) -> None:
-        """Tell whoever waits how far a long pass has come."""
+        """Report the progress of a long-running pass."""
         self.told(done, total)
 
     def taps(self, layers: Iterable[str]) -> list[tuple[str, ...]]:
-        """The layers, grouped by the tensor they read."""
+        """Return the layers, grouped by the tensor that they read."""
         groups: dict[str, tuple[str, ...]] = {}
         for layer in layers:
             leader = self.leader_of.get(layer, layer)
@@ -50,18 +61,18 @@ class BlockStats:
 
 
 class CalibrationStream:
-    """`hidden[i]`, [B, S, D] on the CPU, is the next block's input for batch i of this rank.
+    """Hidden states between two blocks: `hidden[i]`, [B, S, D] on the CPU, is the next block's input for this rank's batch i.
 
-    With two streams, `dense[i]` is the same in the dense model, and `targets[i]` what the dense block makes of it.
+    With two streams, `dense[i]` is the input in the dense model, and `targets[i]` is the dense block's output.
 
     Args:
-        hidden: Hidden states that the first block receives; the stream overwrites them.
+        hidden: Hidden states that enter the first block; the stream overwrites them.
         ranks: The ranks that share the batches.
-        device: To compute on.
-        two_streams: Some pass compares with the dense model.
-        metrics: [D, D] of each block, if some pass weighs errors of its output: see
+        device: Device to compute on.
+        two_streams: Whether a pass compares with the dense model.
+        metrics: Metric [D, D] of each block, if a pass weights errors of its output: see
             compressor/pipeline/calibration/sensitivity.py.
-        keep: Puts hidden states where they are to lie.
+        keep: Function that stores hidden states, in memory or on disk.
     """
 
     def __init__(
@@ -76,17 +87,21 @@ class CalibrationStream:
     ) -> None:
         self.ranks, self.device, self.metrics, self.keep = ranks, device, metrics, keep
         self.hidden = hidden
-        self.dense: Hidden = hidden if two_streams else []  # up to the first block the two streams are one
+        self.dense: Hidden = hidden if two_streams else []  # before the first block the two streams are equal
         self.targets: Hidden = []
 
     @property
     def tokens(self) -> int:
-        """Tokens that this rank sends through a block."""
+        """Number of tokens that this rank sends through a block."""
         return sum(shape[0] * shape[1] for shape in shapes(self.hidden))
 
     @torch.no_grad()
     def enter(self, block: Block) -> None:
-        """Before the first pass on a block: what the dense one makes of the dense stream, where there is one."""
+        """Compute the dense block's outputs for the dense stream, if there is one. Call it before the first pass on a block.
+
+        Raises:
+            CalibrationError: an output is not finite.
+        """
         self.targets = self.keep(self._sound(block, hidden) for hidden in self.dense)
 
     @torch.no_grad()
@@ -97,7 +112,17 @@ class CalibrationStream:
         needs: Sequence[type[Accumulator | PairedAccumulator]],
         tell: Callable[[int, int], None] = lambda done, total: None,
     ) -> BlockStats:
-        """Run the block on every batch and return what a pass needs to know of its layers' inputs, over all ranks."""
+        """Run the block on every batch and return the statistics of its layers' inputs, merged over all ranks.
+
+        Args:
+            block: The resident block.
+            layers: Layers to collect statistics for.
+            needs: Types of statistics.
+            tell: Called with the progress of the pass that receives the statistics.
+
+        Raises:
+            CalibrationError: no token reached a layer.
+        """
         stats: dict[str, dict[type[Any], Accumulator | PairedAccumulator]] = {}
         leader_of: dict[str, str] = {}
         metric = self.metrics[block.index].to(self.device) if self.metrics else None
@@ -126,7 +151,7 @@ class CalibrationStream:
         for name in sorted(stats):
             for accumulator in stats[name].values():
                 accumulator.merge(self.ranks)
-        return_freed_memory()  # the activations': a pass now needs the space
+        return_freed_memory()  # frees activations, because the pass needs the space now
         return found
 
     @torch.no_grad()
@@ -134,14 +159,14 @@ class CalibrationStream:
         """Replace every hidden state by the block's output.
 
         Raises:
-            CalibrationError: the output is not finite.
+            CalibrationError: an output is not finite.
         """
         for i, hidden in enumerate(self.hidden):
             self.hidden[i] = self._sound(block, hidden)
         self.dense, self.targets = self.targets, []
 
     def _sound(self, block: Block, hidden: Tensor) -> Tensor:
-        """The block's output, on the CPU; finite."""
+        """Return the block's output, on the CPU, and check that it is finite."""
         out = block.forward(hidden.to(self.device))
         if not torch.isfinite(out).all():
             raise CalibrationError(
@@ -154,7 +179,7 @@ class CalibrationStream:
 def read_inputs(
     block: Block, layers: Iterable[str], forward: Callable[[Tensor], Tensor], hidden_BSD: Tensor
 ) -> dict[str, Tensor]:
-    """Return the input of each of some layers, in the order of reading; the same object where two read the same tensor."""
+    """Return the inputs of some layers, in the order of their calls. Layers that read the same tensor share one object."""
     inputs: dict[str, Tensor] = {}
     waiting = set(layers)
 
@@ -170,7 +195,7 @@ def read_inputs(
 
 
 def _update(accumulator: Accumulator | PairedAccumulator, x: Tensor, dense: Tensor | None) -> None:
-    """Count the tokens of one batch in."""
+    """Add the tokens of one batch to an accumulator."""
     if isinstance(accumulator, PairedAccumulator):
         assert dense is not None
         accumulator.update_pair(x.flatten(0, -2), dense.flatten(0, -2))
@@ -179,12 +204,12 @@ def _update(accumulator: Accumulator | PairedAccumulator, x: Tensor, dense: Tens
 
 
 class _Enough(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward once every watched layer has been reached: the rest of the block would be computed for nothing."""
+    """Signal that ends a forward pass once every watched layer was reached, because the rest of the block is not needed."""
 
 
 @contextmanager
 def watching(block: Block, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see(name, input)` for each named layer while the context is open; no hook outlives it."""
+    """Call `see(name, input)` for each named layer while the context is open. All hooks are removed at its end."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda module, args: see(name, args[0])

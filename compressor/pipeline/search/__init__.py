@@ -1,1 +1,1 @@
-"""Choose an option for every unit: measure what each loses, choose under a budget, improve the choice as a whole."""
+"""Choose an option for every unit: measure each option's loss, choose under a budget, improve it on the complete model."""

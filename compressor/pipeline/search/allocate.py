@@ -1,4 +1,4 @@
-"""Choose a level for each unit from a table of scores, under a budget: what is best if losses add up.
+"""Choose a level for each unit from a table of scores, under a budget. The choice is optimal if losses add up.
 
 `milp` solves it exactly, as the integer programme  min Σ score·z,  Σ_j z_ij = 1,  Σ cost_r·z ≤ limit_r  for each resource r.
 Sources: Frantar and Alistarh, "SPDY", ICML 2022; Bercovich et al., "Puzzle", ICML 2025, section 4.2, with several resources;
@@ -21,9 +21,9 @@ from scipy.optimize import milp as solve
 from compressor.errors import RecipeError
 from compressor.pipeline.search.levels import Choice
 
-Table = Sequence[Mapping[int, float]]  # by unit, by level; what is not there may not be chosen
-ROUNDING = 1e-6  # of a limit, that the solver may exceed it by
-PATIENCE = 300.0  # seconds
+Table = Sequence[Mapping[int, float]]  # scores by unit, by level; a missing level may not be chosen
+ROUNDING = 1e-6  # first margin below a limit that the solver's choice exceeds, as a share of it
+PATIENCE = 300.0  # time limit of the solver, in seconds
 TIMED_OUT = 1  # status of the solver
 
 
@@ -33,11 +33,11 @@ class BudgetError(RecipeError):
 
 @dataclass(frozen=True)
 class Budget:
-    """The budget of a choice, of several resources.
+    """The budget of a choice, for one or more resources.
 
     Args:
-        costs: By resource, by unit, by level.
-        limits: By resource.
+        costs: Costs by resource, by unit, by level.
+        limits: Limits by resource.
     """
 
     costs: Mapping[str, Sequence[Sequence[int]]]
@@ -45,19 +45,19 @@ class Budget:
 
     @property
     def counts(self) -> list[int]:
-        """How many levels each unit has."""
+        """Number of levels of each unit."""
         return [len(levels) for levels in next(iter(self.costs.values()))]
 
     def used(self, choice: Choice) -> dict[str, int]:
-        """Return the cost of a choice."""
+        """Return the cost of a choice, by resource."""
         return {name: sum(c[j] for c, j in zip(costs, choice, strict=True)) for name, costs in self.costs.items()}
 
     def fits(self, choice: Choice) -> bool:
-        """Whether that is within all limits."""
+        """Return whether a choice is within all limits."""
         return all(used <= self.limits[name] for name, used in self.used(choice).items())
 
     def undominated(self, scores: Table) -> list[list[int]]:
-        """Levels of each unit that no other one beats or equals in score and in all costs; the first of equal ones stays."""
+        """Return the levels of each unit that no other level beats in score and all costs. Of equal levels keep the first."""
         kept = []
         for unit, row in enumerate(scores):
             rows = {level: (score, *(costs[unit][level] for costs in self.costs.values())) for level, score in row.items()}
@@ -65,10 +65,10 @@ class Budget:
         return kept
 
     def check(self) -> None:
-        """Refuse a limit that whatever is chosen exceeds.
+        """Refuse a limit that every choice exceeds.
 
         Raises:
-            BudgetError: with the numbers.
+            BudgetError: the smallest choice exceeds a limit; the message gives both numbers.
         """
         for name, costs in self.costs.items():
             least = sum(min(levels) for levels in costs)
@@ -77,21 +77,23 @@ class Budget:
 
 
 def _beats(rows: Mapping[int, tuple[float, ...]], one: int, other: int) -> bool:
-    """Whether a level makes another one useless."""
+    """Return whether a level dominates another one."""
     if rows[one] == rows[other]:
         return one < other
     return all(a <= b for a, b in zip(rows[one], rows[other], strict=True))
 
 
 def milp(scores: Table, budget: Budget) -> Choice:
-    """The choice with the least sum of scores that fits; what `greedy` finds, or better, if that takes the solver too long.
+    """Return the choice with the least sum of scores that fits.
+
+    If the solver runs out of time, the choice may not be optimal, but it is at least as good as that of `greedy`.
 
     Args:
-        scores: Finite; the less, the better.
-        budget: With integer costs.
+        scores: Finite scores; lower is better.
+        budget: Budget with integer costs.
 
     Raises:
-        BudgetError: nothing fits.
+        BudgetError: no choice fits.
     """
     budget.check()
     kept = budget.undominated(scores)
@@ -126,26 +128,28 @@ def milp(scores: Table, budget: Budget) -> Choice:
 
 @contextlib.contextmanager
 def _aside() -> Iterator[None]:
-    """While it is open, what is written to standard output goes to standard error: HiGHS leaves lines there that it means for
-    its developers, among the results of a command."""
+    """Redirect standard output to standard error while the context is open.
+
+    HiGHS prints lines for its developers, which would otherwise mix with the results of a command.
+    """
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)  # of C, which keeps them until the end of the process where no terminal listens
+        ctypes.CDLL(None).fflush(None)  # without a terminal, C buffers its output until the process ends
         os.dup2(kept, 1)
         os.close(kept)
 
 
 def _taken(x: "np.ndarray[Any, Any]", at: Sequence[tuple[int, int]]) -> Choice:
-    """The level of each unit that a solution takes; `at` is the unit and the level of each of its numbers."""
+    """Return the level that a solution takes for each unit. `at` is the unit and the level of each variable."""
     return tuple(level for (_, level), z in sorted(zip(at, x, strict=True)) if z > 0.5)
 
 
 def _better(x: "np.ndarray[Any, Any] | None", at: Sequence[tuple[int, int]], scores: Table, budget: Budget) -> Choice:
-    """Return the better one that fits, of a solution that may not be the best and a greedy one."""
+    """Return the better of the greedy choice and the solver's, which may not be optimal. Ignore it if it does not fit."""
     found = [greedy(scores, budget)]
     if x is not None and budget.fits(choice := _taken(x, at)):
         found.append(choice)
@@ -153,7 +157,9 @@ def _better(x: "np.ndarray[Any, Any] | None", at: Sequence[tuple[int, int]], sco
 
 
 def greedy(scores: Table, budget: Budget) -> Choice:
-    """From the smallest levels on, the step that lowers scores most for its cost of the scarcest resource, until none fits.
+    """Choose greedily: start from the smallest levels, and repeat the step with the largest gain per cost until none fits.
+
+    The cost of a level is its largest share of a limit, over all resources.
 
     Raises:
         BudgetError: not even the smallest levels fit.
@@ -185,11 +191,12 @@ def greedy(scores: Table, budget: Budget) -> Choice:
 
 
 def by_order(order: Sequence[int], ladder: Sequence[Sequence[int | None]], budget: Budget) -> Choice:
-    """One rung for all units, the highest that does not fit, lowered to the next unit by unit until it fits.
+    """Start with all units one rung above the highest that fits, and lower units by one rung, in order, until all fits.
 
     Args:
-        order: Units, the first one to be lowered in front.
-        ladder: Rungs from the smallest up: the level of each unit; None where it lacks that option and keeps the rung below.
+        order: Units in the order of lowering.
+        ladder: Rungs from the smallest up, each with the level of every unit. A unit without that option has None, and keeps
+            its level of the rung below.
         budget: Limit of the cost.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Time that a search may take, when all that it is a part of may take only so long."""
+"""The time that a search may take if the complete run has a time limit."""
 
 import math
 import time
@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from compressor.pipeline.ranks import Ranks
 
-MEASURING = 0.6  # of the time, at most, goes into levels; a choice among few is improved in less
-WRITING = 2.0  # writing a model takes this many times what one level of all units took: packing, verifying
-JUDGING = 3.0  # judging the result takes this many times what one choice takes on as much text: two models, all of the logits
-TRAINING = 4.0  # a sample trains all blocks in this many times what one choice takes on it: forward, backward, latents
-TRAINED = 0.4  # of what is left for search and training, at most, goes into training
+MEASURING = 0.6  # largest share of the time for measuring levels; fewer levels leave less to improve afterwards
+WRITING = 2.0  # time to write a model, relative to making one level of all units: includes packing and verifying
+JUDGING = 3.0  # time to evaluate the result, relative to scoring one choice on the same text: two models, all logits
+TRAINING = 4.0  # time to train all blocks on a sample, relative to scoring one choice on it: forward, backward, latents
+TRAINED = 0.4  # largest share for training of the time left for search and training
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Clock:
     """The time left until a deadline, the same on all ranks.
 
     Args:
-        deadline: Deadline on the clock of `time.monotonic` of the first rank.
-        reserve: Seconds before it that are for what comes after.
+        deadline: Deadline on the first rank's clock (`time.monotonic`).
+        reserve: Seconds before the deadline that are reserved for later work.
         ranks: The ranks that share the clock.
     """
 
@@ -29,15 +29,15 @@ class Clock:
 
     @classmethod
     def of(cls, minutes: float | None, started: float, ranks: Ranks) -> "Clock":
-        """For work that began at `started` and may take some minutes, or any number of them."""
+        """Return the clock of work that began at `started` and may take `minutes`; None for no limit."""
         return cls(math.inf if minutes is None else started + 60 * minutes, 0.0, ranks)
 
     def keeping(self, seconds: float) -> "Clock":
-        """With more in reserve."""
+        """Return a clock with more seconds in reserve."""
         return replace(self, reserve=self.reserve + seconds)
 
     def left(self) -> float:
-        """Seconds, which may be negative; without a deadline, infinite."""
+        """Return the seconds left. They may be negative; without a deadline they are infinite."""
         if math.isinf(self.deadline):
             return math.inf
         return self.ranks.agree(self.deadline - self.reserve - time.monotonic())

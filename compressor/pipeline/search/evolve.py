@@ -1,12 +1,13 @@
-"""EvoPress: evolutionary search over levels, with the divergence of whole models as fitness.
+"""EvoPress: evolutionary search over levels. The fitness is the divergence of the complete model.
 
-Each generation makes offspring of one parent by switching levels, and lets the best few through stages of ever more tokens;
-every stage draws its samples anew, the same for all. The parent takes part in the last stage and is scored on its samples.
+Each generation makes offspring of one parent by switching levels. The best offspring pass through stages with more and more
+tokens. Every stage draws new samples, the same for all offspring. The parent takes part in the last stage and is scored on
+its samples.
 
 Source: Sieberling et al., "EvoPress: Accurate Dynamic Model Compression via Evolutionary Search", ICML 2025, algorithm 1.
-What differs: units of any size may trade, and what no longer fits is repaired, where the original switches levels only among
-units of equal size; a switch may be of several levels; a child also takes whatever still fits; fitness is a lower bound of
-the KL divergence (fitness.py).
+Differences: the original switches levels only among units of equal size. Here units of any size may trade, and a child that
+no longer fits is repaired. A switch may cover several levels. A child also spends leftover budget. Fitness is a lower bound
+of the KL divergence (fitness.py).
 """
 
 import random
@@ -17,20 +18,20 @@ from compressor.pipeline.search.allocate import Budget
 from compressor.pipeline.search.levels import Choice
 from compressor.recipe.schema import Evolve
 
-Score = Callable[[Sequence[Choice], Sequence[int]], list[float]]  # of choices on samples: less is better
-LONGER = 0.25  # share of the switches by a level that go on for another
-ATTEMPTS = 20  # to make each offspring that there is not yet
+Score = Callable[[Sequence[Choice], Sequence[int]], list[float]]  # scores choices on samples; lower is better
+LONGER = 0.25  # probability that a switch continues by another level
+ATTEMPTS = 20  # number of attempts per requested offspring to make one that differs from the others
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """How far evolution has come."""
+    """The state of evolution after a generation."""
 
-    number: int  # from 1
-    parent: Choice  # the best
-    fitness: float  # on the samples of this generation's last stage
-    idle: int  # generations since the parent last changed
-    scored: int  # choices times stages
+    number: int  # counted from 1
+    parent: Choice  # best choice, the next parent
+    fitness: float  # fitness of `parent` on the samples of this generation's last stage
+    idle: int  # number of generations since the parent last changed
+    scored: int  # number of scores computed, over all stages
 
 
 def evolve(
@@ -44,23 +45,23 @@ def evolve(
     seed: int = 0,
     done: Generation | None = None,
 ) -> Iterator[Generation]:
-    """Generations, until there is nothing more to be gained.
+    """Yield generations until the settings' limit, or until there is no more improvement.
 
     Args:
-        settings: How.
-        start: The first parent; it fits.
+        settings: Settings of the search.
+        start: The first parent, which fits the budget.
         budget: Limit that no offspring exceeds.
-        score: Fitness.
-        samples: How many there are to draw from.
-        seq_len: Tokens of each.
+        score: Fitness function.
+        samples: Number of samples to draw from.
+        seq_len: Tokens per sample.
         seed: Seed of all random draws.
-        done: The last generation of a search that was broken off.
+        done: The last generation of an interrupted search.
     """
     parent, idle = (start, 0) if done is None else (done.parent, done.idle)
     for number in range(1 if done is None else done.number + 1, settings.generations + 1):
         if idle >= settings.patience:
             return
-        rng = random.Random(f"{seed}-{number}")  # of each generation by itself: nothing else has to be kept
+        rng = random.Random(f"{seed}-{number}")  # one per generation, so that resuming needs no random state
         pool = _offspring(settings, parent, budget, rng)
         if not pool:
             return
@@ -70,7 +71,7 @@ def evolve(
                 pool = [parent, *(child for child in pool if child != parent)]
             drawn = rng.sample(range(samples), min(samples, -(-tokens // seq_len)))
             fitness, scored = score(pool, drawn), scored + len(pool)
-            best = sorted(range(len(pool)), key=fitness.__getitem__)[:survivors]  # stable: of equals the parent stays
+            best = sorted(range(len(pool)), key=fitness.__getitem__)[:survivors]  # stable: the parent wins ties
             pool, fitness = [pool[i] for i in best], [fitness[i] for i in best]
         idle = idle + 1 if pool[0] == parent else 0
         parent = pool[0]
@@ -78,7 +79,7 @@ def evolve(
 
 
 def _offspring(settings: Evolve, parent: Choice, budget: Budget, rng: random.Random) -> list[Choice]:
-    """Different children of a parent; fewer than asked for where there are no more."""
+    """Return distinct children of a parent, fewer than requested if no more are found."""
     found: dict[Choice, None] = {}
     for _ in range(ATTEMPTS * settings.offspring):
         child = mutated(parent, budget, settings.switches, rng)
@@ -90,7 +91,11 @@ def _offspring(settings: Evolve, parent: Choice, budget: Budget, rng: random.Ran
 
 
 def mutated(parent: Choice, budget: Budget, switches: int, rng: random.Random) -> Choice:
-    """A few units up, others down until it fits and sometimes further, and up again whatever still fits."""
+    """Return a child of a choice.
+
+    A few units are raised. Others are lowered until the child fits, and sometimes further. Then leftover budget is spent by
+    raising units that were not lowered. The parent is returned if no child fits.
+    """
     counts, child = budget.counts, list(parent)
     able = [unit for unit, count in enumerate(counts) if child[unit] + 1 < count]
     raised = rng.sample(able, min(len(able), _few(switches, rng)))
@@ -115,12 +120,12 @@ def mutated(parent: Choice, budget: Budget, switches: int, rng: random.Random) -
 
 
 def _few(most: int, rng: random.Random) -> int:
-    """From 1 on, small numbers more often."""
+    """Draw a number from 1 to `most`; small numbers are more likely."""
     return min(rng.randint(1, most), rng.randint(1, most))
 
 
 def _step(rng: random.Random) -> int:
-    """Levels of a switch: one, or now and then more, for where one alone gains nothing."""
+    """Draw the number of levels of a switch: usually one, sometimes more, because one level alone may gain nothing."""
     step = 1
     while rng.random() < LONGER:
         step += 1

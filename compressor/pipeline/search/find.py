@@ -1,8 +1,8 @@
-"""From a target to a plan: measure levels, choose under the budget, improve the choice as a whole, accept it on unseen text.
+"""The search from a target to a plan: measure levels, choose under the budget, improve the choice, accept it on unseen text.
 
     levels -> allocators -> successive integer programmes -> evolution -> the best of all on text that none of them saw
 
-Everything that takes long is kept in one directory, and a search that was broken off goes on from there.
+All results that take long are kept in one directory, so that an interrupted search can resume.
 """
 
 import hashlib
@@ -34,25 +34,25 @@ from compressor.pipeline.search.text import HELD_OUT
 from compressor.pipeline.search.trail import Trail
 from compressor.recipe.schema import Search, Target
 
-SHARE = 0.5  # of the available memory that a resident model may take, and dequantised levels beside it
+SHARE = 0.5  # share of available memory for a resident model; the same share of the rest for dequantized levels
 T = TypeVar("T")
 PROGRAMMES, EVOLUTION = "successive programmes", "evolution"
-BEFORE, AGAIN = "before", ", levels made again"  # the choice that levels are made again around; of the names of contestants
-REBUILDING = 4.0  # making levels again, and writing the model after it, takes at most this many times what levels took
-TEXT = 0.1  # of the time that is left, at most, goes into what the dense model says of the text
-FEW = 4  # samples at least, for each process
-NEXT = 2  # levels on each side of it
+BEFORE, AGAIN = "before", ", levels made again"  # name of the choice that levels are rebuilt around; suffix of names then
+REBUILDING = 4.0  # largest time to rebuild levels and then write the model, relative to measuring the levels before
+TEXT = 0.1  # largest share of the time left for the dense model's predictions
+FEW = 4  # minimum number of samples per process
+NEXT = 2  # number of levels to rebuild on each side of the chosen one
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A choice and how good it is."""
+    """A candidate: a choice and its score."""
 
     name: str
     choice: Choice
     bits_per_weight: float
-    kl: float  # nats, on text that no choice was made on
-    seconds: float  # after which it was there, measuring not included
+    kl: float  # KL divergence in nats, on held-out text
+    seconds: float  # time until it was found, without measuring levels
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Found:
     best: Contestant
     contestants: Sequence[Contestant]
     steps: Sequence[Mapping[str, Any]]  # rounds and generations: stage, number, fitness, seconds, scored
-    training: float  # share of the steps of training that there is time for
-    warnings: Sequence[str] = ()  # about patterns, and about what failed once the plan was written
+    training: float  # share of the training steps that there is time for
+    warnings: Sequence[str] = ()  # warnings about patterns, and about failures after the plan was written
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the report."""
+        """Return plain data for the report."""
         rows = [{key: value for key, value in asdict(one).items() if key != "choice"} for one in self.contestants]
         steps = [{key: value for key, value in step.items() if key != "choice"} for step in self.steps]
         return {"best": self.best.name, "contestants": rows, "steps": steps, "warnings": list(self.warnings)}
@@ -87,23 +87,23 @@ def find(
     training: int,
     tell: Tell,
 ) -> Found:
-    """The best plan for a target.
+    """Find the best plan for a target.
 
     Args:
         job: The model, and passes with options to choose among.
-        stream: Opens the calibration stream.
-        text_NS: Tokens that whole models are compared on, the same on all ranks.
-        levels: Filled if it is not full yet.
-        target: For the record.
-        settings: How to search.
-        limit: Stored bits that the units may take altogether.
-        clock: When everything has to be done, the written model included.
-        judged: Tokens that the written model will be compared on.
-        training: Samples that every block is to be trained on while the model is written.
+        stream: Function that opens the calibration stream.
+        text_NS: Tokens for scoring candidate models, the same on all ranks.
+        levels: Level database; missing levels are measured and added.
+        target: The target, for messages and as part of the search's identity.
+        settings: Settings of the search.
+        limit: Function that returns the limit of stored bits for all units together.
+        clock: Time limit for the complete run, including writing the model.
+        judged: Number of tokens that the written model will be evaluated on.
+        training: Number of samples that every block is trained on while the model is written.
         tell: Called after each step.
 
     Raises:
-        RecipeError: nothing meets the target, or not within the time.
+        RecipeError: nothing meets the target, or there is too little time.
     """
     check_measurable(job.passes)
     planned = planned_units(job)
@@ -136,7 +136,7 @@ def _short(thing: object) -> str:
 
 @dataclass(frozen=True)
 class Ground:
-    """The context of a search besides its levels; arguments as of `find`."""
+    """The context of a search, except its levels. For the fields see `find`."""
 
     job: Job
     text_NS: Tensor
@@ -149,7 +149,12 @@ class Ground:
     tell: Tell
 
     def search(self, levels: LevelDB, before: Found | None = None) -> Found:
-        """The best plan among levels, with the one found before; what is put down in their directory is not done again."""
+        """Find the best plan among some levels. Steps that are logged in their directory are not repeated.
+
+        Args:
+            levels: Measured levels.
+            before: Earlier result that the search starts from; None for a first search.
+        """
         job, settings, ranks = self.job, self.settings, self.job.ranks
         among: Levels = Joined(levels, before.plan if before is not None else {}) if settings.drop else levels
         units, writing = among.units, WRITING * sum(unit.seconds / len(unit.levels) for unit in levels.units)
@@ -163,7 +168,7 @@ class Ground:
         with opened(job.source, resident=resident) as model:
             kept = int(SHARE * available_memory(job.source.device)) if resident else 0
             text_NS = self.text_NS
-            if math.isfinite(self.clock.left()):  # what the dense model says of all of it may take longer than there is time
+            if math.isfinite(self.clock.left()):  # all of the text may take too long
                 few = Fitness(job.source, model, among, text_NS[: FEW * ranks.world], ranks)
                 able = max(FEW * ranks.world, TEXT * self.clock.left() / few.pace)
                 text_NS = text_NS[: int(ranks.agree(trail.once("samples", settings.minutes, able)))]
@@ -193,7 +198,10 @@ class Ground:
 
 
 def around(units: Sequence[Unit], plan: Plan) -> dict[str, tuple[Option, ...]]:
-    """Options of each unit near that of a plan, that one first; of a unit that goes with its sub-layer, the smallest."""
+    """Return the options of each unit near the plan's option, which comes first.
+
+    For a unit in a dropped sub-layer, return `GONE` and the smallest options.
+    """
     gone = tuple(f"{name}." for name, option in plan.items() if option == GONE)
     found: dict[str, tuple[Option, ...]] = {}
     for unit in units:
@@ -207,7 +215,7 @@ def around(units: Sequence[Unit], plan: Plan) -> dict[str, tuple[Option, ...]]:
 
 
 def _as_choice(units: Sequence[Unit], plan: Plan) -> Choice:
-    """The levels that a plan names."""
+    """Return the levels that a plan names."""
     return tuple(next(at for at in range(len(unit.levels)) if unit.chosen(at).items() <= plan.items()) for unit in units)
 
 
@@ -222,16 +230,16 @@ def improve(
     clock: Clock,
     tell: Tell,
 ) -> list[Contestant]:
-    """Every choice on the way to the last one, judged on text that none was made on.
+    """Improve the best of some choices. Return the starting choices and the result of each stage, scored on held-out text.
 
     Args:
-        ways: Choices to begin with, by name.
-        weights: Number of weights that `bits` of the budget are for.
+        ways: Starting choices, by name.
+        weights: Number of weights that share the budget's `bits`.
         budget: Limit that no choice exceeds.
-        fitness: Loss of a choice.
-        settings: How to search.
-        trail: The steps so far; gets the others.
-        clock: Says when to end.
+        fitness: Loss function of choices.
+        settings: Settings of the search.
+        trail: Log of the steps so far, to which new steps are added.
+        clock: Time limit of the search.
         tell: Called after each step.
     """
     held_out = max(1, fitness.samples // (HELD_OUT + 1))
@@ -268,7 +276,7 @@ def improve(
 
 
 def in_time(steps: Iterator[T], clock: Clock, seconds: float) -> Iterator[T]:
-    """Steps while there is time for one more: what the last one took, or at first so many seconds."""
+    """Yield steps while there is time for another one. The estimate is the last step's time, at first `seconds`."""
     left = clock.left()
     while left > seconds:
         for step in steps:
@@ -289,7 +297,7 @@ def _rounds(
     judge: Sequence[int],
     trail: Trail,
 ) -> Iterator[Round]:
-    """Successive programmes from where they were broken off."""
+    """Yield the rounds of successive programmes that are not logged yet."""
     done = trail.of(PROGRAMMES)
     if done and not done[-1]["moved"]:
         return
@@ -301,7 +309,7 @@ def _rounds(
 def _generations(
     start: Choice, budget: Budget, fitness: Fitness, settings: Search, seen: Sequence[int], trail: Trail
 ) -> Iterator[Generation]:
-    """Evolution from where it was broken off."""
+    """Yield the generations of evolution that are not logged yet."""
     done = trail.of(EVOLUTION)
     last = None
     if done:
@@ -313,7 +321,7 @@ def _generations(
 
 
 def allocations(units: Sequence[Unit], budget: Budget) -> dict[str, Choice]:
-    """Return the choice of each allocator, except of those that find nothing because they give all units the same option."""
+    """Return the choice of each allocator, by name, without allocators that find none within the budget."""
     found = {}
     for name, allocate in ALLOCATORS.items():
         with suppress(BudgetError):
@@ -322,10 +330,10 @@ def allocations(units: Sequence[Unit], budget: Budget) -> dict[str, Choice]:
 
 
 def check(units: Sequence[Unit], limit: int, target: Target, free: tuple[str, ...] = ()) -> None:
-    """Refuse a target that the smallest levels do not meet; units whose names begin with some of `free` may go.
+    """Refuse a target that the smallest levels do not meet. Units whose names begin with an item of `free` may be dropped.
 
     Raises:
-        RecipeError: with what they come to.
+        RecipeError: the target is too small; the message gives the smallest possible size.
     """
     weights, needed = (
         sum(unit.weights for unit in units),
@@ -346,5 +354,5 @@ def check(units: Sequence[Unit], limit: int, target: Target, free: tuple[str, ..
 
 
 def fits_in_memory(job: Job) -> bool:
-    """Whether to hold the model in memory."""
+    """Return whether the dense model takes at most `SHARE` of the available memory."""
     return dense_bytes(job.source) <= SHARE * available_memory(job.source.device)

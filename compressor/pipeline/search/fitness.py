@@ -1,11 +1,12 @@
-"""How far whole compressed models are from the dense one: KL divergence of predictions, for many choices of levels at once.
+"""Score complete compressed models by the KL divergence from the dense model, for many choices of levels at once.
 
-Choices are compared block by block. Those that agree up to a block have the same hidden states there, which are computed
-once: choices that differ from one another in a single unit cost half of what they would cost one by one. Blocks come from
-memory, or from disk, where each is read once for all choices.
+Choices are computed block by block. Choices that agree up to a block share their hidden states there, which are computed
+once. So choices that differ from each other in a single unit cost half as much as one by one. Blocks are held in memory or
+read from disk. From disk, each is read once for all choices of a turn; `STATES` limits the choices in a turn.
 
-The dense model's predictions are kept as the K largest probabilities of each token and one for all the rest. By the data
-processing inequality KL over these is never more than the whole one; renormalised, as in EvoPress' `sparse_kl`, it may be.
+The dense model's predictions are stored as the K largest probabilities per token and one probability for all other tokens.
+By the data processing inequality, KL over these is never more than the full KL. With renormalized probabilities, as in
+EvoPress' `sparse_kl`, it could be.
 
 Shape suffixes: N samples, S sequence, D hidden, K kept probabilities, V vocabulary.
 """
@@ -24,22 +25,22 @@ from compressor.model.source import ModelSource
 from compressor.pipeline.ranks import Ranks
 from compressor.pipeline.search.levels import Choice, Levels, Unit
 
-KEPT = 512  # probabilities of a token
-TOGETHER = 2048  # tokens that go through a block together
-STATES = 2**30  # bytes of hidden states that wait between two blocks, at most
+KEPT = 512  # probabilities stored per token
+TOGETHER = 2048  # tokens that a block processes at once
+STATES = 2**30  # largest number of bytes of hidden states between two blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
     """The dense model's predictions for one batch."""
 
-    top_NSK: Tensor  # log-probabilities, fp32
-    at_NSK: Tensor  # of which tokens
-    rest_NS: Tensor  # log-probability of all others together; -inf if there is none
+    top_NSK: Tensor  # largest log-probabilities, fp32
+    at_NSK: Tensor  # token ids of these
+    rest_NS: Tensor  # log-probability of all other tokens together; -inf if there are none
 
     @classmethod
     def of(cls, logits_NSV: Tensor, kept: int = KEPT) -> "Teacher":
-        """From the dense model's logits."""
+        """Make predictions from the dense model's logits."""
         logp = logits_NSV.float().log_softmax(-1)
         top, at = logp.topk(min(kept, logp.shape[-1]), dim=-1)
         return cls(top, at, _rest(logp, at))
@@ -55,7 +56,7 @@ class Teacher:
         return Teacher(self.top_NSK[chosen], self.at_NSK[chosen], self.rest_NS[chosen])
 
     def divergence(self, logits_NSV: Tensor) -> Tensor:
-        """KL(dense || candidate) [N, S], fp64, nats, of all tokens but the kept ones as one."""
+        """Return KL(dense || candidate) [N, S], fp64, in nats. All tokens except the K kept ones count as one."""
         logq = logits_NSV.float().log_softmax(-1)
         top = self.top_NSK.double()
         lost = (top.exp() * (top - logq.gather(-1, self.at_NSK))).sum(-1)
@@ -65,7 +66,7 @@ class Teacher:
 
 
 def _rest(logp_NSV: Tensor, at_NSK: Tensor) -> Tensor:
-    """Log-probability of all tokens but some."""
+    """Return the log-probability of all tokens except some."""
     return logp_NSV.scatter(-1, at_NSK, -torch.inf).logsumexp(-1)
 
 
@@ -75,7 +76,7 @@ Head = Callable[[], AbstractContextManager[Callable[[Tensor], Tensor]]]
 
 @contextmanager
 def opened(source: ModelSource, *, resident: bool) -> Iterator[tuple[Blocks, Head]]:
-    """A model's blocks and its head: in memory while the context is open, or read anew each time."""
+    """Open a model's blocks and its head: held in memory while the context is open, or read each time they are used."""
     if not resident:
         yield source.blocks, source.head
         return
@@ -85,15 +86,15 @@ def opened(source: ModelSource, *, resident: bool) -> Iterator[tuple[Blocks, Hea
 
 
 class Fitness:
-    """KL divergence of choices on some of the samples. Call it with choices and the numbers of samples; less is better.
+    """The KL divergence of choices. Call it with choices and the numbers of samples; lower is better.
 
     Args:
         source: The dense model.
-        model: Its blocks and its head, as `opened`.
-        levels: Levels that a choice is made among.
+        model: Its blocks and its head, from `opened`.
+        levels: Levels to choose among.
         samples_NS: Tokens, the same on every rank; sample i is computed on rank i mod world.
         ranks: The ranks that share the work.
-        kept: Bytes of dequantised levels that are kept for later calls.
+        kept: Bytes of dequantized levels to cache for later calls.
     """
 
     def __init__(
@@ -114,15 +115,15 @@ class Fitness:
         self._trial = functools.lru_cache(maxsize=max(kept // largest, len(self.units) // len(source.layers)))(self._made)
         started = time.monotonic()
         self._teacher = self._predicted()
-        self.pace = ranks.agree((time.monotonic() - started) / self.samples)  # seconds for a sample of one choice, nearly
+        self.pace = ranks.agree((time.monotonic() - started) / self.samples)  # about the seconds per sample and choice
 
     def __call__(self, choices: Sequence[Choice], samples: Sequence[int]) -> list[float]:
-        """The mean KL divergence of each choice over all tokens of some samples, in nats."""
+        """Return the mean KL divergence of each choice over all tokens of some samples, in nats."""
         mine = [place for place, sample in enumerate(self._mine) if sample in set(samples)]
         total = torch.zeros(len(choices), dtype=torch.float64, device=self.source.device)
-        waiting = 2 * sum(self._inputs[place].nbytes for place in mine)  # before and after a block
+        waiting = 2 * sum(self._inputs[place].nbytes for place in mine)  # input and output of a block
         together = max(1, STATES // max(waiting, 1))
-        order = sorted(range(len(choices)), key=choices.__getitem__)  # those that agree longest are in one turn
+        order = sorted(range(len(choices)), key=choices.__getitem__)  # choices with a long common prefix share a turn
         for first in range(0, len(order), together):
             turn = order[first : first + together]
             total[turn] = self._totals([choices[i] for i in turn], mine)
@@ -131,7 +132,7 @@ class Fitness:
 
     @torch.no_grad()
     def _totals(self, choices: Sequence[Choice], mine: Sequence[int]) -> Tensor:
-        """KL summed over the tokens of this rank's samples."""
+        """Return the KL divergence of each choice, summed over the tokens of this rank's samples."""
         batches = _batches(mine, max(1, TOGETHER // self.seq_len))
         states: Mapping[Choice, list[Tensor]] = {(): [torch.cat([self._inputs[i] for i in batch]) for batch in batches]}
         known = 0
@@ -152,7 +153,7 @@ class Fitness:
     def _advanced(
         self, block: Block, units: Sequence[Unit], states: Mapping[Choice, list[Tensor]], choices: Iterable[Choice]
     ) -> dict[Choice, list[Tensor]]:
-        """Hidden states after a block, by the levels of all units up to there."""
+        """Return the hidden states after a block, by the levels of all units up to and including it."""
         new: dict[Choice, list[Tensor]] = {}
         for choice in choices:
             before, own = choice[: len(choice) - len(units)], choice[len(choice) - len(units) :]
@@ -165,7 +166,7 @@ class Fitness:
 
     @torch.no_grad()
     def _predicted(self) -> Teacher | None:
-        """Return the dense model's predictions for all samples of this rank; None if it has none."""
+        """Return the dense model's predictions for all samples of this rank; None if it has no samples."""
         states = list(self._inputs)
         for block in self.blocks():
             states = [block.forward(x.to(self.source.device)).to(x.device) for x in states]

@@ -1,10 +1,12 @@
-"""Allocations that look at no whole model: by the errors of single units, and by how important layers are said to be.
+"""Baseline allocations, which do not score complete models: by errors of single units, and by importance of layers.
 
-Two orders after Dumitru et al., "Layer-Wise Quantization: A Pragmatic and Effective Method for Quantizing LLMs Beyond Integer
-Bit-Levels", 2024: LIM, how far a block turns what enters it, and ZD, the share of weights far above the mean; the least
-important units get fewer bits first. Hessian trace: Dong et al., "HAWQ-V2", NeurIPS 2020, equation 5, with the second moment
-of a layer's input in the place of the Hessian of the loss. OWL: Yin et al., "Outlier Weighed Layerwise Sparsity", ICML 2024,
-section 3.2, for single weights that go; what is far above the mean is told layer by layer here, there block by block.
+* LIM and ZD: Dumitru et al., "Layer-Wise Quantization: A Pragmatic and Effective Method for Quantizing LLMs Beyond Integer
+  Bit-Levels", 2024. LIM ranks units by how much a block changes the direction of its input, ZD by the share of weights far
+  above the mean. The least important units get fewer bits first.
+* Hessian trace: Dong et al., "HAWQ-V2", NeurIPS 2020, equation 5, with the second moment of a layer's input instead of the
+  Hessian of the loss.
+* OWL: Yin et al., "Outlier Weighed Layerwise Sparsity", ICML 2024, section 3.2, for pruning single weights. Here outliers are
+  determined per layer, in the paper per block.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,40 +16,42 @@ from compressor.pipeline.search.allocate import Budget, BudgetError, Table, by_o
 from compressor.pipeline.search.levels import Choice, Level, Together, Unit
 
 SPREAD = 0.08  # lambda of OWL
-STEPS = 400  # shares of all weights that are tried
-GOLDEN = 0.6180339887  # multiples of it, modulo 1, are spread evenly
+STEPS = 400  # number of shares of kept weights to try
+GOLDEN = 0.6180339887  # its multiples modulo 1 are evenly spread
 
 
 def uniform(units: Sequence[Unit], budget: Budget) -> Choice:
-    """The same option for all, and of what is left one more for units spread evenly over the model."""
+    """Give all units the same option. Spend the rest of the budget on the next option for units spread over the model."""
     return by_order(_sorted(range(len(units)), lambda unit: unit * GOLDEN % 1), ladder(units), budget)
 
 
 def by_shift(units: Sequence[Unit], budget: Budget) -> Choice:
-    """LIM: blocks that turn their input least are lowered first."""
+    """LIM: lower units first in blocks that change the direction of their input least."""
     return by_order(_sorted(range(len(units)), lambda unit: units[unit].shift), ladder(units), budget)
 
 
 def by_outliers(units: Sequence[Unit], budget: Budget) -> Choice:
-    """ZD: units with the fewest weights far above the mean are lowered first."""
+    """ZD: lower units first that have the smallest share of weights far above the mean."""
     return by_order(_sorted(range(len(units)), lambda unit: units[unit].outliers), ladder(units), budget)
 
 
 def by_trace(units: Sequence[Unit], budget: Budget) -> Choice:
-    """The integer programme on the squared error of weights times the mean curvature."""
+    """Solve the integer programme on the squared error of weights times the mean curvature."""
     return milp([{j: unit.trace * level.distance for j, level in enumerate(unit.levels)} for unit in units], budget)
 
 
 def by_error(units: Sequence[Unit], budget: Budget) -> Choice:
-    """The integer programme on errors of the block's output."""
+    """Solve the integer programme on errors of the block's output."""
     return milp(errors(units), budget)
 
 
 def by_salience(units: Sequence[Unit], budget: Budget) -> Choice:
-    """OWL: blocks with more weights far above the mean in what they do keep more, up to `SPREAD` on either side of all.
+    """OWL: keep more weights in blocks with a larger share of outlying weights.
+
+    Before rounding to the nearest level, the shares of kept weights differ by at most 2 * `SPREAD` between blocks.
 
     Raises:
-        BudgetError: levels differ in more than how many weights stay, or nothing fits.
+        BudgetError: the option of a level is not a SparseBitmask, or no choice fits.
     """
     if any(not isinstance(level.option, SparseBitmask) for unit in units for level in unit.levels):
         raise BudgetError("OWL is for weights that stay or go")
@@ -74,18 +78,21 @@ def by_salience(units: Sequence[Unit], budget: Budget) -> Choice:
 
 
 def _nearest(unit: Unit, stays: float) -> int:
-    """The level whose share of weights that stay is nearest to one."""
+    """Return the level whose share of kept weights is nearest to `stays`."""
     shares = [level.option.stays_of_all for level in unit.levels if isinstance(level.option, SparseBitmask)]
     return min(range(len(shares)), key=lambda j: abs(shares[j] - stays))
 
 
 def errors(units: Sequence[Unit]) -> Table:
-    """Return the effect of each level of each unit on the output of its block."""
+    """Return the error of the block's output, by unit and level."""
     return [{j: level.error for j, level in enumerate(unit.levels)} for unit in units]
 
 
 def ladder(units: Sequence[Unit]) -> list[list[int | None]]:
-    """Options from the fewest bits a weight up, and the level that each is for each unit; mixtures inside a unit are none."""
+    """Return a rung per option, by rising bits per weight: the level of that option for each unit; None if it has none.
+
+    Levels that mix options inside a unit are left out.
+    """
     at = [{level.option.label: j for j, level in enumerate(unit.levels) if _single(level)} for unit in units]
     sizes: dict[str, list[float]] = {}
     for unit, levels in zip(units, at, strict=True):

@@ -1,7 +1,7 @@
-"""Attentions and MLPs as units of a search, where one may also go as a whole.
+"""Attention layers and MLPs as units of a search that may also drop them.
 
-A level is a level of each unit inside, or that the sub-layer goes. Of all combinations those stay that no other one beats in
-size and in the sum of errors: what an integer programme would ever take.
+A level of such a sub-layer is either a combination of levels of the units inside it, or dropping it. Only combinations that
+no other one beats in both size and sum of errors are kept, because an integer programme would never choose the others.
 """
 
 import itertools
@@ -17,11 +17,11 @@ from compressor.pipeline.search.levels import Choice, Level, LevelDB, Together, 
 
 
 class Joined:
-    """Levels of a database, joined.
+    """Levels of a database, joined by sub-layer.
 
     Args:
-        levels: With every sub-layer that may go.
-        kept: A plan whose combinations are kept, whatever they lose.
+        levels: Database that includes every sub-layer that may be dropped.
+        kept: Plan whose combinations are kept, whatever their error.
     """
 
     def __init__(self, levels: LevelDB, kept: Plan = MappingProxyType({})) -> None:
@@ -35,7 +35,7 @@ class Joined:
         self.units: Sequence[Unit] = sorted([*(unit for unit, _ in made), *loose], key=lambda unit: unit.block)
 
     def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Trial:
-        """All weights of a level, or that the sub-layer goes."""
+        """Return the trial of a level: the weights of all units inside, or the sub-layer dropped."""
         if unit not in self._members:
             return self.levels.trial(unit, level, device, dtype)
         choice = self._choices[unit][level]
@@ -49,7 +49,7 @@ class Joined:
 
 
 def _joined(part: Unit, members: Sequence[Unit], kept_plan: Plan) -> tuple[Unit, list[Choice | None]]:
-    """A sub-layer with its levels, the smallest first, and the levels inside that each is; None: it goes."""
+    """Return a sub-layer with its levels, the smallest first, and for each level the choice inside it (None: dropped)."""
     weights = sum(unit.weights for unit in members)
     found: list[tuple[Level, Choice | None]] = [(part.levels[0], None)]
     for choice in itertools.product(*(range(len(unit.levels)) for unit in members)):
@@ -73,8 +73,10 @@ def _joined(part: Unit, members: Sequence[Unit], kept_plan: Plan) -> tuple[Unit,
 
 
 def _best(levels: Iterable[tuple[Level, Choice | None]], kept: Plan) -> Iterable[tuple[Level, Choice | None]]:
-    """Yield the useful levels, by size: those that lose less than every smaller one, those of one option for all, those of a
-    plan.
+    """Yield the useful levels in the given order, by size.
+
+    A level is useful if it drops the sub-layer, or if it has less error than every smaller one. Levels with the same option
+    for all units and levels of the plan `kept` are useful too.
     """
     least = float("inf")
     for level, choice in levels:

@@ -1,8 +1,8 @@
-"""The level database: every option of every unit, computed once, so that a search has only to choose.
+"""The level database: every option of every unit, computed once, so that a search only has to choose.
 
-A directory with a journal (compressor/model/journal.py) whose fingerprint says for which model, data, passes and arithmetic
-it is good, and a file for each unit, with the packed parts of all its levels, named `<level>/<layer>.<part>`. Files are
-mapped into memory as they are read: a database may be larger than that.
+It is a directory with a journal (compressor/model/journal.py) and one file per unit. The journal's fingerprint identifies
+the model, data, passes and arithmetic that the levels are valid for. A unit's file holds the packed tensors of all its
+levels, named `<level>/<layer>.<part>`. Files are memory-mapped, so a database may be larger than memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,25 +22,25 @@ from compressor.pipeline.plan import describe_option, read_option
 from compressor.recipe import registry
 
 NAMED = "name another directory with --levels"
-DENSE = "dense"  # the only part of a weight that is not packed
-Choice = tuple[int, ...]  # a level of each unit, in the order of the units
+DENSE = "dense"  # name of the tensor of a weight that is not packed
+Choice = tuple[int, ...]  # level of each unit, in the order of the units
 
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """Options of several units that are chosen as one."""
+    """Options of several units that are chosen together."""
 
-    options: tuple[tuple[str, Option], ...]  # by the name of the unit
+    options: tuple[tuple[str, Option], ...]  # pairs of unit name and option
 
     @property
     def alike(self) -> Option | None:
-        """The option, if all have the same."""
+        """The common option of all units; None if they differ."""
         found = {option for _, option in self.options}
         return found.pop() if len(found) == 1 else None
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Label for display."""
         return self.alike.label if self.alike is not None else "+".join(option.label for _, option in self.options)
 
 
@@ -49,28 +49,28 @@ class Level:
     """The result of an option on a unit."""
 
     option: Format | Kept | Together
-    bits: int  # stored, counted from its tensors
-    error: float  # of the block's output with the rest of the block as it is: squared, relative to that output
-    distance: float  # of its weights from the dense ones, squared
+    bits: int  # stored bits, counted from the tensors
+    error: float  # squared error of the block's output with only this unit changed, relative to the output's square
+    distance: float  # squared distance of the weights from the dense ones
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Layers that are stored alike, and their levels: from the fewest bits to the most."""
+    """Layers that are stored alike, and their levels from the fewest bits to the most."""
 
-    name: str  # full
-    block: int
-    layers: tuple[str, ...]  # inside the block
-    weights: int
-    shift: float  # how far the block turns its input: 1 - the mean cosine of what enters and what leaves it
+    name: str  # full name
+    block: int  # number of the block
+    layers: tuple[str, ...]  # names inside the block
+    weights: int  # number of weights
+    shift: float  # 1 - the mean cosine similarity of the block's input and output
     outliers: float  # share of weights more than a standard deviation above their mean
-    trace: float  # mean of the diagonal of the Hessian of what the layers read
+    trace: float  # mean diagonal of the Hessian of the layers' input
     levels: tuple[Level, ...]
-    salience: float = 0.0  # share of weights far above the mean in what they do to their outputs (OWL)
-    seconds: float = field(default=0.0, compare=False)  # that its levels took, and its part of what the block takes besides
+    salience: float = 0.0  # share of weights whose effect on outputs is far above the mean (OWL)
+    seconds: float = field(default=0.0, compare=False)  # time for its levels, with its share of the block's other work
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for the journal."""
+        """Return plain data for the journal."""
         return {
             **asdict(self),
             "levels": [{**asdict(level), "option": describe_option(level.option)} for level in self.levels],
@@ -83,13 +83,13 @@ class Unit:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Unit":
-        """Inverse of `to_dict`."""
+        """Invert `to_dict`."""
         levels = tuple(Level(**{**level, "option": read_option(level["option"])}) for level in data["levels"])
         return cls(**{**data, "layers": tuple(data["layers"]), "levels": levels})
 
 
 class Levels(Protocol):
-    """The units and their levels, among which a choice is made."""
+    """The units and their levels to choose among."""
 
     @property
     def units(self) -> Sequence[Unit]: ...  # in the order of the model
@@ -97,12 +97,12 @@ class Levels(Protocol):
 
 
 class LevelDB:
-    """Levels on disk.
+    """A database of levels on disk.
 
     Args:
         path: Path of the directory.
         fingerprint: Properties that must be equal for stored levels to be used.
-        remedy: Advice if they are not, or if another run is writing there.
+        remedy: Advice for the user if they differ, or if another run is writing there.
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, str], remedy: str = NAMED) -> None:
@@ -110,10 +110,10 @@ class LevelDB:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Be the one that writes while the context is open; what was measured before, is there.
+        """Lock the database for writing while the context is open, and read the levels measured before.
 
         Raises:
-            OutputError: another run is writing there, or what is there is of another model or other data.
+            OutputError: another run is writing there, or the levels have another fingerprint.
         """
         where = self.journal.directory
         self.journal.lock(where, self.remedy)
@@ -124,24 +124,24 @@ class LevelDB:
             self.journal.release()
 
     def reread(self) -> None:
-        """Learn of what another process wrote."""
+        """Read the journal again, to see the levels that another process wrote."""
         self.journal.finished = {line["part"]: line for line in self.journal.lines()[1:]}
 
     @property
     def units(self) -> list[Unit]:
-        """In the order of the model."""
+        """Measured units, in the order of the model."""
         return [unit for unit in self._measured() if unit.layers]
 
     @property
     def parts(self) -> list[Unit]:
-        """Sub-layers that may go, with that as their only level; in the order of the model."""
+        """Sub-layers that may be dropped, with dropping as their only level, in the order of the model."""
         return [unit for unit in self._measured() if not unit.layers]
 
     def _measured(self) -> list[Unit]:
         return [Unit.from_dict(line["unit"]) for line in self.journal.finished.values()]
 
     def add(self, unit: Unit, edits: Sequence[Edits]) -> None:
-        """Put a unit on disk; `edits` are its levels' weights, by layer inside the block."""
+        """Write a unit to disk. `edits` are the weights of its levels, by layer inside the block."""
         tensors: dict[str, Tensor] = {}
         stored: list[dict[str, Any]] = []
         for number, edit in enumerate(edits):
@@ -153,7 +153,7 @@ class LevelDB:
         self.journal.add(unit.name, tensors, unit=unit.to_dict(), stored=stored)
 
     def edits(self, unit: str, level: int) -> dict[str, Stored]:
-        """A level's weights by layer inside the block, on the CPU."""
+        """Return a level's weights by layer inside the block, on the CPU."""
         found: dict[str, Stored] = {}
         with sound(self.journal.part(unit)), safe_open(self.journal.part(unit), framework="pt") as opened:
             names = list(opened.keys())
@@ -168,5 +168,5 @@ class LevelDB:
         return found
 
     def trial(self, unit: str, level: int, device: torch.device, dtype: torch.dtype) -> Trial:
-        """The same as it is tried."""
+        """Return a level's weights as a trial, dequantized on a device."""
         return Trial.of(self.edits(unit, level), device, dtype)

@@ -1,8 +1,8 @@
 """Fill a level database: one sweep over the blocks, in which every pass is applied with every option it has.
 
-Blocks stay dense: all levels of a unit saw the same inputs. Where time is short, the first block tells what options take, and
-the others get only those nearest to what is wanted. Around a choice, units get only options near to it, and what is chosen is
-what blocks further on see.
+Blocks are kept dense, so all levels of a unit are made from the same inputs. If time is short, options are timed on the first
+block, and the other blocks get only the options nearest to the wanted bits. When levels are rebuilt around a choice, units
+get only options near it, and later blocks receive the outputs of the chosen levels.
 """
 
 import math
@@ -29,15 +29,15 @@ from compressor.pipeline.search.clock import MEASURING, WRITING, Clock
 from compressor.pipeline.search.levels import Level, LevelDB, Unit
 
 OUTSTANDING = 5  # M of OWL
-JUDGED = 8192  # tokens that errors of a block's output are taken from
+JUDGED = 8192  # tokens for measuring errors of a block's output, over all ranks
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The output of a block, on the tokens that errors are measured on."""
+    """Inputs and dense outputs of a block for the tokens that errors are measured on."""
 
-    inputs: Sequence[Tensor]  # [B, S, D] of this rank
-    outputs: Sequence[Tensor]
+    inputs: Sequence[Tensor]  # this rank's, [B, S, D]
+    outputs: Sequence[Tensor]  # the same shapes
 
 
 def measure(
@@ -51,17 +51,17 @@ def measure(
     drop: bool = False,
     near: Mapping[str, Sequence[Option]] | None = None,
 ) -> None:
-    """Add every unit of the model that is not there yet.
+    """Measure every unit of the model that is not in the database yet, and add it.
 
     Args:
         job: The model and the passes; the plan is not used.
-        open_stream: Makes a stream before the first block.
-        levels: Written by the first rank, read by all.
+        open_stream: Function that opens a stream before the first block.
+        levels: Level database, written by the first rank and read by all.
         tell: Called after each option of each block, and after each block.
-        clock: Says how long everything may take; None lets it take what it takes.
-        wanted: Bits of a weight, on average, that the choice among levels may come to.
-        drop: Add every attention and MLP too, with what is lost if it goes.
-        near: The options of each unit that count, the chosen one first; None: all, and none is chosen.
+        clock: Time limit of the complete run; None for no limit.
+        wanted: Mean bits per weight that the budget allows.
+        drop: Whether to add every attention layer and MLP, with the error of dropping it.
+        near: Options of each unit to measure, the chosen one first; None measures all options, with none chosen.
 
     Raises:
         RecipeError: a pass cannot be measured option by option, or there is no time for two options.
@@ -97,7 +97,7 @@ def measure(
 
 @contextmanager
 def _chosen(job: Job, block: Block, levels: LevelDB, near: Mapping[str, Sequence[Option]]) -> Iterator[None]:
-    """While it is open, a block as the choice has it."""
+    """Install the chosen levels in a block, and skip dropped sub-layers while the context is open."""
     chosen = {name: options[0] for name, options in near.items() if name.startswith(f"{block.prefix}.")}
     units = {unit.name: unit for unit in levels.units} if job.ranks.first else {}
     found: dict[str, Stored] = {}
@@ -111,10 +111,10 @@ def _chosen(job: Job, block: Block, levels: LevelDB, near: Mapping[str, Sequence
 
 
 def check_measurable(passes: Sequence[Pass]) -> None:
-    """Refuse passes that cannot be applied to one unit with one option by itself.
+    """Refuse passes that cannot be applied to a single unit with a single option.
 
     Raises:
-        RecipeError: there is one.
+        RecipeError: there is such a pass.
     """
     for number, step in enumerate(passes):
         if step.offers and (step.chooses or step.two_streams or step.together):
@@ -125,7 +125,7 @@ def check_measurable(passes: Sequence[Pass]) -> None:
 
 
 def planned_units(job: Job) -> list[Unit]:
-    """The units and the sizes of their levels as shapes tell them; nothing is measured."""
+    """Return the units and their levels, with sizes computed from shapes alone. Errors are 0: nothing is measured."""
     found: dict[str, tuple[Block, tuple[str, ...], list[Level]]] = {}
     for block in (job.source.block(index, load=False) for index in range(len(job.source.layers))):
         for step in (step for step in job.passes if step.offers):
@@ -153,18 +153,20 @@ def planned_units(job: Job) -> list[Unit]:
 def affordable(
     units: Sequence[Unit], seconds: Mapping[str, float], fixed: float, blocks: int, left: float, wanted: float
 ) -> Collection[str]:
-    """Labels of the options that there is time to measure: those nearest to what is wanted, one of them not above it.
+    """Return the labels of the options that there is time to measure: those nearest to the wanted bits.
+
+    The largest option that does not exceed the wanted bits comes first (if none exists, the smallest option).
 
     Args:
-        units: As planned.
-        seconds: Time that each option took for a block, in seconds.
-        fixed: Seconds that a block takes besides.
-        blocks: Number of blocks to come.
-        left: Seconds for measuring, choosing and writing.
-        wanted: Bits of a weight.
+        units: Units from `planned_units`.
+        seconds: Time that each option took for one block, in seconds.
+        fixed: Time for the other work on a block, in seconds.
+        blocks: Number of remaining blocks.
+        left: Time left for measuring, choosing and writing, in seconds.
+        wanted: Wanted bits per weight.
 
     Raises:
-        RecipeError: there is no time for two.
+        RecipeError: there is no time for two options.
     """
     sizes: dict[str, list[float]] = {}
     for unit in units:
@@ -190,7 +192,7 @@ def affordable(
 
 
 def units_of(job: Job, block: Block, drop: bool = False) -> set[str]:
-    """The full names of a block's units, and of its sub-layers if they may go."""
+    """Return the full names of a block's units, and of its sub-layers if they may be dropped."""
     units = [*(unit for step in job.passes for unit in step.units(block)), *(substitutes(block.module) if drop else ())]
     return {f"{block.prefix}.{unit}" for unit in units}
 
@@ -206,7 +208,7 @@ def _measured(
     drop: bool,
     near: Mapping[str, Sequence[Option]] | None,
 ) -> Iterator[tuple[Unit, list[dict[str, QuantizedTensor]]]]:
-    """Every unit of a block, with the weights of its levels; `seconds` gets what each option took."""
+    """Yield every unit of a block, with the weights of its levels. Add the time of each option, by label, to `seconds`."""
     began = time.monotonic()
     seen = _seen(stream, block)
     shift = _shift(seen, job)
@@ -262,7 +264,7 @@ def _measured(
 
 
 def _able(step: Pass, block: Block, names: Sequence[str], kept: Collection[str] | None) -> list[Format]:
-    """The options that a unit can be held in: of those to be measured, or of all if it can be held in none of them."""
+    """Return the options to measure for a unit, of those that can hold it. If there are none, return all that can hold it."""
     options = list(able(step, block, names))
     return [option for option in options if kept is None or option.label in kept] or options
 
@@ -270,14 +272,14 @@ def _able(step: Pass, block: Block, names: Sequence[str], kept: Collection[str] 
 def _applied(
     job: Job, step: Pass, block: Block, stats: BlockStats, option: Format, units: Mapping[str, Sequence[str]]
 ) -> Mapping[str, QuantizedTensor]:
-    """A pass with one option for some units, over all ranks."""
+    """Apply a pass with one option to some units, shared out over all ranks. Return the new layers of all ranks."""
     costs = {unit: sum(block.weight(name).numel() for name in names) for unit, names in units.items()}
     outcome = job.ranks.gather(step.apply(block, stats, dict.fromkeys(job.ranks.share(costs), option)))
     return {name: new for name, new in outcome.edits.items() if isinstance(new, QuantizedTensor)}
 
 
 def _seen(stream: CalibrationStream, block: Block) -> _Seen:
-    """The first batches that enter a block, and what leaves it."""
+    """Return the first batches that enter a block, and the block's outputs."""
     inputs: list[Tensor] = []
     most = -(-JUDGED // stream.ranks.world)
     for hidden in stream.hidden:
@@ -290,7 +292,7 @@ def _seen(stream: CalibrationStream, block: Block) -> _Seen:
 
 @torch.no_grad()
 def _shift(seen: _Seen, job: Job) -> float:
-    """1 - the mean cosine of what enters and what leaves."""
+    """Return 1 - the mean cosine similarity of a block's inputs and outputs."""
     total = torch.zeros(2, dtype=torch.float64, device=job.ranks.device)
     for x, y in zip(seen.inputs, seen.outputs, strict=True):
         cosine = cosine_similarity(x.float(), y.float(), dim=-1)
@@ -300,7 +302,7 @@ def _shift(seen: _Seen, job: Job) -> float:
 
 
 def _dropped(job: Job, block: Block, seen: _Seen, shift: float, part: str) -> Unit:
-    """An attention or MLP, with what is lost if it goes."""
+    """Return an attention layer or MLP as a unit whose only level is dropping it, with the error of that."""
     layers = [name for name in block.layers if name.startswith(f"{part}.")]
     distance = sum(float(block.weight(name).float().square().sum()) for name in layers)
     level = Level(GONE, 0, _missed(job, seen, block.trying(Trial({}, {}, skips=(part,)))), distance)
@@ -318,7 +320,7 @@ def _level(job: Job, block: Block, seen: _Seen, option: Format, edits: Mapping[s
 
 @torch.no_grad()
 def _missed(job: Job, seen: _Seen, trial: Callable[[Tensor], Tensor]) -> float:
-    """The squared error of a block's output, relative to that output."""
+    """Return the squared error of a block's output, relative to the square of that output."""
     total = torch.zeros(2, dtype=torch.float64, device=job.ranks.device)
     for x, y in zip(seen.inputs, seen.outputs, strict=True):
         missed = trial(x).float() - y.float()
@@ -328,7 +330,7 @@ def _missed(job: Job, seen: _Seen, trial: Callable[[Tensor], Tensor]) -> float:
 
 
 def _outstanding(weights: Sequence[Tensor], squares_I: Tensor) -> float:
-    """Share of weights whose size times the norm of what they meet is more than `OUTSTANDING` times the mean."""
+    """Return the share of weights whose magnitude times the norm of their input is above `OUTSTANDING` times the mean."""
     scores = [w.abs() * squares_I.sqrt() for w in weights]
     count = sum(score.numel() for score in scores)
     mean = sum(float(score.double().sum()) for score in scores) / count
@@ -336,7 +338,7 @@ def _outstanding(weights: Sequence[Tensor], squares_I: Tensor) -> float:
 
 
 def _outliers(weights: Sequence[Tensor]) -> float:
-    """Share of weights more than a standard deviation above their mean."""
+    """Return the share of weights more than a standard deviation above their mean."""
     count = sum(w.numel() for w in weights)
     mean = sum(float(w.double().sum()) for w in weights) / count
     spread = (sum(float((w - mean).square().double().sum()) for w in weights) / count) ** 0.5

@@ -1,8 +1,8 @@
-"""Successive integer programmes: losses add up only near a point, so take them there, solve, go there, and take them again.
+"""Successive integer programmes. Losses add up only near a point, so each round measures them there, solves, and moves.
 
-Around the choice at hand, every unit is put a few levels up and down, one at a time, and the whole model's divergence taken.
-The integer programme on that table, within a radius of levels, proposes choices; the best of them is the next point, if it is
-better on other samples. It ends where none is.
+Around the current choice, each unit is moved a few levels up and down, one unit at a time, and the complete model's
+divergence is measured. The integer programme on this table proposes choices within a radius of levels. The best proposal
+becomes the next point if it is better on other samples. The search ends when none is.
 
 Source: the trust-region method on the integer programme of allocate.py; Griffith and Stewart, "A Nonlinear Programming
 Technique for the Optimization of Continuous Processing Systems", Management Science, 1961.
@@ -18,13 +18,13 @@ from compressor.pipeline.search.levels import Choice
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One table and what came of it."""
+    """The result of one round."""
 
-    number: int  # from 1
-    point: Choice
-    fitness: float  # on the samples that proposals are judged on
-    moved: bool
-    scored: int  # choices
+    number: int  # counted from 1
+    point: Choice  # best choice so far
+    fitness: float  # fitness of `point` on the samples for judging proposals
+    moved: bool  # whether the round found a better point
+    scored: int  # number of choices scored
 
 
 def successive(
@@ -37,16 +37,16 @@ def successive(
     radii: Sequence[int] = (1, 2),
     rounds: Sequence[int] = range(1, 5),
 ) -> Iterator[Round]:
-    """Rounds, until one finds nothing better.
+    """Yield rounds until one finds nothing better.
 
     Args:
-        start: The first point; it fits.
+        start: The first point, which fits the budget.
         budget: Limit that no point exceeds.
-        score: Fitness.
-        table: Samples that losses are taken on.
-        judge: Samples that proposals are judged on.
-        radii: Levels that a proposal may lie from the point in each unit; the largest one says how far losses are taken.
-        rounds: Their numbers; it may end before.
+        score: Fitness function.
+        table: Samples for measuring losses.
+        judge: Samples for judging proposals.
+        radii: Maximum distances of a proposal from the point, in levels per unit. Losses are measured up to the largest.
+        rounds: Numbers of the rounds; the search may end earlier.
     """
     point = start
     (fitness,) = score([point], judge)
@@ -68,7 +68,7 @@ def successive(
 def losses_around(
     point: Choice, budget: Budget, score: Callable[[Sequence[Choice]], list[float]], radius: int
 ) -> list[dict[int, float]]:
-    """By unit, by level: the fitness with that one level changed."""
+    """Return the fitness by unit and by level, with only that unit's level changed. Each distinct choice is scored once."""
     near = [range(max(0, at - radius), min(count, at + radius + 1)) for at, count in zip(point, budget.counts, strict=True)]
     asked = [{level: (*point[:unit], level, *point[unit + 1 :]) for level in levels} for unit, levels in enumerate(near)]
     distinct = list(dict.fromkeys(choice for row in asked for choice in row.values()))

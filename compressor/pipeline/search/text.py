@@ -1,4 +1,4 @@
-"""The text that whole models are compared on while one is searched for."""
+"""The text for scoring candidate models during a search."""
 
 from torch import Tensor
 
@@ -8,21 +8,21 @@ from compressor.model.tokenizer import load_tokenizer
 from compressor.pipeline.calibration.data import Samples, load_samples
 from compressor.recipe.schema import Recipe
 
-HELD_OUT = 8  # the text that only the last word is spoken on is this fraction of what the search sees
+HELD_OUT = 8  # ratio of the text that the search sees to the text for the final choice
 
 
 def search_text(recipe: Recipe, tokens: int, source: ModelSource, calibration: Samples, key: str = "search.tokens") -> Tensor:
-    """Tokens [N, S], so many and for the last word an eighth more: what follows those of calibration in its source.
+    """Return tokens [N, S] that follow the calibration tokens in their source, with an eighth more for the final choice.
 
     Args:
-        recipe: Says where from.
-        tokens: At least so many.
+        recipe: Recipe that names the source.
+        tokens: Minimum number of tokens, without the eighth.
         source: The model.
-        calibration: Text that must not be used again.
-        key: Key of the recipe that asks for the tokens, for the message.
+        calibration: Calibration text, which must not be used again.
+        key: Key of the recipe that asks for the tokens, for the error message.
 
     Raises:
-        CalibrationError: there are too few.
+        CalibrationError: the source holds too few tokens.
     """
     count, length = calibration.tokens.shape
     more = -(-tokens // length)

@@ -1,4 +1,4 @@
-"""The steps of a search, each on disk as soon as it is known, so that a search that was cut short goes on from there."""
+"""The log of a search. Each step is written to disk at once, so that an interrupted search can resume."""
 
 import json
 import time
@@ -13,10 +13,10 @@ from compressor.reading import read_json
 
 
 class Trail:
-    """Steps of a search, each on disk as soon as it is there.
+    """The log of a search's steps, each written to disk at once.
 
     Args:
-        path: Path of a file of JSON lines; None keeps them in memory.
+        path: Path of a file of JSON lines; None keeps the steps in memory.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -25,11 +25,11 @@ class Trail:
         self.started = time.monotonic() - max((step["seconds"] for step in self.steps), default=0.0)
 
     def add(self, stage: str, choice: Choice, **fields: Any) -> None:
-        """Add a step, with the seconds so far."""
+        """Add a step, with the time since the start in seconds."""
         self._extend([{"stage": stage, "choice": list(choice), **fields}])
 
     def begin(self, ways: Mapping[str, Choice], fitness: Sequence[float]) -> None:
-        """Begin anew with the scores of the choices that the search starts from, all of them in one write."""
+        """Restart the log with the scores of the choices that the search starts from, all in one write."""
         self.steps = []
         first = {"scored": 1, "number": 0}
         self._extend(
@@ -42,8 +42,8 @@ class Trail:
     def begun(self, ways: Mapping[str, Choice]) -> bool:
         """Return whether all choices that the search starts from have been scored.
 
-        A trail that holds some of them was cut short. The best of those need not be the best of all, so no later step of it
-        counts either.
+        A log with only some of them was interrupted. The best of these need not be the best of all, so later steps in it do
+        not count either.
         """
         return {(step["stage"], tuple(step["choice"])) for step in self.steps} >= set(ways.items())
 
@@ -54,7 +54,11 @@ class Trail:
             replace_text(self.path, "".join(map(sealed, self.steps)))
 
     def once(self, name: str, minutes: float | None, value: float) -> float:
-        """A value that depends on the time there is, as it was when it was asked for first."""
+        """Return the value that was given on the first call, which is kept on disk. It depends on the time left then.
+
+        Raises:
+            OutputError: the file is damaged.
+        """
         if self.path is None:
             return value
         kept = self.path.with_name(f"{self.path.stem}-{name}-{minutes}.json")
@@ -66,5 +70,5 @@ class Trail:
         return float(found)
 
     def of(self, stage: str) -> list[dict[str, Any]]:
-        """The steps of a stage."""
+        """Return the steps of a stage."""
         return [step for step in self.steps if step["stage"] == stage]
