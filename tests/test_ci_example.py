@@ -22,8 +22,7 @@ def test_the_ci_example_runs_and_keeps_its_limits(tmp_path: Path) -> None:
     shutil.copytree(DEMO_MODEL, tmp_path / "model")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     for command in commands:
-        less = ["--set", "calibration.samples=64"] if command.startswith("compress run") else []
-        words = [sys.executable, "-m", "compressor", *command.split()[1:], "--device", "cpu", *less]
+        words = [sys.executable, "-m", "compressor", *command.split()[1:], "--device", "cpu"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / uploaded).is_file()

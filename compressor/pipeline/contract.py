@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from compressor.errors import RecipeError
 from compressor.formats.base import Edits, Format, Option, QuantizedTensor
 from compressor.model.block import Block
 from compressor.model.edited import Progress, Rewriting, silent
 from compressor.model.source import ModelSource
 from compressor.model.surgery.kv_cache import CacheScales
+from compressor.reading import elide
 from compressor.recipe.registry import node
 
 
@@ -230,3 +232,15 @@ class Pass:
     def tune(self, whole: Whole) -> tuple[Mapping[str, QuantizedTensor], tuple[str, ...]]:
         """Train the model. Return the new layers by full name, in their previous formats, and warnings."""
         return {}, ()
+
+
+def check_passes(passes: Sequence[object]) -> None:
+    """Refuse a class that a recipe names as a pass by its full module name, but that is something else.
+
+    Raises:
+        RecipeError: one of them does not inherit `Pass`.
+    """
+    for number, step in enumerate(passes):
+        if not isinstance(step, Pass):
+            where = elide(type(step).__module__, 80)
+            raise RecipeError(f"passes.{number}: {where} is not a pass; its EXPORT must inherit {Pass.__module__}.Pass")

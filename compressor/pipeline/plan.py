@@ -12,7 +12,7 @@ from compressor.model.checkpoint import Header
 from compressor.model.edited import Progress, silent
 from compressor.model.source import ModelSource
 from compressor.model.surgery.kv_cache import KEYS, SCALE_DTYPE, VALUES, CacheRounding, attentions
-from compressor.pipeline.contract import Pass, Plan
+from compressor.pipeline.contract import Pass, Plan, check_passes
 from compressor.recipe import registry
 
 
@@ -24,6 +24,7 @@ def rewritten(
     Raises:
         RecipeError: such a pass is not the first or cannot be applied, or a pass that trains the model is not the last.
     """
+    check_passes(passes)
     for number, step in enumerate(passes[:-1]):
         if step.trains_model:
             raise RecipeError(f"passes.{number}: it trains the whole model once all blocks are compressed; put it last")

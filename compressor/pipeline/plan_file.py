@@ -10,7 +10,7 @@ import yaml
 from compressor.access import check_readable
 from compressor.errors import RecipeError
 from compressor.formats.base import GONE, Format, Kept
-from compressor.pipeline.contract import Pass, Plan
+from compressor.pipeline.contract import Pass, Plan, check_passes
 from compressor.pipeline.plan import describe_plan, read_option
 from compressor.reading import elide, read_yaml
 from compressor.recipe.schema import Recipe
@@ -58,6 +58,7 @@ def offering(recipe: Recipe, plan: Plan) -> Recipe:
     Raises:
         RecipeError: no pass can take a missing format.
     """
+    check_passes(recipe.passes)
     recipe = replace(recipe, target=None)
     offered = {option for step in recipe.passes for option in step.offers}
     missing = [option for option in dict.fromkeys(plan.values()) if isinstance(option, Format) and option not in offered]
